@@ -1,0 +1,36 @@
+# make train   set up, align the pocket model with DDIM-InPO, evaluate it, write a report
+# make test    set up, run the tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROCESSES ?= 2
+
+.PHONY: train test lint format pocket setup clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "inpo-fast needs Python >= 3.11: make PYTHON=python3.12 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch -e ".[dev]"
+	touch .venv/ready
+
+train: .venv/ready
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite=true
+
+test: .venv/ready
+	$(BIN)/python -m pytest tests -n 2 -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+pocket: .venv/ready
+	$(BIN)/python -m inpo_fast.pocket.build
+
+clean:
+	rm -rf .venv runs build *.egg-info

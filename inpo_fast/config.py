@@ -1,0 +1,206 @@
+"""A run's configuration: dataclasses <-> YAML and `--group.key=value`. Strict: an unknown key is an error."""
+
+import difflib
+import re
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from inpo_fast.data.windows import DataConfig
+from inpo_fast.inversion import InversionConfig
+from inpo_fast.models import ModelsConfig
+from inpo_fast.objectives import Method, ObjectiveConfig
+from inpo_fast.optim import OptimConfig
+from inpo_fast.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 400
+    """Optimizer steps."""
+    pairs_per_step: int = 1024
+    """The global batch: pairs of one optimizer step over all processes."""
+    micro_batch: int = 8
+    """Pairs per forward and backward pass of one process. No effect on the result beyond rounding."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    threads: int | None = None
+    """CPU threads per process. None: torch's choice."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The comparison with the base model at the end of a run, and of `python -m inpo_fast.evaluate`."""
+
+    prompts: str | None = None
+    """Text file, one prompt a line: held-out prompts that decide. None: no evaluation."""
+    seen_prompts: str | None = None
+    """Prompts from the training distribution, for the seen-against-held-out guard."""
+    judge: str = "pocket-rules"
+    """Which judge decides the win-rate."""
+    outside_judge: str | None = None
+    """A second judge that no reward was made from, reported as a guard."""
+    seeds: int = 4
+    """Pictures per prompt and model."""
+    sampler_steps: int = 50
+    """DDIM steps."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale (7.5 SD1.5, 5 SDXL)."""
+    batch: int = 16
+    """Pictures drawn at once."""
+    control_eps_scale: float = 1.01
+    """The control row: the base with its noise prediction scaled by this. A judge it fools is a grain meter."""
+    seed: int = 0
+    """Of the initial noise; independent of the training seed, so that runs are compared on the same noise."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Align a diffusion model with preference pairs (DDIM-InPO, arXiv 2503.18454)."""
+
+    method: Method = "inpo"
+    """inpo: inversion preference optimization. dpo: Diffusion-DPO. sft: winners only."""
+    seed: int = 0
+    """Everything random is a function of it and of the pair's position."""
+    output: str | None = None
+    """Folder of the run. Default: runs/<name of the config file>."""
+    resume: bool = False
+    """Continue from the newest checkpoint in the output folder."""
+    overwrite: bool = False
+    """Delete what an earlier run left in the output folder."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    inversion: InversionConfig = field(default_factory=InversionConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+class StrictParser(ArgumentParser):
+    """Errors are one line: the key, the nearest known name, the remedy."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise Refusal(_explain(message, _keys(RunConfig)))
+
+
+def make_parser(program: str) -> StrictParser:
+    parser = StrictParser(prog=program, description=RunConfig.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; later ones win")
+    parser.add_class_arguments(RunConfig, nested_key=None, as_group=False)
+    return parser
+
+
+def parse(program: str, arguments: list[str] | None = None) -> RunConfig:
+    """Command line (and the YAML files it names) to a checked configuration. Refusal on any mistake."""
+    parser = make_parser(program)
+    space = parser.parse_args(arguments)
+    named = [str(path) for path in (space.config or [])]
+    space.pop("config", None)
+    config: RunConfig = _instantiate(RunConfig, parser.instantiate_classes(space))
+    if config.output is None:
+        name = Path(named[-1]).stem if named else "unnamed"
+        config = replace(config, output=str(Path("runs") / name))
+    check(config)
+    return config
+
+
+def _instantiate(kind: type, space: Namespace):
+    return kind(**{f.name: space[f.name] for f in fields(kind)})
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be refused before a model is loaded."""
+    rules = [
+        (config.train.steps >= 1, "train.steps", config.train.steps, "at least 1"),
+        (config.train.pairs_per_step >= 1, "train.pairs_per_step", config.train.pairs_per_step, "at least 1"),
+        (config.train.micro_batch >= 1, "train.micro_batch", config.train.micro_batch, "at least 1"),
+        (config.train.checkpoint_every >= 1, "train.checkpoint_every", config.train.checkpoint_every, "at least 1"),
+        (config.train.keep_checkpoints >= 1, "train.keep_checkpoints", config.train.keep_checkpoints, "at least 1"),
+        (config.inversion.steps >= 1, "inversion.steps", config.inversion.steps, "at least 1"),
+        (config.inversion.batch >= 1, "inversion.batch", config.inversion.batch, "at least 1"),
+        (config.inversion.eta >= 0, "inversion.eta", config.inversion.eta, "not negative"),
+        (config.optim.lr > 0, "optim.lr", config.optim.lr, "positive"),
+        (config.optim.warmup_steps >= 0, "optim.warmup_steps", config.optim.warmup_steps, "not negative"),
+        (config.optim.clip > 0, "optim.clip", config.optim.clip, "positive"),
+        (0 < config.optim.ema_decay < 1, "optim.ema_decay", config.optim.ema_decay, "between 0 and 1"),
+        (config.objective.beta > 0, "objective.beta", config.objective.beta, "positive"),
+        (0 <= config.data.prompt_dropout <= 1, "data.prompt_dropout", config.data.prompt_dropout, "in 0..1"),
+        (config.data.bad_pair_limit >= 0, "data.bad_pair_limit", config.data.bad_pair_limit, "not negative"),
+    ]
+    mu = config.objective.winner_preserving
+    rules.append((mu is None or 0 <= mu <= 1, "objective.winner_preserving", mu, "in 0..1, or null"))
+    span = config.objective.timesteps
+    rules.append((0 <= span.min <= span.max <= 999, "objective.timesteps", f"{span.min}..{span.max}", "within 0..999"))
+    for good, key, value, need in rules:
+        if not good:
+            raise Refusal(f"{key}={value}: must be {need}")
+    if config.method == "sft" and mu is not None:
+        raise Refusal("objective.winner_preserving needs a loser; method=sft has none")
+
+
+def split_batch(config: TrainConfig, world: int) -> int:
+    """Micro-batches per step and process. Refusal, before anything is loaded, when the arithmetic does not divide."""
+    if config.pairs_per_step % world:
+        near = max(world, config.pairs_per_step // world * world)
+        raise Refusal(
+            f"train.pairs_per_step={config.pairs_per_step} does not divide over {world} processes; "
+            f"take a multiple of {world} such as {near}"
+        )
+    own = config.pairs_per_step // world
+    if own % config.micro_batch:
+        fits = max(d for d in range(1, min(own, config.micro_batch) + 1) if own % d == 0)
+        raise Refusal(
+            f"train.micro_batch={config.micro_batch} does not divide the {own} pairs that each of {world} processes "
+            f"has per step; take a divisor such as {fits}"
+        )
+    return own // config.micro_batch
+
+
+def to_dict(config) -> dict:
+    """Nested plain values, in the order of the fields."""
+    out = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        out[f.name] = to_dict(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+# how jsonargparse words an unknown key, on the command line and in a file
+UNKNOWN_KEY = (
+    (r"Unrecognized arguments: --(?P<key>[\w.\-]+)", False),
+    (r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", True),
+    (r"Option '(?P<key>[\w.]+)' is not accepted", False),
+)
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    names = []
+    for f in fields(kind):
+        names.append(prefix + f.name)
+        if is_dataclass(f.type):
+            names += _keys(f.type, prefix + f.name + ".")
+    return names
+
+
+def _explain(message: str, known: list[str]) -> str:
+    """jsonargparse's message in one line, with the nearest key when one is unknown."""
+    line = " ".join(message.split())
+    for pattern, prefix in UNKNOWN_KEY:
+        if found := re.search(pattern, line):
+            key = ".".join(part for part in (found["group"] if prefix else "", found["key"]) if part)
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
+                name for name in known if name.split(".")[-1] == key.split(".")[-1]
+            ]
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            return f"unknown key '{key}'{hint} (--help lists all)"
+    return line

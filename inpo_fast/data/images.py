@@ -1,0 +1,51 @@
+"""Encoded bytes to a training view: decode, resize the short side, crop, flip. PIL only, no torchvision."""
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from inpo_fast.data.sources import BadPair
+
+
+@dataclass(frozen=True)
+class View:
+    """pixels: (H, W, 3) uint8, resolution x resolution. original, crop: (height, width) and (top, left), which
+    SDXL is told."""
+
+    pixels: np.ndarray
+    original: tuple[int, int]
+    crop: tuple[int, int]
+
+
+def decode(encoded: bytes, max_pixels: int) -> Image.Image:
+    """An RGB image, fully loaded. BadPair when it is truncated, not an image, or larger than max_pixels."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        if image.width * image.height > max_pixels:
+            raise BadPair(f"{image.width}x{image.height} pixels, more than data.max_pixels={max_pixels}")
+        image.load()  # Image.open reads the header only: a truncated file fails here
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise BadPair(f"image cannot be decoded ({problem})") from problem
+
+
+def make_view(
+    image: Image.Image, resolution: int, *, flip: bool, crop: Literal["center", "random"], draw: tuple[float, float]
+) -> View:
+    """Short side to `resolution` (bilinear, antialiased), square crop, flip.
+
+    draw: two numbers in [0, 1) that place a random crop.
+    """
+    width, height = image.size
+    scale = resolution / min(width, height)
+    if scale != 1:
+        wide, high = (max(resolution, round(side * scale)) for side in (width, height))
+        image = image.resize((wide, high), Image.Resampling.BILINEAR)
+    room = image.height - resolution, image.width - resolution
+    where = (0.5, 0.5) if crop == "center" else draw
+    top, left = (int(round(free * part)) for free, part in zip(room, where, strict=True))
+    pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
+    return View(np.ascontiguousarray(pixels[:, ::-1] if flip else pixels), (height, width), (top, left))

@@ -1,0 +1,244 @@
+"""Did the model get better? Paired win-rate of an aligned model against its base, with guards and a control.
+
+    python -m inpo_fast.evaluate --model runs/pocket/model --base <folder or hub id> --output runs/pocket \\
+        --config configs/pocket.yaml
+
+Both models draw the same prompts from the same initial noise. A judge compares the two pictures; a win-rate
+is wins plus half the ties, its 95 % interval a bootstrap over prompts (all pictures of a prompt together).
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from inpo_fast import distributed
+from inpo_fast.config import EvaluateConfig, parse
+from inpo_fast.files import write_text
+from inpo_fast.judges import Judge, Scores
+from inpo_fast.judges.registry import make_judge
+from inpo_fast.models import load_pipeline, quiet_libraries
+from inpo_fast.refusal import Refusal, run_or_refuse
+from inpo_fast.sample import draw, scaled_eps, use_ddim
+
+BOOTSTRAPS = 2000
+DIVERSITY_FLOOR = 0.8
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures of one model: prompts x seeds, prompt-major."""
+
+    prompts: list[str]
+    seeds: int
+    pictures: list[np.ndarray]
+
+    @property
+    def captions(self) -> list[str]:
+        return [prompt for prompt in self.prompts for _ in range(self.seeds)]
+
+
+@dataclass
+class Evaluation:
+    """What evaluation.json holds, and the galleries that the report shows."""
+
+    result: dict
+    galleries: dict[str, Gallery] = field(default_factory=dict)
+
+
+def win_rate(ours: np.ndarray, base: np.ndarray, tie: float, seeds: int) -> tuple[float, float, float]:
+    """(rate, low, high) of ours against base. Both (prompts * seeds,), prompt-major; 95 % bootstrap over prompts."""
+    difference = ours - base
+    points = np.where(np.abs(difference) < tie, 0.5, (difference > 0).astype(float)).reshape(-1, seeds).mean(1)
+    resampled = np.random.default_rng(0).integers(len(points), size=(BOOTSTRAPS, len(points)))
+    low, high = np.quantile(points[resampled].mean(1), [0.025, 0.975])
+    return float(points.mean()), float(low), float(high)
+
+
+def diversity(gallery: Gallery) -> float:
+    """Mean distance between pictures of the same prompt, root mean square over pixels in [0, 1]."""
+    if gallery.seeds < 2:
+        return float("nan")
+    pictures = np.stack(gallery.pictures).astype(np.float32) / 255
+    groups = pictures.reshape(len(gallery.prompts), gallery.seeds, -1)
+    first, second = np.triu_indices(gallery.seeds, 1)
+    return float(np.sqrt(((groups[:, first] - groups[:, second]) ** 2).mean(-1)).mean())
+
+
+def read_prompts(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise Refusal(f"evaluate: cannot read the prompts in {path} ({problem})") from problem
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise Refusal(f"evaluate: {path} has no prompt; write one a line")
+    return prompts
+
+
+def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateConfig, variant: str) -> Evaluation:
+    """Compares `unet` with the base's own. Work is split over processes; every process gets the result."""
+    rank, world = distributed.rank_and_world()
+    judge = make_judge(config.judge)
+    outside = make_judge(config.outside_judge) if config.outside_judge else None
+    prompts = read_prompts(config.prompts)
+    seen = read_prompts(config.seen_prompts) if config.seen_prompts else []
+    use_ddim(base)
+    base_unet = base.unet
+    total = (3 * len(prompts) + 2 * len(seen)) * config.seeds // world
+    with Progress(
+        TextColumn("evaluate {task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} pictures"),
+        TimeRemainingColumn(),
+        disable=rank != 0,
+    ) as progress:
+        task = progress.add_task("", total=total)
+
+        def gallery(name: str, model: torch.nn.Module, wanted: list[str], scale: float = 1.0) -> Gallery:
+            progress.update(task, description=name)
+            base.unet = model
+            jobs = [(prompt, ("evaluate", config.seed, prompt, s)) for prompt in wanted for s in range(config.seeds)]
+            mine = jobs[rank::world]
+            with scaled_eps(base, scale):
+                drawn = draw(
+                    base,
+                    [p for p, _ in mine],
+                    [key for _, key in mine],
+                    steps=config.sampler_steps,
+                    guidance=config.guidance,
+                    batch=config.batch,
+                    advance=lambda n: progress.advance(task, n),
+                )
+            pictures: list[np.ndarray] = [None] * len(jobs)  # type: ignore[list-item]
+            for other, part in enumerate(distributed.gather(drawn)):
+                pictures[other::world] = part
+            return Gallery(wanted, config.seeds, pictures)
+
+        galleries = {
+            "base": gallery("base", base_unet, prompts),
+            "aligned": gallery("aligned", unet, prompts),
+            "control": gallery("control", base_unet, prompts, config.control_eps_scale),
+        }
+        if seen:
+            galleries["base_seen"] = gallery("base, seen prompts", base_unet, seen)
+            galleries["aligned_seen"] = gallery("aligned, seen prompts", unet, seen)
+    base.unet = base_unet
+    return Evaluation(summarise(galleries, judge, outside, config, variant), galleries)
+
+
+def summarise(
+    galleries: dict[str, Gallery], judge: Judge, outside: Judge | None, config: EvaluateConfig, variant: str
+) -> dict:
+    """The content of evaluation.json."""
+    scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
+    seeds = config.seeds
+
+    def compare(ours: str, base: str, part: str | None = None) -> dict:
+        a, b = (_part(scores[name], part) for name in (ours, base))
+        rate, low, high = win_rate(a, b, judge.tie, seeds)
+        return {
+            "win_rate": rate,
+            "win_rate_low": low,
+            "win_rate_high": high,
+            "mean": float(a.mean()),
+            "median": float(np.median(a)),
+            "base_mean": float(b.mean()),
+            "base_median": float(np.median(b)),
+        }
+
+    main = compare("aligned", "base")
+    parts = {name: compare("aligned", "base", name) for name in scores["base"].parts}
+    guards: dict = {}
+    if "alignment" in parts:
+        guards["alignment"] = parts["alignment"] | {"ok": parts["alignment"]["win_rate_high"] >= 0.5}
+    if seeds > 1:
+        ratio = diversity(galleries["aligned"]) / max(diversity(galleries["base"]), 1e-9)
+        guards["diversity_ratio"] = {"value": ratio, "ok": ratio >= DIVERSITY_FLOOR}
+    if outside is not None:
+        a, b = (outside.score(galleries[n].pictures, galleries[n].captions).total for n in ("aligned", "base"))
+        rate, low, high = win_rate(a, b, outside.tie, seeds)
+        guards["outside"] = {
+            "judge": outside.name,
+            "win_rate": rate,
+            "win_rate_low": low,
+            "win_rate_high": high,
+            "mean": float(a.mean()),
+            "base_mean": float(b.mean()),
+            "ok": high >= 0.5,
+        }
+    if "aligned_seen" in scores:
+        on_seen = compare("aligned_seen", "base_seen")
+        gap = on_seen["win_rate"] - main["win_rate"]
+        guards["seen"] = on_seen | {"gap": gap, "ok": gap <= 0.15}
+    control = compare("control", "base")
+    guards["control"] = control | {"eps_scale": config.control_eps_scale, "ok": control["win_rate_low"] <= 0.5}
+    return {
+        "variant": variant,
+        "judge": judge.name,
+        **{key: main[key] for key in ("win_rate", "win_rate_low", "win_rate_high")},
+        "prompts": len(galleries["base"].prompts),
+        "seeds": seeds,
+        "gain": main["mean"] - main["base_mean"],
+        "total": main,
+        "parts": parts,
+        "guards": guards,
+        "sampler": {"name": "DDIM", "steps": config.sampler_steps, "guidance": config.guidance},
+    }
+
+
+def verdict(result: dict) -> str:
+    """The result in words and numbers."""
+    rate, low, high = (100 * result[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
+    if low > 50:
+        word = "The aligned model is better than its base"
+    elif high < 50:
+        word = "The aligned model is WORSE than its base"
+    else:
+        word = "No difference from the base can be shown"
+    failed = [name for name, guard in result["guards"].items() if not guard["ok"]]
+    guards = "all guards hold" if not failed else "guards that FAIL: " + ", ".join(failed)
+    return (
+        f"{word}: it wins {rate:.1f} % of paired comparisons (95 % interval {low:.1f} to {high:.1f}) on "
+        f"{result['prompts']} prompts x {result['seeds']} pictures, judged by {result['judge']} "
+        f"[{result['variant']}]; {guards}."
+    )
+
+
+def _part(scores: Scores, part: str | None) -> np.ndarray:
+    return scores.total if part is None else scores.parts[part]
+
+
+def main() -> None:
+    from inpo_fast.report.write import write_report
+
+    parser = argparse.ArgumentParser(prog="python -m inpo_fast.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="aligned model: a diffusers folder or hub id")
+    parser.add_argument("--base", help="what it is compared with; default: models.base of the configuration")
+    parser.add_argument("--output", required=True, help="where evaluation.json, samples.png and report.html go")
+    own, rest = parser.parse_known_args()
+    config = parse("python -m inpo_fast.evaluate", rest)
+    if config.evaluate.prompts is None:
+        raise Refusal("evaluate.prompts is empty; give a text file with one prompt a line")
+    quiet_libraries()
+    rank, _, device = distributed.start()
+    base = load_pipeline(own.base or config.models.base).to(device)
+    unet = load_pipeline(own.model).to(device).unet
+    evaluation = evaluate(base, unet, config.evaluate, variant=own.model)
+    if rank == 0:
+        folder = Path(own.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "evaluation.json", json.dumps(evaluation.result, indent=1))
+        report = write_report(folder, evaluation)
+        print(verdict(evaluation.result))
+        print(f"Report: {report}")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    run_or_refuse("python -m inpo_fast.evaluate", main)

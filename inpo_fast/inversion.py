@@ -1,0 +1,100 @@
+"""x_0 -> x_t for all images of an optimizer step at once: the wavefront.
+
+Inside one optimizer step the weights do not change, so inverting the whole window first, in large
+batches of mixed timesteps, is the same computation as inverting one pair at a time. Samples are
+sorted by how many evaluations they need; step j advances the first of them that need more than j.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from inpo_kernels.ddim_step import ddim_step_
+
+from inpo_fast import draws
+from inpo_fast.schedule import Climb, EvaluateAt, Grid
+
+# eps(x, time, rows): noise prediction for samples x (B, C, H, W) told time (B,), with the conditioning of
+# the window's rows (B,) int64.
+Eps = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class InversionConfig:
+    """How x_t is found from x_0 (paper section 4.2, Eq. 14-16)."""
+
+    steps: int = 10
+    """n, the number of global levels. Paper: 10 is the trade-off, 30 the best quality."""
+    grid: Grid = "exact"
+    """exact: global levels, the last step lands on t. spread: n levels round(t k / n) of each sample's own.
+    snap: t itself is moved to a global level. diffusers-0.20 / -0.22: the published script's two behaviours."""
+    evaluate_at: EvaluateAt = "source"
+    """Which time the UNet is told: the level it is at (Eq. 15), or the one it goes to (diffusers >= 0.22)."""
+    model: Literal["policy", "reference"] = "policy"
+    """Who inverts. The paper: the current policy. reference is a variant and labelled so."""
+    guidance: float = 0.0
+    """w_inv: 0 empty prompt (the paper), 1 conditional, else classifier-free guidance (two evaluations)."""
+    eta: float = 0.0
+    """Noise added per step, eta * sigma_ddim. The paper: none; the published script: 0.1."""
+    estimator: Literal["ddim", "random"] = "ddim"
+    """How delta_t is estimated: DDIM inversion, or i.i.d. Gaussian noise (= Diffusion-DPO's choice)."""
+    batch: int = 64
+    """Images per UNet evaluation. No effect on the result beyond rounding."""
+
+
+@torch.no_grad()
+def invert(
+    eps: Eps,
+    x_0: torch.Tensor,
+    climb: Climb,
+    *,
+    batch: int,
+    noise_keys: list[draws.Key] | None = None,
+) -> tuple[torch.Tensor, int]:
+    """All samples of a window to their own level.
+
+    x_0: (M, C, H, W), any float dtype; the climb's coefficients are applied in fp32 (float64 stays float64).
+    noise_keys: (M,) keys of the per-step noise, required when the climb has sigma > 0.
+    Returns x_t (M, C, H, W) in fp32 or float64, and the number of image evaluations spent.
+    """
+    noisy = bool(climb.sigma.any())
+    if noisy and noise_keys is None:
+        raise ValueError("inversion with eta > 0 needs noise_keys, one for each sample")
+    device = x_0.device
+    order = torch.argsort(climb.evaluations, descending=True, stable=True)  # on the CPU: costs no device sync
+    needed = climb.evaluations[order]
+    wide = torch.float64 if x_0.dtype == torch.float64 else torch.float32
+    x = x_0.to(wide)[order.to(device)]
+    p, q, sigma = (c[order].to(device, wide) for c in (climb.p, climb.q, climb.sigma))
+    times, rows = climb.times[order].to(device), order.to(device)
+
+    spent = 0
+    for j in range(int(needed.max()) if len(needed) else 0):
+        active = int((needed > j).sum())
+        for lo in range(0, active, batch):
+            part = slice(lo, min(lo + batch, active))
+            predicted = eps(x[part], times[part, j], rows[part]).contiguous()
+            ddim_step_(x[part], predicted, p[part, j], q[part, j])
+            if noisy:
+                keys = [(*noise_keys[i], j) for i in order[part].tolist()]
+                noise = draws.normals(x.shape[1:], keys).to(device, wide)
+                x[part] += sigma[part, j, None, None, None] * noise
+        spent += active
+    x_t = torch.empty_like(x)
+    x_t[rows] = x
+    return x_t, spent
+
+
+def guided(conditional: Eps, unconditional: Eps, guidance: float) -> tuple[Eps, int]:
+    """The inversion's eps at guidance w, and the UNet evaluations that one call costs (0 and 1 need only one)."""
+    if guidance == 0.0:
+        return unconditional, 1
+    if guidance == 1.0:
+        return conditional, 1
+
+    def eps(x, time, rows):
+        base = unconditional(x, time, rows)
+        return base + guidance * (conditional(x, time, rows) - base)
+
+    return eps, 2

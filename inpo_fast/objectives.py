@@ -1,0 +1,110 @@
+"""The method family: from per-image errors to a loss. No model, no data.
+
+Notation of the paper: for each image e = mean (tau - eps_theta)^2, r = mean (tau - eps_ref)^2 over its
+elements, tau the noise estimate that made x_t. All vectors are (B,), one entry a pair; a mean over
+elements and the factor 0.5 are what beta = 2000 / 5000 are calibrated to.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Method = Literal["inpo", "dpo", "sft"]
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """Uniform t in min..max. The paper trains all; training only the last 900, 800 … loses little (S9)."""
+
+    min: int = 0
+    max: int = 999
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised (Eq. 18)."""
+
+    beta: float = 2000.0
+    """Strength of the pull to the reference. Paper: 2000 (SD1.5), 5000 (SDXL)."""
+    tau_norm: Literal["none", "rms"] = "none"
+    """none: the paper. rms: tau / rms(tau) for each image, x_t rebuilt from it; labelled `inpo-rms`."""
+    winner_preserving: float | None = None
+    """mu of Diffusion-SDPO (arXiv 2511.03317) in [0, 1]: scales the loser's gradient so that the winner's
+    error falls to first order. None: off."""
+    timesteps: Timesteps = field(default_factory=Timesteps)
+
+
+def target(x_t: torch.Tensor, x_0: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
+    """tau = (x_t - a_t x_0) / s_t, which equals (x_0(t) - x_0) / sigma_t + delta_t of Eq. 18.
+
+    x_t, x_0: (B, C, H, W); a_t, s_t: (B,).
+    """
+    return (x_t - _wide(a_t) * x_0) / _wide(s_t)
+
+
+def noised(x_0: torch.Tensor, tau: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
+    """x_t = a_t x_0 + s_t tau: the inverse of `target`."""
+    return _wide(a_t) * x_0 + _wide(s_t) * tau
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each image, (B,)."""
+    return x.square().mean((1, 2, 3)).sqrt()
+
+
+def normalise(tau: torch.Tensor) -> torch.Tensor:
+    """tau_norm: rms. Explicit inversion gives smooth images a smaller tau than grainy ones, and winners are
+    smoother: without this the loss pays for under-predicting noise."""
+    return tau / _wide(rms(tau))
+
+
+def logit(e_w: torch.Tensor, e_l: torch.Tensor, r_w: torch.Tensor, r_l: torch.Tensor, beta: float) -> torch.Tensor:
+    """Eq. 18's argument of log sigmoid: -0.5 beta [(e_w - e_l) - (r_w - r_l)], (B,). Exactly 0 if e == r."""
+    return -0.5 * beta * ((e_w - e_l) - (r_w - r_l))
+
+
+def preference_loss(logit: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(logit) of each pair, (B,): InPO Eq. 18, Diffusion-DPO (arXiv 2311.12908) Eq. 14."""
+    return -F.logsigmoid(logit)
+
+
+def loser_gate(residual_w: torch.Tensor, residual_l: torch.Tensor, mu: float) -> torch.Tensor:
+    """Diffusion-SDPO's lambda in [0, 1] for each pair, (B,), detached.
+
+    With gA, gB the output-space gradients of e_w and e_l (both 2 residual / numel), a step along
+    -(gA - lambda gB) lowers e_w by at least mu |gA|^2 to first order iff lambda gA.gB <= (1 - mu) |gA|^2.
+    Where gA.gB <= 0 the loser cannot hurt the winner: lambda = 1.
+    """
+    own = residual_w.detach().square().sum((1, 2, 3))
+    cross = (residual_w.detach() * residual_l.detach()).sum((1, 2, 3))
+    safe = (1 - mu) * own / cross.clamp_min(torch.finfo(cross.dtype).tiny)
+    return torch.where(cross > 0, safe.clamp(0, 1), torch.ones_like(safe))
+
+
+def gate_gradient(e_l: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """e_l in value (bit for bit, so that the step-0 logit stays 0), gate * its gradient."""
+    still = e_l.detach()
+    return still + gate * (e_l - still)
+
+
+def label(method: Method, objective: ObjectiveConfig, inversion) -> str:
+    """The honest name of what is trained: the paper's method only where nothing deviates from it."""
+    if method == "sft":
+        return "sft"
+    if method == "dpo" or inversion.estimator == "random":
+        name = "dpo"
+    else:
+        name = "inpo"
+        name += "" if objective.tau_norm == "none" else f"-{objective.tau_norm}"
+        name += "" if inversion.model == "policy" else "-ref"
+        name += "" if inversion.grid == "exact" else f"-{inversion.grid}"
+        name += "" if inversion.evaluate_at == "source" else "-target"
+        name += "" if inversion.guidance == 0 else f"-w{inversion.guidance:g}"
+        name += "" if inversion.eta == 0 else f"-eta{inversion.eta:g}"
+    return name + ("" if objective.winner_preserving is None else "-wp")
+
+
+def _wide(per_image: torch.Tensor) -> torch.Tensor:
+    return per_image[:, None, None, None]

@@ -1,0 +1,158 @@
+"""The output folder of a run: fixed names, never two runs in one folder by accident.
+
+config.yaml  manifest.json  metrics.jsonl  checkpoints/  model/  evaluation.json  samples.png  report.html
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+
+from inpo_fast.config import RunConfig, to_dict, to_yaml
+from inpo_fast.data.sources import Source
+from inpo_fast.files import write_text
+from inpo_fast.models import Models
+from inpo_fast.refusal import Refusal
+
+OURS = ("config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "samples.png", "report.html")
+OUR_FOLDERS = ("checkpoints", "model", "tensorboard")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
+# keys that may differ between a run and its continuation: they do not touch what is computed
+FREE_ON_RESUME = (
+    "output",
+    "resume",
+    "overwrite",
+    "evaluate",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.micro_batch",
+    "train.threads",
+    "inversion.batch",
+    "data.workers",
+    "data.bad_pair_limit",
+)
+
+
+class RunFolder:
+    def __init__(self, path: Path, config: RunConfig):
+        self.path, self.config = path, config
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+
+    def check(self) -> None:
+        """Refuses a folder that holds another run, unless told what to do with it."""
+        if self.config.resume and self.config.overwrite:
+            raise Refusal("--resume and --overwrite contradict each other; give one")
+        if self.path.exists() and not self.path.is_dir():
+            raise Refusal(f"--output {self.path} is a file; name a folder")
+        taken = [name for name in (*OURS, *OUR_FOLDERS) if (self.path / name).exists()]
+        if taken and not (self.config.resume or self.config.overwrite):
+            raise Refusal(
+                f"{self.path} already holds a run ({', '.join(taken)}); continue it with --resume=true, replace "
+                "it with --overwrite=true, or choose another --output"
+            )
+        if self.config.resume and taken:
+            self._check_same_recipe()
+
+    def _check_same_recipe(self) -> None:
+        try:
+            old = _flat(yaml.safe_load((self.path / "config.yaml").read_text()))
+        except (OSError, yaml.YAMLError) as problem:
+            raise Refusal(
+                f"{self.path / 'config.yaml'}: cannot be read ({problem}); the run cannot be continued"
+            ) from problem
+        new = _flat(yaml.safe_load(to_yaml(self.config)))
+        differ = [key for key in new if old.get(key) != new[key] and not key.startswith(FREE_ON_RESUME)]
+        if differ:
+            key = differ[0]
+            raise Refusal(
+                f"--resume: {key} is {new[key]!r} but the run in {self.path} has {old.get(key)!r}; give the "
+                "same value, or start a new run with another --output"
+            )
+
+    def start(self, done: int, source: Source, models: Models, variant: str, world: int) -> None:
+        """Writes config.yaml and manifest.json; clears what a continued or replaced run must not keep."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config.overwrite:
+                for name in (*OURS, *OUR_FOLDERS):
+                    _remove(self.path / name)
+            write_text(self.path / "config.yaml", to_yaml(replace(self.config, resume=False, overwrite=False)))
+            write_text(
+                self.path / "manifest.json", json.dumps(self._manifest(done, source, models, variant, world), indent=1)
+            )
+        except OSError as problem:
+            raise Refusal(f"--output {self.path} cannot be written ({problem.strerror})") from problem
+
+    def _manifest(self, done: int, source: Source, models: Models, variant: str, world: int) -> dict:
+        return {
+            "variant": variant,
+            "config_sha256": hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode()).hexdigest(),
+            "data": {
+                "source": self.config.data.source,
+                "pairs": len(source),
+                "ties_left_out": source.ties,
+                "dropped": [],
+            },
+            "model": {
+                "base": self.config.models.base,
+                "unet_parameters": sum(p.numel() for p in models.policy.parameters()),
+            },
+            "continued_from_step": done,
+            "processes": world,
+            "device": torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else "cpu",
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        }
+
+    def record_dropped(self, dropped: list[str]) -> None:
+        path = self.path / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["data"]["dropped"] = dropped
+        write_text(path, json.dumps(manifest, indent=1))
+
+    def save_model(self, pipeline: DiffusionPipeline, unet: torch.nn.Module) -> None:
+        """model/: the base's folder with the aligned UNet. Written aside and renamed."""
+        final, aside = self.path / "model", self.path / ".tmp-model"
+        shutil.rmtree(aside, ignore_errors=True)
+        own = pipeline.unet
+        try:
+            pipeline.unet = unet
+            pipeline.save_pretrained(aside)
+            _remove(final)
+            aside.rename(final)
+        except OSError as problem:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise Refusal(
+                f"{final} cannot be written ({problem.strerror}); free some space and repeat with "
+                "--resume=true: the last checkpoint is complete"
+            ) from problem
+        finally:
+            pipeline.unet = own
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

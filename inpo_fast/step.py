@@ -1,0 +1,196 @@
+"""One optimizer step: invert -> reference -> policy -> loss -> backward -> update. The page of the method.
+
+Everything random is drawn here from (seed, purpose, position, side): the result does not depend on the
+micro-batch size nor on the number of processes beyond rounding.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from inpo_kernels.errors import errors
+
+from inpo_fast import distributed, draws
+from inpo_fast import objectives as obj
+from inpo_fast.data.windows import Item
+from inpo_fast.inversion import Eps, InversionConfig, guided, invert
+from inpo_fast.metrics import Tally
+from inpo_fast.models import Conditioning, Models, Text
+from inpo_fast.objectives import Method, ObjectiveConfig
+from inpo_fast.schedule import plan, snap
+
+SIDES = {"inpo": 2, "dpo": 2, "sft": 1}  # winner and loser, or the winner only
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What train_step needs to know of a run."""
+
+    method: Method
+    objective: ObjectiveConfig
+    inversion: InversionConfig
+    micro_batch: int
+    vae_sample: bool
+    seed: int
+
+
+@dataclass
+class Window:
+    """The pairs of one optimizer step on this rank, on the device.
+
+    x_0: (N, S, C, H, W) latents, S sides (winner first). t: (N,) on the CPU. Images of the conditioning are
+    numbered pair * S + side.
+    """
+
+    items: list[Item]
+    x_0: torch.Tensor
+    t: torch.Tensor
+    conditional: Conditioning
+    unconditional: Conditioning
+    keys: list[draws.Key] = field(default_factory=list)  # (seed, position, side) of each image
+
+
+@torch.no_grad()
+def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, chunk: int = 32) -> Window:
+    """Latents, text and timesteps of decoded pairs. t depends on (seed, position) only, and is shared by the sides."""
+    sides = SIDES[recipe.method]
+    views = [view for item in items for view in (item.winner, item.loser)[:sides]]
+    keys: list[draws.Key] = [(recipe.seed, item.position, side) for item in items for side in range(sides)]
+    latents = []
+    for lo in range(0, len(views), chunk):
+        pixels = torch.from_numpy(np.stack([view.pixels for view in views[lo : lo + chunk]])).to(models.device)
+        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        side = models.reference.config.sample_size * pixels.shape[-1] // models.resolution
+        shape = (models.reference.config.in_channels, side, side)
+        noise = draws.normals(shape, [("vae", *key) for key in keys[lo : lo + chunk]]) if recipe.vae_sample else None
+        latents.append(models.encode_images(pixels, noise))
+    prompts = list(dict.fromkeys(item.prompt for item in items))
+    row = torch.tensor([prompts.index(item.prompt) for item in items for _ in range(sides)], device=models.device)
+    time_ids = None
+    if models.is_xl:
+        target = views[0].pixels.shape[:2]
+        time_ids = torch.tensor([(*v.original, *v.crop, *target) for v in views], device=models.device).float()
+    span = recipe.objective.timesteps
+    t = torch.tensor([draws.integer(span.min, span.max, "t", recipe.seed, item.position) for item in items])
+    if recipe.inversion.grid == "snap" and draws_from_inversion(recipe):
+        t = snap(t, recipe.inversion.steps, models.schedule.T)
+    return Window(
+        items=items,
+        x_0=torch.cat(latents).unflatten(0, (len(items), sides)),
+        t=t,
+        conditional=Conditioning(models.encode_prompts(prompts), row, time_ids),
+        unconditional=Conditioning(empty, torch.zeros_like(row), time_ids),
+        keys=keys,
+    )
+
+
+def draws_from_inversion(recipe: Recipe) -> bool:
+    return recipe.method == "inpo" and recipe.inversion.estimator == "ddim"
+
+
+@torch.no_grad()
+def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.Tensor, int]:
+    """x_t of every image of the window (N, S, C, H, W) in fp32, and the UNet evaluations spent on images."""
+    flat = window.x_0.flatten(0, 1)
+    sides = window.x_0.shape[1]
+    t = window.t.repeat_interleave(sides)
+    if not draws_from_inversion(recipe):
+        # Diffusion-DPO: the same noise for both sides of a pair
+        noise = draws.normals(flat.shape[1:], [("noise", *key[:2]) for key in window.keys])
+        a_t, s_t = (c.to(flat.device) for c in models.schedule.a_s(t))
+        return obj.noised(flat, noise.to(flat.device), a_t, s_t).unflatten(0, window.x_0.shape[:2]), 0
+    how = recipe.inversion
+    unet = models.policy if how.model == "policy" else models.reference
+
+    def eps_with(conditioning: Conditioning) -> Eps:
+        return lambda x, time, rows: unet(x, time, **conditioning.arguments(rows)).sample
+
+    eps, cost = guided(eps_with(window.conditional), eps_with(window.unconditional), how.guidance)
+    climb = plan(models.schedule, t, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at, eta=how.eta)
+    x_t, spent = invert(eps, flat, climb, batch=how.batch, noise_keys=[("eta", *key) for key in window.keys])
+    return x_t.unflatten(0, window.x_0.shape[:2]), spent * cost
+
+
+def train_step(
+    window: Window | None, models: Models, recipe: Recipe, pairs_per_step: int, clip: float
+) -> tuple[Tally, torch.Tensor]:
+    """Leaves the clipped mean gradient over the step's usable pairs (of all processes) in `.grad`.
+
+    window: None when this rank has no usable pair. Returns the metrics, summed over processes, and the logits
+    of this rank's pairs (N,), still on the device (for `sft`, minus the winner's error).
+    """
+    parameters = models.parameters()
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad.zero_()
+    tally, logits = Tally(models.device), []
+    if window is not None:
+        x_t, spent = noise_window(window, models, recipe)
+        tally.add("unet_evaluations", spent, total=True)
+        for lo in range(0, len(window.items), recipe.micro_batch):
+            pairs = torch.arange(lo, min(lo + recipe.micro_batch, len(window.items)))
+            loss, logit = micro_step(window, x_t, pairs, models, recipe, tally)
+            (loss.sum() / pairs_per_step).backward()
+            logits.append(logit)
+    tally.reduce()
+    gradients = [parameter.grad for parameter in parameters]
+    distributed.sum_(gradients)
+    usable = tally.count("loss")
+    torch._foreach_mul_(gradients, pairs_per_step / usable.clamp_min(1))  # the mean over usable pairs
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    tally.put("grad_norm", norm)
+    return tally, torch.cat(logits) if logits else torch.zeros(0, device=models.device)
+
+
+def micro_step(
+    window: Window, x_t: torch.Tensor, pairs: torch.Tensor, models: Models, recipe: Recipe, tally: Tally
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss (B,) with graph and detached logit (B,) of some pairs of the window; metrics go into the tally."""
+    sides = window.x_0.shape[1]
+    images = torch.cat([pairs * sides + side for side in range(sides)])  # winners first, losers second
+    here = images.to(models.device)
+    x_0, x_t = window.x_0.flatten(0, 1)[here], x_t.flatten(0, 1)[here]
+    t = window.t[pairs].repeat(sides)
+    a_t, s_t = (c.to(models.device) for c in models.schedule.a_s(t))
+    tau = obj.target(x_t, x_0, a_t, s_t)
+    amplitude = obj.rms(tau)
+    if recipe.objective.tau_norm == "rms" and draws_from_inversion(recipe):
+        tau = obj.normalise(tau)
+        x_t = obj.noised(x_0, tau, a_t, s_t)
+
+    arguments = window.conditional.arguments(here)
+    time = t.to(models.device)
+    with torch.no_grad():
+        reference = models.reference(x_t, time, **arguments).sample
+    prediction = models.policy(x_t, time, **arguments).sample
+
+    e, r = errors(prediction, reference, x_t, x_0, a_t, s_t)  # against tau of x_t; the kernel on CUDA
+    if recipe.method == "sft":
+        loss, logit = e, -e
+    else:
+        (e_w, e_l), (r_w, r_l) = e.chunk(2), r.chunk(2)
+        if recipe.objective.winner_preserving is not None:
+            residual_w, residual_l = (prediction - tau).chunk(2)
+            gate = obj.loser_gate(residual_w, residual_l, recipe.objective.winner_preserving)
+            tally.add("loser_gate", gate)
+            e_l = obj.gate_gradient(e_l, gate)
+        logit = obj.logit(e_w, e_l, r_w, r_l, recipe.objective.beta)
+        loss = obj.preference_loss(logit)
+    tally.observe(
+        loss=loss,
+        logit=logit,
+        e=e,
+        r=r,
+        tau_rms=amplitude,
+        t=window.t[pairs],
+        T=models.schedule.T,
+        tau=tau,
+        prediction=prediction,
+        reference=reference,
+        sides=sides,
+        contrast=recipe.method != "sft",
+    )
+    tally.add("unet_evaluations", 2 * len(images), total=True)  # reference and policy, forward
+    return loss, logit.detach()

@@ -1,0 +1,17 @@
+"""Maps the folder kernels/ to the import name inpo_kernels: `kernels` is Hugging Face's package, which
+diffusers and transformers probe for. Everything else is in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "inpo_fast",
+        "inpo_fast.data",
+        "inpo_fast.judges",
+        "inpo_fast.pocket",
+        "inpo_fast.report",
+        "inpo_kernels",
+    ],
+    package_dir={"inpo_fast": "inpo_fast", "inpo_kernels": "kernels"},
+    package_data={"inpo_fast.pocket": ["assets/**/*"], "inpo_fast.report": ["*.j2", "*.css"]},
+)
