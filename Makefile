@@ -16,7 +16,7 @@ setup: .venv/ready
 	touch .venv/ready
 
 train: .venv/ready
-	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite=true
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite
 
 test: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -q

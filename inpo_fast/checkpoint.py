@@ -75,7 +75,8 @@ def save(
 
 def found(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    complete = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]  # not a user's step-0050-kept
+    return sorted(complete, key=lambda path: int(path.name[5:]))
 
 
 def load(folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> State:

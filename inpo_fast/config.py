@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -82,6 +83,9 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+SWITCHES = ("--resume", "--overwrite")  # may stand without a value
+
+
 class StrictParser(ArgumentParser):
     """Errors are one line: the key, the nearest known name, the remedy."""
 
@@ -99,8 +103,11 @@ def make_parser(program: str) -> StrictParser:
 def parse(program: str, arguments: list[str] | None = None) -> RunConfig:
     """Command line (and the YAML files it names) to a checked configuration. Refusal on any mistake."""
     parser = make_parser(program)
-    space = parser.parse_args(arguments)
-    named = [str(path) for path in (space.config or [])]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    space = parser.parse_args([f"{word}=true" if word in SWITCHES else word for word in arguments])
+    named = [str(path) for path in (space.config or []) if path is not None]  # None: YAML on the command line
+    for path in named:
+        _check_groups(path, RunConfig, yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     space.pop("config", None)
     config: RunConfig = _instantiate(RunConfig, parser.instantiate_classes(space))
     if config.output is None:
@@ -108,6 +115,15 @@ def parse(program: str, arguments: list[str] | None = None) -> RunConfig:
         config = replace(config, output=str(Path("runs") / name))
     check(config)
     return config
+
+
+def _check_groups(path: str, kind: type, tree: dict, prefix: str = "") -> None:
+    """`train: 3` where a group of keys belongs: jsonargparse ignores it or fails in its own way."""
+    for f in fields(kind):
+        if is_dataclass(f.type) and f.name in tree:
+            if not isinstance(tree[f.name], dict):
+                raise Refusal(f"{path}: {prefix}{f.name} is {tree[f.name]!r}, expected keys below it or no such line")
+            _check_groups(path, f.type, tree[f.name], f"{prefix}{f.name}.")
 
 
 def _instantiate(kind: type, space: Namespace):
@@ -126,6 +142,9 @@ def check(config: RunConfig) -> None:
         (config.inversion.batch >= 1, "inversion.batch", config.inversion.batch, "at least 1"),
         (config.inversion.eta >= 0, "inversion.eta", config.inversion.eta, "not negative"),
         (config.optim.lr > 0, "optim.lr", config.optim.lr, "positive"),
+        (all(0 <= b < 1 for b in config.optim.betas), "optim.betas", config.optim.betas, "in 0..1, 1 excluded"),
+        (config.optim.eps >= 0, "optim.eps", config.optim.eps, "not negative"),
+        (config.optim.weight_decay >= 0, "optim.weight_decay", config.optim.weight_decay, "not negative"),
         (config.optim.warmup_steps >= 0, "optim.warmup_steps", config.optim.warmup_steps, "not negative"),
         (config.optim.clip > 0, "optim.clip", config.optim.clip, "positive"),
         (0 < config.optim.ema_decay < 1, "optim.ema_decay", config.optim.ema_decay, "between 0 and 1"),
@@ -133,6 +152,8 @@ def check(config: RunConfig) -> None:
         (0 <= config.data.prompt_dropout <= 1, "data.prompt_dropout", config.data.prompt_dropout, "in 0..1"),
         (config.data.bad_pair_limit >= 0, "data.bad_pair_limit", config.data.bad_pair_limit, "not negative"),
     ]
+    for key, value in (("train.threads", config.train.threads), ("data.resolution", config.data.resolution)):
+        rules.append((value is None or value >= 1, key, value, "at least 1, or null"))
     mu = config.objective.winner_preserving
     rules.append((mu is None or 0 <= mu <= 1, "objective.winner_preserving", mu, "in 0..1, or null"))
     span = config.objective.timesteps
@@ -177,7 +198,7 @@ def to_yaml(config: RunConfig) -> str:
 
 # how jsonargparse words an unknown key, on the command line and in a file
 UNKNOWN_KEY = (
-    (r"Unrecognized arguments: --(?P<key>[\w.\-]+)", False),
+    (r"[Uu]nrecognized arguments: --(?P<key>[\w.\-]+)", False),
     (r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", True),
     (r"Option '(?P<key>[\w.]+)' is not accepted", False),
 )

@@ -27,7 +27,8 @@ from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.sample import draw, scaled_eps, use_ddim
 
 BOOTSTRAPS = 2000
-DIVERSITY_FLOOR = 0.8
+DIVERSITY_FLOOR = 0.8  # of the base's
+SEEN_GAP = 0.15  # how much more often a model may win on seen prompts than on held-out ones
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Evaluation:
 
     result: dict
     galleries: dict[str, Gallery] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)  # by gallery
 
 
 def win_rate(ours: np.ndarray, base: np.ndarray, tie: float, seeds: int) -> tuple[float, float, float]:
@@ -129,14 +131,19 @@ def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateCon
             galleries["base_seen"] = gallery("base, seen prompts", base_unet, seen)
             galleries["aligned_seen"] = gallery("aligned, seen prompts", unet, seen)
     base.unet = base_unet
-    return Evaluation(summarise(galleries, judge, outside, config, variant), galleries)
+    scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
+    return Evaluation(summarise(galleries, scores, judge, outside, config, variant), galleries, scores)
 
 
 def summarise(
-    galleries: dict[str, Gallery], judge: Judge, outside: Judge | None, config: EvaluateConfig, variant: str
+    galleries: dict[str, Gallery],
+    scores: dict[str, Scores],
+    judge: Judge,
+    outside: Judge | None,
+    config: EvaluateConfig,
+    variant: str,
 ) -> dict:
     """The content of evaluation.json."""
-    scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
     seeds = config.seeds
 
     def compare(ours: str, base: str, part: str | None = None) -> dict:
@@ -175,7 +182,7 @@ def summarise(
     if "aligned_seen" in scores:
         on_seen = compare("aligned_seen", "base_seen")
         gap = on_seen["win_rate"] - main["win_rate"]
-        guards["seen"] = on_seen | {"gap": gap, "ok": gap <= 0.15}
+        guards["seen"] = on_seen | {"gap": gap, "ok": gap <= SEEN_GAP}
     control = compare("control", "base")
     guards["control"] = control | {"eps_scale": config.control_eps_scale, "ok": control["win_rate_low"] <= 0.5}
     return {
@@ -195,14 +202,14 @@ def summarise(
 def verdict(result: dict) -> str:
     """The result in words and numbers."""
     rate, low, high = (100 * result[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
+    failed = [name for name, guard in result["guards"].items() if not guard["ok"]]
     if low > 50:
-        word = "The aligned model is better than its base"
+        word = f"The aligned model is better than its base{'' if not failed else ' for this judge'}"
     elif high < 50:
         word = "The aligned model is WORSE than its base"
     else:
         word = "No difference from the base can be shown"
-    failed = [name for name, guard in result["guards"].items() if not guard["ok"]]
-    guards = "all guards hold" if not failed else "guards that FAIL: " + ", ".join(failed)
+    guards = "all guards hold" if not failed else "BUT these guards fail: " + ", ".join(failed)
     return (
         f"{word}: it wins {rate:.1f} % of paired comparisons (95 % interval {low:.1f} to {high:.1f}) on "
         f"{result['prompts']} prompts x {result['seeds']} pictures, judged by {result['judge']} "

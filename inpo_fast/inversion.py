@@ -65,7 +65,7 @@ def invert(
     order = torch.argsort(climb.evaluations, descending=True, stable=True)  # on the CPU: costs no device sync
     needed = climb.evaluations[order]
     wide = torch.float64 if x_0.dtype == torch.float64 else torch.float32
-    x = x_0.to(wide)[order.to(device)]
+    x = x_0.to(wide)[order.to(device)].contiguous()  # latents may be channels_last
     p, q, sigma = (c[order].to(device, wide) for c in (climb.p, climb.q, climb.sigma))
     times, rows = climb.times[order].to(device), order.to(device)
 

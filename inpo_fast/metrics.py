@@ -127,7 +127,3 @@ class MetricsFile:
 
     def close(self) -> None:
         self.file.close()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -55,8 +55,8 @@ class RunFolder:
         taken = [name for name in (*OURS, *OUR_FOLDERS) if (self.path / name).exists()]
         if taken and not (self.config.resume or self.config.overwrite):
             raise Refusal(
-                f"{self.path} already holds a run ({', '.join(taken)}); continue it with --resume=true, replace "
-                "it with --overwrite=true, or choose another --output"
+                f"{self.path} already holds a run ({', '.join(taken)}); continue it with --resume, replace "
+                "it with --overwrite, or choose another --output"
             )
         if self.config.resume and taken:
             self._check_same_recipe()
@@ -64,7 +64,7 @@ class RunFolder:
     def _check_same_recipe(self) -> None:
         try:
             old = _flat(yaml.safe_load((self.path / "config.yaml").read_text()))
-        except (OSError, yaml.YAMLError) as problem:
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as problem:  # AttributeError: not a mapping
             raise Refusal(
                 f"{self.path / 'config.yaml'}: cannot be read ({problem}); the run cannot be continued"
             ) from problem
@@ -131,7 +131,7 @@ class RunFolder:
             shutil.rmtree(aside, ignore_errors=True)
             raise Refusal(
                 f"{final} cannot be written ({problem.strerror}); free some space and repeat with "
-                "--resume=true: the last checkpoint is complete"
+                "--resume: the last checkpoint is complete"
             ) from problem
         finally:
             pipeline.unet = own

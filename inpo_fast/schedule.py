@@ -57,7 +57,7 @@ class Climb:
 
 def snap(t: torch.Tensor, steps: int, T: int) -> torch.Tensor:
     """The global level at or above t: t -> the levels T/n, 2T/n, ... T (less one)."""
-    return (t * steps // T + 1) * T // steps - 1
+    return -(-(t + 1) * steps // T) * T // steps - 1
 
 
 def plan(

@@ -35,6 +35,7 @@ def _step(p_x, p_eps, p_p, p_q, n, BLOCK: tl.constexpr):
 def _ddim_step(x: torch.Tensor, eps: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> None:
     if len(x):
         n = x[0].numel()
+        p, q = p.contiguous(), q.contiguous()  # columns of a plan are strided
         _step[(len(x), triton.cdiv(n, BLOCK))](x, eps, p, q, n, BLOCK=BLOCK)
 
 

@@ -67,6 +67,7 @@ def _bwd(p_pred, p_xt, p_x0, p_a, p_s, p_de, p_dpred, n, BLOCK: tl.constexpr):
 def _errors(
     pred: torch.Tensor, ref: torch.Tensor, x_t: torch.Tensor, x_0: torch.Tensor, a: torch.Tensor, s: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    a, s = a.contiguous(), s.contiguous()
     e, r = torch.empty_like(a), torch.empty_like(a)
     if len(pred):
         _fwd[(len(pred),)](pred, ref, x_t, x_0, a, s, e, r, pred[0].numel(), BLOCK=BLOCK)
@@ -85,7 +86,8 @@ def _errors_backward(
     dpred = torch.empty_like(pred)
     if len(pred):
         n = pred[0].numel()
-        _bwd[(len(pred), triton.cdiv(n, BLOCK))](pred, x_t, x_0, a, s, de.contiguous(), dpred, n, BLOCK=BLOCK)
+        a, s, de = a.contiguous(), s.contiguous(), de.contiguous()
+        _bwd[(len(pred), triton.cdiv(n, BLOCK))](pred, x_t, x_0, a, s, de, dpred, n, BLOCK=BLOCK)
     return dpred
 
 

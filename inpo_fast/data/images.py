@@ -27,8 +27,12 @@ def decode(encoded: bytes, max_pixels: int) -> Image.Image:
         if image.width * image.height > max_pixels:
             raise BadPair(f"{image.width}x{image.height} pixels, more than data.max_pixels={max_pixels}")
         image.load()  # Image.open reads the header only: a truncated file fails here
+        if image.mode.startswith("I;16"):  # convert() would clip it to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+    except BadPair:
+        raise
+    except Exception as problem:  # damaged bytes make PIL raise anything: OSError, SyntaxError, TypeError, RuntimeError
         raise BadPair(f"image cannot be decoded ({problem})") from problem
 
 
@@ -46,6 +50,6 @@ def make_view(
         image = image.resize((wide, high), Image.Resampling.BILINEAR)
     room = image.height - resolution, image.width - resolution
     where = (0.5, 0.5) if crop == "center" else draw
-    top, left = (int(round(free * part)) for free, part in zip(room, where, strict=True))
+    top, left = (round(free * part) for free, part in zip(room, where, strict=True))
     pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
     return View(np.ascontiguousarray(pixels[:, ::-1] if flip else pixels), (height, width), (top, left))

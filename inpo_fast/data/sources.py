@@ -84,6 +84,10 @@ class ParquetSource:
                     f"{shard}: no column {', '.join(missing)}; the Pick-a-Pic v2 schema needs "
                     f"{', '.join(self.COLUMNS)} and it has {', '.join(file.schema_arrow.names)}"
                 )
+            for column in ("jpg_0", "jpg_1"):
+                kind = file.schema_arrow.field(column).type
+                if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+                    raise Refusal(f"{shard}: column {column} is {kind}, expected binary (the bytes of an image file)")
             for group in range(file.num_row_groups):
                 labels = _read_group(file, shard, group, ["label_0", "label_1"])
                 first, second = (_labels(labels, c, shard) for c in ("label_0", "label_1"))
@@ -107,7 +111,10 @@ class ParquetSource:
         shard, group, row, side = (int(v) for v in self.index[index])
         table = self._group(shard, group)
         name = f"{self.shards[shard].name}:{group}:{row}"
-        caption, *images = (table[c][row].as_py() for c in ("caption", "jpg_0", "jpg_1"))
+        try:
+            caption, *images = (table[c][row].as_py() for c in ("caption", "jpg_0", "jpg_1"))
+        except UnicodeDecodeError as problem:
+            raise BadPair(f"{name}: caption is not UTF-8") from problem
         if not isinstance(caption, str) or not all(images):
             raise BadPair(f"{name}: caption or image missing")
         return Pair(name, caption, images[side], images[1 - side])
@@ -116,7 +123,7 @@ class ParquetSource:
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as problem:
+    except (pa.ArrowException, OSError, ValueError) as problem:
         raise Refusal(
             f"{path}: not a readable parquet file ({_first_line(problem)}); download it again or remove it"
         ) from problem
@@ -125,7 +132,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 def _read_group(file: pq.ParquetFile, path: Path, group: int, columns: list[str]) -> pa.Table:
     try:
         return file.read_row_group(group, columns=columns)
-    except (pa.ArrowException, OSError) as problem:
+    except (pa.ArrowException, OSError, ValueError) as problem:
         raise Refusal(
             f"{path}: row group {group} cannot be read ({_first_line(problem)}); download it again or remove it"
         ) from problem
@@ -146,16 +153,16 @@ class FolderSource:
         listing = folder / "metadata.jsonl"
         if not listing.is_file():
             raise Refusal(f"{folder}: no metadata.jsonl in this folder")
-        with listing.open(encoding="utf-8") as lines:
+        with listing.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     self._add(f"{listing}:{number}", number, line)
 
-    def _add(self, where: str, number: int, line: str) -> None:
+    def _add(self, where: str, number: int, line: bytes) -> None:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise Refusal(f"{where}: not JSON ({problem})") from problem
+        except ValueError as problem:  # JSONDecodeError or UnicodeDecodeError
+            raise Refusal(f"{where}: not JSON in UTF-8 ({problem})") from problem
         prompt = record.get("prompt", record.get("caption")) if isinstance(record, dict) else None
         if not isinstance(prompt, str):
             raise Refusal(f"{where}: no text under `prompt` or `caption`")
@@ -178,16 +185,17 @@ class FolderSource:
 
     def read(self, index: int) -> Pair:
         number, prompt, winner, loser = self.records[index]
-        return Pair(f"metadata.jsonl:{number}", prompt, self._bytes(winner), self._bytes(loser))
+        id = f"metadata.jsonl:{number}"
+        return Pair(id, prompt, self._bytes(id, winner), self._bytes(id, loser))
 
-    def _bytes(self, name: str) -> bytes:
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder):
-            raise BadPair(f"{name}: outside {self.folder}")
+    def _bytes(self, id: str, name: str) -> bytes:
         try:
+            path = (self.folder / name).resolve()
+            if not path.is_relative_to(self.folder):
+                raise BadPair(f"{id}: {name}: outside {self.folder}")
             return path.read_bytes()
-        except OSError as problem:
-            raise BadPair(f"{name}: {problem.strerror}") from problem
+        except (OSError, ValueError, RuntimeError) as problem:  # missing; NUL in the name; a loop of links
+            raise BadPair(f"{id}: {name!r}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
 def _first_line(problem: Exception) -> str:

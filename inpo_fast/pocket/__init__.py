@@ -1,0 +1,5 @@
+"""The pocket world: a tiny real text-to-image model with its scenes, judge and preference pairs."""
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"

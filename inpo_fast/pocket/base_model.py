@@ -4,6 +4,7 @@ Same parts and file layout as SD1.5 (CLIP BPE tokenizer, CLIP text encoder, Auto
 UNet, DDIM schedule), about three million parameters. Built once by `build.py`, shipped in `assets/`.
 """
 
+import json
 import random
 
 import numpy as np
@@ -30,7 +31,7 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(captions, trainer)
-    import json
+
 
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
@@ -114,7 +115,7 @@ def _misname(scene: Scene, rng: np.random.Generator) -> Scene:
     return Scene(**{**vars(scene), str(field): str(rng.choice(words[field]))})
 
 
-def _one_cycle(step: int, steps: int) -> float:
+def one_cycle(step: int, steps: int) -> float:
     """Learning-rate factor: 5 % linear warm-up, then cosine to 2 %."""
     warm = max(1, steps // 20)
     if step < warm:
@@ -126,7 +127,7 @@ def train_vae(pixels: torch.Tensor, *, steps: int, batch: int, lr: float, seed: 
     torch.manual_seed(seed)
     vae = make_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
     order = torch.Generator().manual_seed(seed)
     for step in track(range(steps), description="vae"):
         x = pixels[torch.randint(len(pixels), (batch,), generator=order)]
@@ -173,7 +174,7 @@ def train_denoiser(
     parameters = list(both.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, steps))
     noising = make_scheduler()
     ids = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     order = torch.Generator().manual_seed(seed)

@@ -1,0 +1,120 @@
+"""Pictures before and after: the contact sheet samples.png, and the same pictures as data inside the page."""
+
+import base64
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from inpo_fast.evaluate import Gallery
+
+SHEET = 12  # comparisons on a contact sheet
+SHEET_COLUMNS = 6
+SHEET_BYTES = 1_900_000
+ENLARGED = 160  # pixels to which smaller pictures are enlarged, by a whole factor, so that every pixel stays a square
+SIDES = (320, 256, 192, 160, 128, 96, 64)  # to which larger ones are shrunk; the first that fits the limit in bytes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same prompt from the same noise, by both models. Pictures: (H, W, 3) uint8."""
+
+    prompt: str
+    base: np.ndarray
+    aligned: np.ndarray
+
+    @property
+    def pixelated(self) -> bool:
+        return max(self.base.shape[:2]) < ENLARGED
+
+
+def comparison(base: "Gallery", aligned: "Gallery", number: int) -> Comparison:
+    return Comparison(base.captions[number], base.pictures[number], aligned.pictures[number])
+
+
+def before_after(base: "Gallery", aligned: "Gallery") -> list[Comparison]:
+    """Prompts evenly spread over the list, first seed first: never chosen by how they came out."""
+    prompts = len(base.prompts)
+    rows = np.unique(np.linspace(0, prompts - 1, min(SHEET, prompts)).round().astype(int))
+    seeds = range(min(base.seeds, max(1, SHEET // prompts)))
+    return [comparison(base, aligned, int(row) * base.seeds + seed) for row in rows for seed in seeds]
+
+
+def fitted(picture: np.ndarray, side: int) -> Image.Image:
+    """Small pictures enlarged by nearest neighbour, large ones shrunk to `side`."""
+    image = Image.fromarray(picture)
+    longest = max(image.size)
+    if longest > side:
+        return image.resize([max(1, round(n * side / longest)) for n in image.size], Image.Resampling.LANCZOS)
+    factor = max(1, ENLARGED // longest)
+    return image.resize([n * factor for n in image.size], Image.Resampling.NEAREST)
+
+
+def contact_sheet(base: "Gallery", aligned: "Gallery") -> bytes:
+    """PNG: the base's row above the aligned model's, captions below."""
+    chosen = before_after(base, aligned)
+    for side in SIDES:
+        content = _png(_sheet(chosen, side))
+        if len(content) <= SHEET_BYTES:
+            break
+    return content
+
+
+def _sheet(chosen: Sequence[Comparison], side: int) -> Image.Image:
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 13)
+    pairs = [(fitted(c.base, side), fitted(c.aligned, side)) for c in chosen]
+    width = max(image.width for pair in pairs for image in pair)
+    height = max(image.height for pair in pairs for image in pair)
+    gap, left, text = 8, 68, 62
+    columns = min(SHEET_COLUMNS, len(pairs))
+    block = 2 * height + 4 + text + gap
+    size = left + columns * (width + gap), gap + -(-len(pairs) // columns) * block
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (case, (before, after)) in enumerate(zip(chosen, pairs, strict=True)):
+        x, y = left + number % columns * (width + gap), gap + number // columns * block
+        if number % columns == 0:
+            for row, name in enumerate(("base", "aligned")):
+                pen.text((left - 8, y + row * (height + 4) + height // 2), name, "#444444", font, anchor="rm")
+        sheet.paste(before, (x, y))
+        sheet.paste(after, (x, y + height + 4))
+        letters = max(8, int(width / font.getlength("n")))
+        lines = textwrap.wrap(case.prompt, letters, max_lines=3, placeholder=" …") or [""]
+        pen.multiline_text((x, y + 2 * height + 10), "\n".join(lines), "#222222", font, spacing=3)
+    return sheet
+
+
+def data_uris(comparisons: Sequence[Comparison], limit: int) -> dict[int, str]:
+    """id of a picture's array -> data URI. All together stay below `limit` bytes, by shrinking if they must."""
+    arrays = {id(picture): picture for c in comparisons for picture in (c.base, c.aligned)}
+    for side in SIDES:
+        encoded = {key: _encoded(picture, side) for key, picture in arrays.items()}
+        if sum(len(content) for _, content in encoded.values()) <= limit:
+            break
+    return {
+        key: f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+        for key, (kind, content) in encoded.items()
+    }
+
+
+def _encoded(picture: np.ndarray, side: int) -> tuple[str, bytes]:
+    """Small pictures as they are, lossless (the page enlarges them); large ones as JPEG."""
+    image = Image.fromarray(picture)
+    if max(image.size) < ENLARGED:
+        return "png", _png(image)
+    out = io.BytesIO()
+    fitted(picture, side).save(out, "JPEG", quality=86)
+    return "jpeg", out.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()

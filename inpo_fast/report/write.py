@@ -1,0 +1,100 @@
+"""Writes report.html, and samples.png when there are pictures. Standing above evaluate: it only reads results."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from inpo_fast.files import write_bytes, write_text
+from inpo_fast.refusal import Refusal
+from inpo_fast.report import curves, pictures, plots, reasons, results
+
+if TYPE_CHECKING:
+    from inpo_fast.evaluate import Evaluation
+
+PICTURE_BYTES = 1_600_000  # of the whole page, before base64 adds a third
+
+
+def write_report(folder: Path, evaluation: "Evaluation | None") -> Path:
+    """The path of report.html. Shows what the run folder has: every part may be missing.
+
+    folder: config.yaml, manifest.json and metrics.jsonl are read from it if they exist. evaluation: the verdict
+    and the pictures; None for a run that was only trained. An evaluation that also has `scores`, a dict from a
+    gallery's name to the judge's Scores of its pictures, gets the section on why pictures won.
+    """
+    try:
+        galleries = evaluation.galleries if evaluation is not None else {}
+        if "base" in galleries and "aligned" in galleries:
+            write_bytes(folder / "samples.png", pictures.contact_sheet(galleries["base"], galleries["aligned"]))
+        report = folder / "report.html"
+        write_text(report, page(folder, evaluation))
+    except OSError as problem:
+        raise Refusal(f"the report in {folder} cannot be written or read ({problem.strerror or problem})") from problem
+    return report
+
+
+def page(folder: Path, evaluation: "Evaluation | None") -> str:
+    """The HTML. Everything that comes from data is escaped by the template's engine."""
+    manifest_text = _text(folder / "manifest.json")
+    manifest = _tree(manifest_text)
+    series = curves.read_series(folder / "metrics.jsonl")
+    result = evaluation.result if evaluation is not None else None
+    galleries = evaluation.galleries if evaluation is not None else {}
+    before_after, why = [], None
+    if "base" in galleries and "aligned" in galleries:
+        before_after = pictures.before_after(galleries["base"], galleries["aligned"])
+        if scores := getattr(evaluation, "scores", None):
+            why = reasons.extremes(galleries["base"], galleries["aligned"], scores["base"], scores["aligned"])
+    extreme = [case.comparison for case in (*why.gains, *why.losses)] if why else []
+    uris = pictures.data_uris([*before_after, *extreme], PICTURE_BYTES)
+    engine = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return engine.get_template("template.html.j2").render(
+        variant=manifest.get("variant") or (result or {}).get("variant") or "unnamed run",
+        subtitle=list(_subtitle(manifest, series, result)),
+        verdict=results.headline(result) if result else None,
+        before_after=before_after,
+        why=why,
+        src=lambda picture: uris[id(picture)],
+        win_rates=results.win_rates(result) if result else [],
+        guards=results.guards(result) if result else [],
+        curves=[(curve, curve.latest(series), plots.draw(curve, series)) for curve in curves.chosen(series)],
+        palette=plots.PALETTE,
+        config=_text(folder / "config.yaml"),
+        manifest=manifest_text,
+    )
+
+
+def _subtitle(manifest: dict, series: curves.Series, result: dict | None) -> Iterator[str]:
+    """What was done, in a few phrases, from whatever is known."""
+    data, model = manifest.get("data") or {}, manifest.get("model") or {}
+    if model.get("base"):
+        yield f"aligned from {model['base']}"
+    if data.get("pairs") is not None:
+        yield f"{data['pairs']:,} preference pairs"
+    if series:
+        yield f"{max(int(steps[-1]) for steps, _ in series.values()):,} training steps"
+    if result:
+        yield f"compared on {result['prompts']:,} prompts × {result['seeds']} pictures"
+        sampler = result.get("sampler")
+        if sampler:
+            yield f"{sampler['name']}, {sampler['steps']} steps, guidance {sampler['guidance']:g}"
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+
+
+def _tree(text: str | None) -> dict:
+    try:
+        tree = json.loads(text or "{}")
+    except json.JSONDecodeError:  # the page shows the text as it is
+        return {}
+    return tree if isinstance(tree, dict) else {}

@@ -1,0 +1,200 @@
+"""train_step held against the naive loop (gradients), against itself at other batch sizes, and the method's exact properties."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_world import save_pairs, tiny_models
+
+from bench.naive import naive_step
+from inpo_fast import objectives as obj
+from inpo_fast.data.sources import open_source
+from inpo_fast.data.windows import DataConfig, Windows
+from inpo_fast.inversion import InversionConfig
+from inpo_fast.objectives import ObjectiveConfig, Timesteps
+from inpo_fast.step import Recipe, make_window, micro_step, noise_window, train_step
+
+RECIPE = Recipe("inpo", ObjectiveConfig(beta=500.0), InversionConfig(steps=5, batch=7), 4, True, 0)
+PAIRS = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    models = tiny_models(folder / "model")
+    source = open_source(save_pairs(folder / "pairs.parquet"))
+    windows = Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1)
+    return models, next(windows.steps(0, 1, PAIRS))
+
+
+@pytest.fixture
+def moved(world):
+    """The world with a policy that differs from the reference; put back afterwards."""
+    models, items = world
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in models.parameters():
+            p.add_(0.05 * p.std().nan_to_num() * torch.randn(p.shape, generator=generator))
+    yield models, items
+    models.policy.load_state_dict(models.reference.state_dict())
+
+
+def gradient(models, items, recipe):
+    window = make_window(items, models, recipe, models.encode_empty())
+    tally, logits = train_step(window, models, recipe, len(items), clip=math.inf)
+    return torch.cat([p.grad.reshape(-1) for p in models.parameters()]), tally.values(), logits
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("method", ["inpo", "dpo"])
+def test_step_zero_is_exactly_ln_2(world, method):
+    models, items = world
+    _, values, logits = gradient(models, items, replace(RECIPE, method=method))
+    assert torch.equal(logits, torch.zeros(PAIRS))
+    assert values["loss"] == pytest.approx(math.log(2), abs=1e-7)  # fp32's ln 2
+    assert values["winner_delta"] == values["loser_delta"] == 0
+    assert values["eps_scale"] == pytest.approx(1, abs=1e-6)
+
+
+def test_gradient_equals_the_naive_loop(moved):
+    models, items = moved
+    how = InversionConfig(steps=10, grid="diffusers-0.22", evaluate_at="target", guidance=1.0)
+    ours, values, _ = gradient(models, items, replace(RECIPE, inversion=how))
+    models.policy.zero_grad()
+    seen = naive_step(items, models, beta=500.0, inversion_steps=10, seed=0)
+    theirs = torch.cat([p.grad.reshape(-1) for p in models.parameters()])
+    assert distance(ours, theirs) < 1e-3  # fp32, ten chained evaluations, sums in another order
+    assert values["loss"] == pytest.approx(seen["loss"], rel=1e-4)
+    assert values["unet_evaluations"] == seen["unet_evaluations"]
+
+
+def test_micro_batch_inversion_batch_and_order_change_nothing(moved):
+    models, items = moved
+    whole, values, logits = gradient(models, items, RECIPE)
+    for micro_batch, batch in ((1, 3), (2, 64), (8, 5)):
+        recipe = replace(RECIPE, micro_batch=micro_batch, inversion=replace(RECIPE.inversion, batch=batch))
+        other, other_values, _ = gradient(models, items, recipe)
+        assert distance(other, whole) < 1e-4
+        assert other_values["loss"] == pytest.approx(values["loss"], rel=1e-5)
+    turned, _, turned_logits = gradient(models, items[::-1], RECIPE)
+    assert distance(turned, whole) < 1e-4
+    torch.testing.assert_close(turned_logits.flip(0), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_swapping_winner_and_loser_negates_the_logit(moved):
+    """Held on the noised window: the images keep their own draws, only their roles change."""
+    models, items = moved
+    window = make_window(items, models, RECIPE, models.encode_empty())
+    x_t, _ = noise_window(window, models, RECIPE)
+    swapped = replace(window, x_0=window.x_0.flip(1))
+    from inpo_fast.metrics import Tally
+
+    pairs = torch.arange(PAIRS)
+    _, logit = micro_step(window, x_t, pairs, models, RECIPE, Tally(models.device))
+    _, negated = micro_step(swapped, x_t.flip(1), pairs, models, RECIPE, Tally(models.device))
+    torch.testing.assert_close(negated, -logit, rtol=1e-3, atol=1e-3)
+    assert logit.abs().max() > 0.01
+
+
+def test_random_estimator_is_diffusion_dpo(moved):
+    models, items = moved
+    random = replace(RECIPE, inversion=InversionConfig(estimator="random"))
+    assert torch.equal(gradient(models, items, random)[0], gradient(models, items, replace(RECIPE, method="dpo"))[0])
+    window = make_window(items, models, random, models.encode_empty())
+    x_t, spent = noise_window(window, models, random)
+    a, s = (c[:, None, None, None, None] for c in models.schedule.a_s(window.t))
+    tau = (x_t - a * window.x_0) / s
+    assert spent == 0
+    torch.testing.assert_close(tau[:, 0], tau[:, 1], rtol=0, atol=1e-3)  # the same z for both sides
+
+
+def test_dpo_loss_equals_an_independent_computation(moved):
+    models, items = moved
+    recipe = replace(RECIPE, method="dpo")
+    _, values, logits = gradient(models, items, recipe)
+    window = make_window(items, models, recipe, models.encode_empty())
+    x_t, _ = noise_window(window, models, recipe)
+    expected = []
+    for i in range(PAIRS):
+        abar = models.schedule.abar[window.t[i]].double()
+        errors = {}
+        for side in range(2):
+            text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
+            tau = (x_t[i, side].double() - abar.sqrt() * window.x_0[i, side].double()) / (1 - abar).sqrt()
+            for name, unet in (("e", models.policy), ("r", models.reference)):
+                with torch.no_grad():
+                    out = unet(x_t[i, side][None], window.t[i], text).sample[0].double()
+                errors[name, side] = (tau - out).square().mean()
+        gap = (errors["e", 0] - errors["e", 1]) - (errors["r", 0] - errors["r", 1])
+        expected.append(-0.5 * 500.0 * gap)
+    expected = torch.stack(expected)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=2e-3)
+    assert values["loss"] == pytest.approx(torch.log1p(torch.exp(-expected)).mean().item(), rel=1e-3)
+
+
+def test_sft_descends_the_winners_error_only(moved):
+    models, items = moved
+    got, values, _ = gradient(models, items, replace(RECIPE, method="sft"))
+    assert values["loss"] == pytest.approx(values["winner_error"])
+    assert "margin" not in values and "loser_error" not in values
+    losers_changed = [replace(item, loser=item.winner) for item in items]
+    assert torch.equal(gradient(models, losers_changed, replace(RECIPE, method="sft"))[0], got)
+
+
+def test_tau_norm_gives_unit_tau_and_keeps_step_zero(world):
+    models, items = world
+    recipe = replace(RECIPE, objective=replace(RECIPE.objective, tau_norm="rms"))
+    seen = {}
+    original = obj.normalise
+
+    def spy(tau):
+        seen["rms"] = obj.rms(original(tau))
+        return original(tau)
+
+    obj.normalise = spy
+    try:
+        _, _, logits = gradient(models, items, recipe)
+    finally:
+        obj.normalise = original
+    torch.testing.assert_close(seen["rms"], torch.ones_like(seen["rms"]))
+    assert torch.equal(logits, torch.zeros(PAIRS))
+
+
+def test_winner_preserving_changes_the_gradient_not_the_loss(moved):
+    models, items = moved
+    plain, values, _ = gradient(models, items, RECIPE)
+    gated, gated_values, _ = gradient(models, items, replace(RECIPE, objective=replace(RECIPE.objective, winner_preserving=0.9)))
+    assert gated_values["loss"] == values["loss"]
+    assert distance(gated, plain) > 1e-3
+    assert 0 <= gated_values["loser_gate"] <= 1
+
+
+def test_timestep_range_and_snap_are_respected(world):
+    models, items = world
+    recipe = replace(RECIPE, objective=replace(RECIPE.objective, timesteps=Timesteps(300, 420)))
+    t = make_window(items, models, recipe, models.encode_empty()).t
+    assert t.min() >= 300 and t.max() <= 420 and len(set(t.tolist())) > 1
+    snapped = replace(RECIPE, inversion=replace(RECIPE.inversion, grid="snap"))
+    t = make_window(items, models, snapped, models.encode_empty()).t
+    assert set(((t + 1) % 200).tolist()) == {0}
+
+
+def test_reference_inversion_does_not_follow_the_policy(moved):
+    models, items = moved
+    window = make_window(items, models, RECIPE, models.encode_empty())
+    by_policy, _ = noise_window(window, models, RECIPE)
+    by_reference, _ = noise_window(window, models, replace(RECIPE, inversion=replace(RECIPE.inversion, model="reference")))
+    assert (by_policy - by_reference).abs().max() > 1e-3
+
+
+def test_a_missing_pair_leaves_the_mean_over_the_others(moved):
+    models, items = moved
+    six = items[:6]
+    window = make_window(six, models, RECIPE, models.encode_empty())
+    train_step(window, models, RECIPE, pairs_per_step=8, clip=math.inf)  # two of eight were dropped
+    got = torch.cat([p.grad.reshape(-1) for p in models.parameters()])
+    assert distance(gradient(models, six, RECIPE)[0], got) < 1e-5

@@ -1,0 +1,78 @@
+"""A model of the true layout that is small enough to be trained in a test, and real parquet pairs for it."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+
+from inpo_fast.models import Models, load_pipeline
+from inpo_fast.pocket.base_model import WIDTH, make_pipeline, make_text_encoder, make_tokenizer
+from inpo_fast.pocket.pairs import SCHEMA, png, write_pairs
+from inpo_fast.pocket.scenes import Finish, all_scenes, random_finish, render, split_scenes
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """Random weights; the UNet's output layer is widened so that its prediction is about unit size."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer([scene.caption for scene in all_scenes()])
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=1.0,
+    )
+    unet = tiny_unet()
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(4)
+    return make_pipeline(vae, unet, make_text_encoder(tokenizer), tokenizer)
+
+
+def save_tiny_model(folder: Path) -> str:
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@lru_cache
+def pair_table(rows: int = 48) -> pa.Table:
+    """A perfect picture is preferred to an imperfect one; every eighth row is a tie."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i, scene in enumerate(split_scenes()[0][:rows]):
+        pictures = [png(render(scene, finish, rng)) for finish in (Finish(), random_finish(rng))]
+        swap, tie = i % 2, i % 8 == 7
+        record = {field.name: None for field in SCHEMA}
+        record |= {"caption": scene.caption, "jpg_0": pictures[swap], "jpg_1": pictures[1 - swap]}
+        record |= {"label_0": 0.5 if tie else 1.0 - swap, "label_1": 0.5 if tie else float(swap)}
+        records.append(record)
+    return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def save_pairs(path: Path, rows: int = 48) -> str:
+    write_pairs(pair_table(rows), path)
+    return str(path)
+
+
+def tiny_models(folder: Path) -> Models:
+    return Models(load_pipeline(save_tiny_model(folder)), torch.device("cpu"))
