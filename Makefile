@@ -16,7 +16,7 @@ setup: .venv/ready
 	touch .venv/ready
 
 train: .venv/ready
-	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite
 
 test: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -q
@@ -30,7 +30,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 pocket: .venv/ready
-	$(BIN)/python -m inpo_fast.pocket.build
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.pocket.build
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -94,7 +94,7 @@ class StrictParser(ArgumentParser):
 
 
 def make_parser(program: str) -> StrictParser:
-    parser = StrictParser(prog=program, description=RunConfig.__doc__, exit_on_error=False)
+    parser = StrictParser(prog=program, description=RunConfig.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; later ones win")
     parser.add_class_arguments(RunConfig, nested_key=None, as_group=False)
     return parser

@@ -5,7 +5,6 @@ UNet, DDIM schedule), about three million parameters. Built once by `build.py`, 
 """
 
 import json
-import random
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from rich.progress import track
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from inpo_fast import distributed
 from inpo_fast.pocket.scenes import BACKGROUNDS, COLOURS, RADIUS, SHAPES, SIZE, Scene, random_finish, render
 
 MAX_TOKENS = 16
@@ -77,11 +77,11 @@ def make_unet() -> UNet2DConditionModel:
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 96),
+        block_out_channels=(40, 80),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
         attention_head_dim=4,  # diffusers' name for the number of heads
-        norm_num_groups=16,
+        norm_num_groups=8,
     )
 
 
@@ -166,9 +166,12 @@ def train_denoiser(
     seed: int,
     ema_decay: float = 0.998,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Text encoder and UNet together, epsilon prediction; returns their averaged weights."""
+    """Text encoder and UNet together, epsilon prediction; returns their averaged weights.
+
+    Under torchrun each process takes its share of the batch; all draw the same numbers and end with the same weights.
+    """
+    rank, world = distributed.rank_and_world()
     torch.manual_seed(seed)
-    random.seed(seed)
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     both = torch.nn.ModuleList([unet, text_encoder])
     parameters = list(both.parameters())
@@ -179,23 +182,24 @@ def train_denoiser(
     ids = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     order = torch.Generator().manual_seed(seed)
     running = 0.0
-    for step in track(range(steps), description="unet"):
+    for step in track(range(steps), description="unet", disable=rank != 0):
         pick = torch.randint(len(latents), (batch,), generator=order)
         text = torch.where(torch.rand(batch, generator=order) < EMPTY_PROMPT, len(captions), pick)
         x_0 = latents[pick]
         eps = torch.randn(x_0.shape, generator=order)
         t = torch.randint(1000, (batch,), generator=order)
-        predicted = unet(noising.add_noise(x_0, eps, t), t, text_encoder(ids[text])[0]).sample
-        loss = F.mse_loss(predicted, eps)
+        x_t, t, text, eps = (v[rank::world] for v in (noising.add_noise(x_0, eps, t), t, text, eps))
+        loss = F.mse_loss(unet(x_t, t, text_encoder(ids[text])[0]).sample, eps)
         optimizer.zero_grad()
-        loss.backward()
+        (loss / world).backward()
+        distributed.sum_([p.grad for p in parameters])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
-        if step % 200 == 0:
+        if step % 200 == 0 and rank == 0:
             print(f"unet step {step}: loss {running:.4f}", flush=True)
     with torch.no_grad():
         for parameter, mean in zip(parameters, average, strict=True):

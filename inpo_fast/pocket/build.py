@@ -1,6 +1,6 @@
 """Builds everything in assets/ from nothing: `make pocket` (about an hour on two cores).
 
-    python -m inpo_fast.pocket.build [--only vae|denoiser|clip|pairs|manifest] [--output DIR]
+    torchrun --standalone --nproc-per-node 2 -m inpo_fast.pocket.build [--only vae|denoiser|clip|pairs|manifest] [--output DIR]
 
 Stages read what the stages before them wrote, so one can be repeated alone. Seeds are pinned; the files are the
 same on the same machine and versions, and equal in quality elsewhere. manifest.json holds their hashes.
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from inpo_fast import distributed
 from inpo_fast.files import write_text
 from inpo_fast.models import quiet_libraries
 from inpo_fast.pocket import ASSETS, base_model, clip_model, pairs
@@ -24,16 +25,17 @@ from inpo_fast.pocket.scenes import all_scenes, split_scenes
 from inpo_fast.refusal import run_or_refuse
 from inpo_fast.sample import draw, use_ddim
 
-SEED = 1
+SEED = 0  # of weights, batches, samples and labels
+RENDER_SEED = 1
 PICTURES = 40_000  # renderings the base model learns from
 VAE_STEPS, VAE_BATCH, VAE_LR = 6_000, 32, 2e-3
-UNET_STEPS, UNET_BATCH, UNET_LR = 6_000, 128, 2e-3
+UNET_STEPS, UNET_BATCH, UNET_LR = 4_500, 128, 2e-3
 PAIRS = 1_440
 
 
 def build_vae(output: Path) -> None:
     seen, _ = split_scenes()
-    pixels, _ = base_model.render_training_set(seen, PICTURES, SEED)
+    pixels, _ = base_model.render_training_set(seen, PICTURES, RENDER_SEED)
     vae = base_model.train_vae(pixels, steps=VAE_STEPS, batch=VAE_BATCH, lr=VAE_LR, seed=SEED)
     vae.half().save_pretrained(output / "model" / "vae")
 
@@ -41,13 +43,16 @@ def build_vae(output: Path) -> None:
 def build_denoiser(output: Path) -> None:
     seen, _ = split_scenes()
     vae = AutoencoderKL.from_pretrained(output / "model" / "vae")
-    pixels, captions = base_model.render_training_set(seen, PICTURES, SEED)
+    pixels, captions = base_model.render_training_set(seen, PICTURES, RENDER_SEED)
     tokenizer = base_model.make_tokenizer([scene.caption for scene in all_scenes()])
+    torch.set_num_threads(1 if distributed.rank_and_world()[1] > 1 else os.cpu_count() or 1)
     unet, text_encoder = base_model.train_denoiser(
         base_model.encode_all(vae, pixels), captions, tokenizer,
         steps=UNET_STEPS, batch=UNET_BATCH, lr=UNET_LR, seed=SEED,
     )
-    base_model.make_pipeline(vae, unet, text_encoder, tokenizer).to(torch.float16).save_pretrained(output / "model")
+    if distributed.rank_and_world()[0] == 0:
+        pipeline = base_model.make_pipeline(vae, unet, text_encoder, tokenizer)
+        pipeline.to(torch.float16).save_pretrained(output / "model")
 
 
 def build_clip(output: Path) -> None:
@@ -82,7 +87,8 @@ def write_manifest(output: Path) -> None:
     files = sorted(path for path in output.rglob("*") if path.is_file() and path.name != "manifest.json")
     hashes = {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     settings = {
-        "seed": SEED, "pictures": PICTURES, "pairs": PAIRS,
+        "seed": SEED,
+        "render_seed": RENDER_SEED, "pictures": PICTURES, "pairs": PAIRS,
         "vae": {"steps": VAE_STEPS, "batch": VAE_BATCH, "lr": VAE_LR},
         "denoiser": {"steps": UNET_STEPS, "batch": UNET_BATCH, "lr": UNET_LR},
         "sampler": {"name": "DDIM", "steps": pairs.SAMPLER_STEPS, "guidance": pairs.GUIDANCE},
@@ -95,6 +101,7 @@ def write_manifest(output: Path) -> None:
 
 STAGES = {"vae": build_vae, "denoiser": build_denoiser, "clip": build_clip, "pairs": build_pairs, "check": check_base,
           "manifest": write_manifest}
+SHARED = ("denoiser",)  # split over processes; the first one does the other stages
 
 
 def main() -> None:
@@ -103,14 +110,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ASSETS)
     arguments = parser.parse_args()
     quiet_libraries()
-    torch.set_num_threads(os.cpu_count() or 1)
-    if not arguments.only:
-        shutil.rmtree(arguments.output, ignore_errors=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    rank, _, _ = distributed.start(timeout_minutes=60)
+    if rank == 0:
+        if not arguments.only:
+            shutil.rmtree(arguments.output, ignore_errors=True)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
     for name, stage in STAGES.items():
         if not arguments.only or name in arguments.only:
-            print(f"== {name}", flush=True)
-            stage(arguments.output)
+            if rank == 0:
+                print(f"== {name}", flush=True)
+            torch.set_num_threads(os.cpu_count() or 1)
+            if rank == 0 or name in SHARED:
+                stage(arguments.output)
+            distributed.barrier()
+    distributed.stop()
 
 
 if __name__ == "__main__":

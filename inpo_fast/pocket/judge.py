@@ -62,7 +62,7 @@ def judge_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
         "centring": _ramp(-np.hypot(dx - aim_x, dy - aim_y), -5.0, -0.5),
         "saturation": _ramp(_saturation(ink), 0.3 * FULL_SATURATION, 0.92 * FULL_SATURATION),
         "cleanliness": _ramp(-np.sqrt((residual**2).mean()), -0.08, -0.02),
-        "edges": _ramp(-edge_width, -2.6, -1.0),
+        "edges": _ramp(-edge_width, -3.4, -2.0),
     }
 
 

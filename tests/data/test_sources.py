@@ -159,8 +159,10 @@ def text_file(tmp_path: Path) -> Path:
 
 def damaged_group(tmp_path: Path) -> Path:
     path = write(tmp_path / "damaged.parquet", [FIRST] * 9)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    size = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
     content = path.read_bytes()
-    path.write_bytes(content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :])
+    path.write_bytes(content[:4] + bytes(size) + content[4 + size :])
     return path
 
 
@@ -186,7 +188,10 @@ REFUSALS = {
         lambda d: write(d / "p.parquet", [FIRST], jpg_0=[{"bytes": b"x", "path": "a"}]),
         r"p\.parquet: column jpg_0 is struct.*expected binary",
     ),
-    "ties": (lambda d: write(d / "t.parquet", [TIE] * 3), r"t\.parquet has no usable pair \(3 ties\).*needs pairs with"),
+    "ties": (
+        lambda d: write(d / "t.parquet", [TIE] * 3),
+        r"t\.parquet has no usable pair \(3 ties\).*needs pairs with",
+    ),
     "bad line": (lambda d: write_folder(d, [GOOD, "", '{"prompt": ']), r"metadata\.jsonl:3: not JSON"),
     "not an object": (lambda d: write_folder(d, [GOOD, "[1]"]), r"metadata\.jsonl:2: no text under `prompt`"),
     "no prompt": (lambda d: write_folder(d, [{**GOOD, "prompt": 3}]), r"metadata\.jsonl:1: no text under `prompt`"),

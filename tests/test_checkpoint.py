@@ -1,0 +1,196 @@
+"""Checkpoints: bit-for-bit round trip, exact continuation, and nothing lost when something fails."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from inpo_fast import checkpoint
+from inpo_fast.checkpoint import State
+from inpo_fast.optim import Average, OptimConfig, make_optimizer
+from inpo_fast.refusal import Refusal
+
+STEPS = 8
+
+
+class Tiny:
+    """A policy with buffers, AdamW and averaged weights; step(n) is the same function of n in every run."""
+
+    def __init__(self, seed: int, width: int = 6):
+        torch.manual_seed(seed)
+        self.policy = torch.nn.Sequential(
+            torch.nn.Linear(4, width), torch.nn.BatchNorm1d(width), torch.nn.SiLU(), torch.nn.Linear(width, 3)
+        )
+        config = OptimConfig(lr=0.01, average="last-half")
+        self.optimizer = make_optimizer(self.policy.parameters(), config)
+        self.average = Average(list(self.policy.parameters()), config, STEPS)
+
+    def step(self, number: int) -> None:
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(number))
+        self.policy(x).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(number)
+
+    def run(self, first: int, last: int) -> "Tiny":
+        for number in range(first, last):
+            self.step(number)
+        return self
+
+    def save(self, folder: Path, step: int, keep: int = 9) -> Path:
+        return checkpoint.save(
+            folder, State(step, 1.5 * step, ["pair-3: cut"]), self.policy, self.optimizer, self.average, keep=keep
+        )
+
+    def load(self, folder: Path) -> State:
+        return checkpoint.load(folder, self.policy, self.optimizer, self.average)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that decides how training goes on."""
+        out = dict(self.policy.state_dict())
+        for name, parameter in self.policy.named_parameters():
+            out |= {f"{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return out | {f"mean {number}": mean for number, mean in enumerate(self.average.mean)}
+
+
+def assert_same(one: Tiny, other: Tiny) -> None:
+    first, second = one.tensors(), other.tensors()
+    assert first.keys() == second.keys()
+    assert len(first) == 9 + 6 * 3 + 6  # weights and buffers; step and two moments of 6 parameters; averages
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype
+        assert torch.equal(value, second[name]), name
+
+
+def test_round_trip_is_bit_for_bit(tmp_path):
+    saved, other = Tiny(0).run(0, 5), Tiny(1)
+    folder = saved.save(tmp_path / "checkpoints", 5)
+    assert folder == tmp_path / "checkpoints" / "step-0005"
+    assert other.load(folder) == State(5, 7.5, ["pair-3: cut"])
+    assert_same(saved, other)
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}  # no pickle
+
+
+def test_continued_run_equals_the_uninterrupted_one(tmp_path):
+    whole = Tiny(0).run(0, STEPS)
+    for cut in (1, 4, 5):
+        folder = Tiny(0).run(0, cut).save(tmp_path, cut)
+        resumed = Tiny(7).run(0, 2)  # other weights and moments: all must be replaced
+        resumed.load(folder)
+        assert_same(whole, resumed.run(cut, STEPS))
+
+
+def test_without_average(tmp_path):
+    tiny = Tiny(0).run(0, 2)
+    folder = checkpoint.save(tmp_path, State(2, 0.0, []), tiny.policy, tiny.optimizer, None, keep=1)
+    other = Tiny(1)
+    checkpoint.load(folder, other.policy, other.optimizer, None)
+    assert torch.equal(tiny.policy[0].weight, other.policy[0].weight)
+    with pytest.raises(Refusal, match=r"step-0002: checkpoint cannot be loaded .*average"):
+        other.load(folder)
+
+
+def test_newest_stay_and_what_is_not_ours_is_left_alone(tmp_path):
+    tiny = Tiny(0).run(0, 1)
+    assert checkpoint.found(tmp_path / "none") == []
+    kept = tiny.save(tmp_path, 50).rename(tmp_path / "step-0050-kept")
+    for step in (9, 99, 100, 9999, 10000):
+        tiny.save(tmp_path, step, keep=2)
+        assert checkpoint.found(tmp_path)[-1].name == f"step-{step:04d}"
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-9999", "step-10000"]
+    assert kept.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"step-9999", "step-10000", "step-0050-kept"}
+
+
+def test_same_step_again_replaces_it(tmp_path):
+    Tiny(0).run(0, 1).save(tmp_path, 4)
+    second = Tiny(1).run(0, 4)
+    second.save(tmp_path, 4)
+    other = Tiny(2)
+    other.load(checkpoint.found(tmp_path)[-1])
+    assert_same(second, other)
+
+
+def test_half_written_folder_is_not_found_and_does_not_stop_the_next(tmp_path, monkeypatch):
+    first = Tiny(0).run(0, 2)
+    first.save(tmp_path, 2)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        first.run(2, 4).save(tmp_path, 4)
+    half = tmp_path / ".tmp-step-0004"
+    assert (half / "policy.safetensors").exists()
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-0002"]
+    (half / "rubbish").write_text("from the crash")
+    final = first.save(tmp_path, 4)
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-0002", "step-0004"]
+    assert not half.exists()
+    assert not (final / "rubbish").exists()
+
+
+def test_every_file_reaches_the_disk_before_the_rename(tmp_path, monkeypatch):
+    order = []
+    rename = Path.rename
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: order.append(path.name))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (order.append("rename"), rename(self, to)))
+    Tiny(0).run(0, 1).save(tmp_path / "checkpoints", 1)
+    files = {"policy.safetensors", "optimizer.safetensors", "average.safetensors", "state.json", ".tmp-step-0001"}
+    before = order.index("rename")
+    assert set(order[:before]) == files
+    assert order[before + 1 :] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "noise"])
+def test_damaged_checkpoint_is_refused_by_name(tmp_path, name, damage):
+    file = Tiny(0).run(0, 3).save(tmp_path, 3) / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else bytes(b ^ 0x5A for b in content))
+    with pytest.raises(Refusal, match=r"step-0003: checkpoint cannot be loaded .*remove this folder") as caught:
+        Tiny(0).load(file.parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    folder = Tiny(0, width=7).run(0, 1).save(tmp_path, 1)
+    with pytest.raises(Refusal, match="step-0001: checkpoint cannot be loaded"):
+        Tiny(0).load(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 128 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.name != "posix" or os.geteuid() or not shutil.which("mount"):
+        pytest.skip("mounting a small disk needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+# KiB left on the disk: it is full while policy (20), optimizer (36), average (20) or state.json (4) is written
+@pytest.mark.parametrize("spare", [0, 24, 60, 76])
+def test_full_disk_leaves_the_previous_checkpoint(small_disk, spare):
+    folder = small_disk / "checkpoints"
+    good = Tiny(0).run(0, 2)
+    good.save(folder, 2)
+    bigger = Tiny(0, width=400).run(0, 4)
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "other").write_bytes(bytes(max(0, free - spare * 1024)))
+    with pytest.raises(Refusal, match=r"step-0004: checkpoint could not be written .*No space.*--resume"):
+        bigger.save(folder, 4, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-0002"]
+    other = Tiny(5)
+    assert other.load(folder / "step-0002").step == 2
+    assert_same(good, other)
