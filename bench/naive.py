@@ -20,7 +20,13 @@ from inpo_fast.models import Models
 
 
 def naive_step(
-    items: list[Item], models: Models, *, beta: float, inversion_steps: int, seed: int, autocast: torch.dtype | None = None
+    items: list[Item],
+    models: Models,
+    *,
+    beta: float,
+    inversion_steps: int,
+    seed: int,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Accumulates the mean gradient over the pairs in the policy's `.grad` (which must be zero or None).
 
@@ -37,8 +43,10 @@ def naive_step(
         with precision:
             with torch.no_grad():
                 latents = torch.cat(
-                    [_latent(view.pixels, models, (seed, item.position, side))
-                     for side, view in enumerate((item.winner, item.loser))]
+                    [
+                        _latent(view.pixels, models, (seed, item.position, side))
+                        for side, view in enumerate((item.winner, item.loser))
+                    ]
                 )
                 text = models.encode_prompts([item.prompt]).hidden.repeat(2, 1, 1)
                 t = torch.tensor([draws.integer(0, 999, "t", seed, item.position)], device=device)

@@ -48,20 +48,29 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = Models(load_pipeline(arguments.base), device)
-    windows = Windows(open_source(arguments.source), DataConfig(), resolution=models.resolution, seed=SEED, rank=0, world=1)
+    windows = Windows(
+        open_source(arguments.source), DataConfig(), resolution=models.resolution, seed=SEED, rank=0, world=1
+    )
     items = next(windows.steps(0, 1, arguments.pairs))
     recipe = Recipe(
-        "inpo", ObjectiveConfig(beta=BETA),
-        InversionConfig(steps=STEPS, grid="diffusers-0.22", evaluate_at="target", guidance=1.0,
-                        batch=arguments.inversion_batch),
-        arguments.micro_batch, vae_sample=True, seed=SEED,
+        "inpo",
+        ObjectiveConfig(beta=BETA),
+        InversionConfig(
+            steps=STEPS, grid="diffusers-0.22", evaluate_at="target", guidance=1.0, batch=arguments.inversion_batch
+        ),
+        arguments.micro_batch,
+        vae_sample=True,
+        seed=SEED,
     )
     empty = models.encode_empty()
     # the policy must differ from the reference, or every logit is 0
     with torch.no_grad():
         for i, parameter in enumerate(models.parameters()):
-            parameter.add_(0.01 * parameter.std().nan_to_num() * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(i)).to(device))
+            parameter.add_(
+                0.01
+                * parameter.std().nan_to_num()
+                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)).to(device)
+            )
 
     def ours() -> None:
         train_step(make_window(items, models, recipe, empty), models, recipe, len(items), clip=float("inf"))
@@ -87,10 +96,14 @@ def main() -> None:
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - begun)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    print(f"{name}, {arguments.threads} threads, torch {torch.__version__}, fp32, {len(items)} pairs per step, n = {STEPS}")
+    print(
+        f"{name}, {arguments.threads} threads, torch {torch.__version__}, fp32, {len(items)} pairs per step, n = {STEPS}"
+    )
     for step, label in ((naive, "naive loop"), (ours, "inpo_fast ")):
         rates = sorted(len(items) / s for s in seconds[step])
-        print(f"{label}  {statistics.median(rates):8.2f} pairs/s  ({rates[0]:.2f} to {rates[-1]:.2f}, {len(rates)} runs)")
+        print(
+            f"{label}  {statistics.median(rates):8.2f} pairs/s  ({rates[0]:.2f} to {rates[-1]:.2f}, {len(rates)} runs)"
+        )
     ratios = sorted(n / o for n, o in zip(seconds[naive], seconds[ours], strict=True))
     print(f"ratio       {statistics.median(ratios):8.2f} x        ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 

@@ -16,6 +16,8 @@ def run_or_refuse(program: str, main: Callable[[], None]) -> None:
         main()
     except Refusal as problem:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # if the first process refuses for the same reason, torchrun ends this one before it repeats it
+            time.sleep(
+                2
+            )  # if the first process refuses for the same reason, torchrun ends this one before it repeats it
         print(f"{program}: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)

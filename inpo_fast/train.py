@@ -32,9 +32,9 @@ from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.run_folder import RunFolder
 from inpo_fast.step import Recipe, make_window, train_step
 from inpo_fast.trackers import Tracker
+from inpo_fast.watch import Watch
 
 log = logging.getLogger("inpo_fast")
-WATCHED = 10  # steps over which the winner's error is judged before warning
 
 
 @dataclass
@@ -95,8 +95,7 @@ def train(run: Run, console: Console) -> None:
             file = closing.enter_context(contextlib.closing(MetricsFile(run.folder.metrics, run.done)))
             tracker = closing.enter_context(contextlib.closing(Tracker(run.folder.path / "tensorboard", run.done)))
         progress = closing.enter_context(StepProgress(console, steps, run.done, run.variant, shown=run.rank == 0))
-        winner_deltas: list[float] = []
-        warned = False
+        watch = Watch()
         begun = time.perf_counter()
         for step, items in enumerate(windows.steps(run.done, steps, config.train.pairs_per_step), run.done):
             # ---- the single training step -------------------------------------------------------
@@ -121,13 +120,8 @@ def train(run: Run, console: Console) -> None:
                 file.write(run.done, values)
                 tracker.write(run.done, values)
             progress.step(values)
-            winner_deltas.append(values["winner_delta"])
-            if not warned and len(winner_deltas) >= WATCHED and sum(winner_deltas[-WATCHED:]) / WATCHED > 0:
-                warned = True
-                progress.say(
-                    f"warning: over the last {WATCHED} steps the policy predicts the *winners* worse than the reference "
-                    "does (winner_delta > 0); a larger objective.beta or a smaller optim.lr usually mends it"
-                )
+            for warning in watch.step(values):
+                progress.say(f"warning: {warning}")
             if run.done % config.train.checkpoint_every == 0 or run.done == steps:
                 dropped = sorted({*run.dropped, *(d for part in distributed.gather(windows.dropped) for d in part)})
                 if run.rank == 0:

@@ -64,13 +64,21 @@ class Brightness:
 
 def gallery(level, prompts=6, seeds=2):
     rng = np.random.default_rng(level)
-    return ev.Gallery([f"p{i}" for i in range(prompts)], seeds,
-                      [(rng.integers(0, 20, (4, 4, 3)) + level).astype(np.uint8) for _ in range(prompts * seeds)])
+    return ev.Gallery(
+        [f"p{i}" for i in range(prompts)],
+        seeds,
+        [(rng.integers(0, 20, (4, 4, 3)) + level).astype(np.uint8) for _ in range(prompts * seeds)],
+    )
 
 
 def test_summary_has_its_keys_and_guards_can_fail():
-    galleries = {"base": gallery(50), "aligned": gallery(150), "control": gallery(100), "base_seen": gallery(50),
-                 "aligned_seen": gallery(150)}
+    galleries = {
+        "base": gallery(50),
+        "aligned": gallery(150),
+        "control": gallery(100),
+        "base_seen": gallery(50),
+        "aligned_seen": gallery(150),
+    }
     judge = Brightness()
     scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
     config = replace(EvaluateConfig(), seeds=2)
@@ -114,16 +122,31 @@ def test_a_model_against_itself_ties_and_the_base_is_put_back(tmp_path):
     same.load_state_dict(own.state_dict())
     evaluation = ev.evaluate(pipeline, same, config, "itself")
     assert evaluation.result["win_rate"] == 0.5 and pipeline.unet is own
-    assert all((a == b).all() for a, b in zip(evaluation.galleries["base"].pictures,
-                                               evaluation.galleries["aligned"].pictures, strict=True))
+    assert all(
+        (a == b).all()
+        for a, b in zip(evaluation.galleries["base"].pictures, evaluation.galleries["aligned"].pictures, strict=True)
+    )
 
 
 def test_command_line_compares_two_folders(tmp_path, monkeypatch, capsys):
     model = save_tiny_model(tmp_path / "model")
     (tmp_path / "p.txt").write_text("a small red circle on a blue background\n")
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", model, "--base", model, "--output", str(tmp_path / "out"),
-                                      f"--evaluate.prompts={tmp_path / 'p.txt'}", "--evaluate.seeds=1",
-                                      "--evaluate.sampler_steps=2"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evaluate",
+            "--model",
+            model,
+            "--base",
+            model,
+            "--output",
+            str(tmp_path / "out"),
+            f"--evaluate.prompts={tmp_path / 'p.txt'}",
+            "--evaluate.seeds=1",
+            "--evaluate.sampler_steps=2",
+        ],
+    )
     ev.main()
     assert "Report:" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["win_rate"] == 0.5

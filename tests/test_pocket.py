@@ -14,7 +14,15 @@ from inpo_fast.pocket import ASSETS
 from inpo_fast.pocket.judge import ALIGNMENT, LOOKS, RuleJudge
 from inpo_fast.pocket.pairs import GUIDANCE, SAMPLER_STEPS, SCHEMA
 from inpo_fast.pocket.scenes import (
-    COLOURS, RADIUS, SHAPES, Finish, all_scenes, parse_caption, random_finish, render, split_scenes,
+    COLOURS,
+    RADIUS,
+    SHAPES,
+    Finish,
+    all_scenes,
+    parse_caption,
+    random_finish,
+    render,
+    split_scenes,
 )
 from inpo_fast.sample import draw, use_ddim
 
@@ -51,7 +59,9 @@ def test_judge_reads_every_scene():
         assert (rough.parts[name] > 0.5).mean() > 0.97, name  # imperfect looks are no reason to misread
 
 
-@pytest.mark.parametrize(("field", "other"), [("colour", "green"), ("shape", "star"), ("background", "yellow"), ("size", "large")])
+@pytest.mark.parametrize(
+    ("field", "other"), [("colour", "green"), ("shape", "star"), ("background", "yellow"), ("size", "large")]
+)
 def test_each_wrong_word_costs_its_own_part(field, other):
     scene = parse_caption("a small red circle on a blue background")
     wrong = type(scene)(**{**vars(scene), field: other})
@@ -62,7 +72,12 @@ def test_each_wrong_word_costs_its_own_part(field, other):
 
 @pytest.mark.parametrize(
     ("part", "worse"),
-    [("centring", Finish(dx=4)), ("saturation", Finish(saturation=0.4)), ("edges", Finish(edge=5)), ("cleanliness", Finish(stain=0.12))],
+    [
+        ("centring", Finish(dx=4)),
+        ("saturation", Finish(saturation=0.4)),
+        ("edges", Finish(edge=5)),
+        ("cleanliness", Finish(stain=0.12)),
+    ],
 )
 def test_each_flaw_costs_its_own_part(part, worse):
     scene = parse_caption("a large green square on a white background")
@@ -101,7 +116,9 @@ def test_base_model_draws_what_is_asked_with_room_in_looks():
     pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "model", safety_checker=None, dtype=torch.float32)
     use_ddim(pipeline)
     captions = [scene.caption for scene in split_scenes()[0][::5]]
-    pictures = draw(pipeline, captions, [("test", i) for i in range(len(captions))], steps=SAMPLER_STEPS, guidance=GUIDANCE)
+    pictures = draw(
+        pipeline, captions, [("test", i) for i in range(len(captions))], steps=SAMPLER_STEPS, guidance=GUIDANCE
+    )
     parts = RuleJudge().score(pictures, captions).parts
     right = ((parts["colour"] == 1) & (parts["shape"] > 0.5)).mean()
     assert right >= 0.85, f"{right:.2f} of {len(captions)} pictures show the right colour and shape"

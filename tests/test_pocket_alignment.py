@@ -49,9 +49,21 @@ def align(tmp_path, name: str, edit) -> dict:
     for i, column in enumerate(("label_0", "label_1")):
         table = table.set_column(table.schema.get_field_index(column), column, pa.array(labels[:, i]))
     pq.write_table(table, tmp_path / f"{name}.parquet")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "inpo_fast.train",
-               "--config", "configs/pocket.yaml", "--output", str(tmp_path / name),
-               f"--data.source={tmp_path / name}.parquet"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "inpo_fast.train",
+        "--config",
+        "configs/pocket.yaml",
+        "--output",
+        str(tmp_path / name),
+        f"--data.source={tmp_path / name}.parquet",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return json.loads((tmp_path / name / "evaluation.json").read_text())
 

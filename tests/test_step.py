@@ -167,7 +167,9 @@ def test_tau_norm_gives_unit_tau_and_keeps_step_zero(world):
 def test_winner_preserving_changes_the_gradient_not_the_loss(moved):
     models, items = moved
     plain, values, _ = gradient(models, items, RECIPE)
-    gated, gated_values, _ = gradient(models, items, replace(RECIPE, objective=replace(RECIPE.objective, winner_preserving=0.9)))
+    gated, gated_values, _ = gradient(
+        models, items, replace(RECIPE, objective=replace(RECIPE.objective, winner_preserving=0.9))
+    )
     assert gated_values["loss"] == values["loss"]
     assert distance(gated, plain) > 1e-3
     assert 0 <= gated_values["loser_gate"] <= 1
@@ -187,7 +189,9 @@ def test_reference_inversion_does_not_follow_the_policy(moved):
     models, items = moved
     window = make_window(items, models, RECIPE, models.encode_empty())
     by_policy, _ = noise_window(window, models, RECIPE)
-    by_reference, _ = noise_window(window, models, replace(RECIPE, inversion=replace(RECIPE.inversion, model="reference")))
+    by_reference, _ = noise_window(
+        window, models, replace(RECIPE, inversion=replace(RECIPE.inversion, model="reference"))
+    )
     assert (by_policy - by_reference).abs().max() > 1e-3
 
 

@@ -61,7 +61,12 @@ def weights(out: Path, step: int = 4) -> dict[str, torch.Tensor]:
 
 def test_outputs_have_their_fixed_names_and_diffusers_opens_the_model(whole):
     assert {p.name for p in whole.iterdir()} >= {
-        "config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "model", "report.html",
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+        "report.html",
     }
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -69,7 +74,10 @@ def test_outputs_have_their_fixed_names_and_diffusers_opens_the_model(whole):
     assert lines[-1]["margin"] != 0
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["variant"] == "inpo" and manifest["data"] | {"source": 0} == {
-        "source": 0, "pairs": 42, "ties_left_out": 6, "dropped": [],
+        "source": 0,
+        "pairs": 42,
+        "ties_left_out": 6,
+        "dropped": [],
     }
     pipeline = StableDiffusionPipeline.from_pretrained(whole / "model", safety_checker=None)
     average = {k.removeprefix("average/"): v for k, v in weights(whole).items() if k.startswith("average/")}
@@ -99,8 +107,20 @@ def test_resume_after_kill_9_equals_an_uninterrupted_run(world, whole):
 
 def test_two_processes_equal_one(world, whole):
     out = world / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "inpo_fast.train", "--config", str(world / "tiny.yaml"), "--output", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "inpo_fast.train",
+        "--config",
+        str(world / "tiny.yaml"),
+        "--output",
+        str(out),
+    ]
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=240)
     ours, expected = weights(out), weights(whole)
     moved = weights(whole, 2)
@@ -109,7 +129,9 @@ def test_two_processes_equal_one(world, whole):
             # fp32 sums in another order, through four Adam steps of size lr each
             assert (ours[name] - expected[name]).abs().max() < 1e-4, name
     assert any(not torch.equal(moved[name], expected[name]) for name in ours)
-    first, second = ([json.loads(x)["loss"] for x in (o / "metrics.jsonl").read_text().splitlines()] for o in (out, whole))
+    first, second = (
+        [json.loads(x)["loss"] for x in (o / "metrics.jsonl").read_text().splitlines()] for o in (out, whole)
+    )
     assert first == pytest.approx(second, rel=1e-3)
 
 
@@ -147,7 +169,9 @@ def test_a_taken_folder_is_refused_and_left_alone(world, whole):
 def test_refusal_is_one_line_and_a_non_zero_exit(world):
     done = subprocess.run([*COMMAND, "--optim.lrr=1"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == ["inpo_fast.train: unknown key 'optim.lrr'; did you mean 'optim.lr'? (--help lists all)"]
+    assert done.stderr.strip().splitlines() == [
+        "inpo_fast.train: unknown key 'optim.lrr'; did you mean 'optim.lr'? (--help lists all)"
+    ]
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(world, monkeypatch):

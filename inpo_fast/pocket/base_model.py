@@ -32,7 +32,6 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(captions, trainer)
 
-
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]

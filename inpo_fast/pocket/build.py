@@ -47,8 +47,13 @@ def build_denoiser(output: Path) -> None:
     tokenizer = base_model.make_tokenizer([scene.caption for scene in all_scenes()])
     torch.set_num_threads(1 if distributed.rank_and_world()[1] > 1 else os.cpu_count() or 1)
     unet, text_encoder = base_model.train_denoiser(
-        base_model.encode_all(vae, pixels), captions, tokenizer,
-        steps=UNET_STEPS, batch=UNET_BATCH, lr=UNET_LR, seed=SEED,
+        base_model.encode_all(vae, pixels),
+        captions,
+        tokenizer,
+        steps=UNET_STEPS,
+        batch=UNET_BATCH,
+        lr=UNET_LR,
+        seed=SEED,
     )
     if distributed.rank_and_world()[0] == 0:
         pipeline = base_model.make_pipeline(vae, unet, text_encoder, tokenizer)
@@ -75,8 +80,14 @@ def check_base(output: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None)
     use_ddim(pipeline)
     captions = [scene.caption for scene in seen[::2]]
-    pictures = draw(pipeline, captions, [("check", i) for i in range(len(captions))],
-                    steps=pairs.SAMPLER_STEPS, guidance=pairs.GUIDANCE, batch=128)
+    pictures = draw(
+        pipeline,
+        captions,
+        [("check", i) for i in range(len(captions))],
+        steps=pairs.SAMPLER_STEPS,
+        guidance=pairs.GUIDANCE,
+        batch=128,
+    )
     parts = RuleJudge().score(pictures, captions).parts
     right = (parts["colour"] == 1) & (parts["shape"] > 0.5)
     print(f"right colour and shape: {100 * right.mean():.1f} % of {len(captions)} samples on seen prompts")
@@ -88,7 +99,9 @@ def write_manifest(output: Path) -> None:
     hashes = {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     settings = {
         "seed": SEED,
-        "render_seed": RENDER_SEED, "pictures": PICTURES, "pairs": PAIRS,
+        "render_seed": RENDER_SEED,
+        "pictures": PICTURES,
+        "pairs": PAIRS,
         "vae": {"steps": VAE_STEPS, "batch": VAE_BATCH, "lr": VAE_LR},
         "denoiser": {"steps": UNET_STEPS, "batch": UNET_BATCH, "lr": UNET_LR},
         "sampler": {"name": "DDIM", "steps": pairs.SAMPLER_STEPS, "guidance": pairs.GUIDANCE},
@@ -99,8 +112,14 @@ def write_manifest(output: Path) -> None:
     print(f"{len(files)} files, {size / 1e6:.1f} MB in {output}")
 
 
-STAGES = {"vae": build_vae, "denoiser": build_denoiser, "clip": build_clip, "pairs": build_pairs, "check": check_base,
-          "manifest": write_manifest}
+STAGES = {
+    "vae": build_vae,
+    "denoiser": build_denoiser,
+    "clip": build_clip,
+    "pairs": build_pairs,
+    "check": check_base,
+    "manifest": write_manifest,
+}
 SHARED = ("denoiser",)  # split over processes; the first one does the other stages
 
 

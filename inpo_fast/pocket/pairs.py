@@ -55,7 +55,12 @@ def draw_pairs(pipeline: StableDiffusionPipeline, scenes: list[Scene], count: in
     with Progress() as progress:
         task = progress.add_task("draw pairs", total=len(keys))
         pictures = draw(
-            pipeline, captions, keys, steps=SAMPLER_STEPS, guidance=GUIDANCE, batch=128,
+            pipeline,
+            captions,
+            keys,
+            steps=SAMPLER_STEPS,
+            guidance=GUIDANCE,
+            batch=128,
             advance=lambda n: progress.advance(task, n),
         )
     totals = RuleJudge().score(pictures, captions).total.reshape(count, 2)

@@ -1,0 +1,139 @@
+"""Loading, encoding and one step of SD- and SDXL-layout models held against the diffusers pipelines themselves."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from tiny_world import save_pairs, save_tiny_model, tiny_pipeline
+from transformers import CLIPTextModelWithProjection
+
+from inpo_fast.data.sources import open_source
+from inpo_fast.data.windows import DataConfig, Windows
+from inpo_fast.inversion import InversionConfig
+from inpo_fast.models import Models, load_pipeline
+from inpo_fast.objectives import ObjectiveConfig
+from inpo_fast.pocket.base_model import WIDTH
+from inpo_fast.refusal import Refusal
+from inpo_fast.step import Recipe, make_window, train_step
+
+RECIPE = Recipe("inpo", ObjectiveConfig(), InversionConfig(steps=3), 2, True, 0)
+
+
+def tiny_xl() -> StableDiffusionXLPipeline:
+    small = tiny_pipeline()
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=2 * WIDTH,
+        attention_head_dim=(1, 2),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+    )
+    second = CLIPTextModelWithProjection(small.text_encoder.config)
+    return StableDiffusionXLPipeline(
+        vae=small.vae,
+        text_encoder=small.text_encoder,
+        text_encoder_2=second,
+        tokenizer=small.tokenizer,
+        tokenizer_2=small.tokenizer,
+        unet=unet,
+        scheduler=small.scheduler,
+        add_watermarker=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xl")
+    tiny_xl().save_pretrained(folder / "model")
+    windows = Windows(
+        open_source(save_pairs(folder / "pairs.parquet")),
+        DataConfig(flip=False),
+        resolution=32,
+        seed=0,
+        rank=0,
+        world=1,
+    )
+    return Models(load_pipeline(str(folder / "model")), torch.device("cpu")), next(windows.steps(0, 1, 4))
+
+
+def test_xl_trains_from_exactly_ln_2(xl):
+    models, items = xl
+    window = make_window(items, models, RECIPE, models.encode_empty())
+    tally, logits = train_step(window, models, RECIPE, len(items), clip=math.inf)
+    assert models.is_xl and torch.equal(logits, torch.zeros(4))
+    assert tally.values()["grad_norm"] > 0
+
+
+def test_xl_is_told_the_true_size_and_crop(xl):
+    models, items = xl
+    views = [replace(items[0].winner, original=(48, 32), crop=(8, 0)), items[0].loser]
+    window = make_window([replace(items[0], winner=views[0])], models, RECIPE, models.encode_empty())
+    assert window.conditional.time_ids.tolist() == [[48, 32, 8, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
+
+
+def test_xl_conditioning_equals_the_pipelines(xl):
+    """The pipeline's own denoising call, intercepted, against ours for the same prompt."""
+    models, items = xl
+    seen = {}
+
+    def record(_module, args, kwargs):
+        seen.update(kwargs)
+
+    handle = models.reference.register_forward_pre_hook(record, with_kwargs=True)
+    models.pipeline.set_progress_bar_config(disable=True)
+    models.pipeline(
+        items[0].prompt, num_inference_steps=1, guidance_scale=1.0, output_type="latent", height=32, width=32
+    )
+    handle.remove()
+    window = make_window(items[:1], models, RECIPE, models.encode_empty())
+    ours = window.conditional.arguments(torch.tensor([0]))
+    torch.testing.assert_close(ours["encoder_hidden_states"], seen["encoder_hidden_states"])
+    for name in ("text_embeds", "time_ids"):
+        torch.testing.assert_close(ours["added_cond_kwargs"][name], seen["added_cond_kwargs"][name].float())
+
+
+def test_latents_are_the_vaes_scaled_mean_or_sample(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.vae.register_to_config(scaling_factor=0.5)
+    models = Models(pipeline, torch.device("cpu"))
+    x = torch.randn(2, 3, 32, 32)
+    posterior = models.vae.encode(x).latent_dist
+    assert torch.equal(models.encode_images(x, None), posterior.mean * 0.5)
+    noise = torch.randn_like(posterior.mean)
+    assert torch.equal(models.encode_images(x, noise), (posterior.mean + posterior.std * noise) * 0.5)
+
+
+def test_policy_and_reference_are_two_models_with_equal_weights(tmp_path):
+    models = Models(load_pipeline(save_tiny_model(tmp_path)), torch.device("cpu"))
+    assert not any(p.requires_grad for p in models.reference.parameters())
+    assert all(p.requires_grad for p in models.policy.parameters())
+    for p, r in zip(models.parameters(), models.reference.parameters(), strict=True):
+        assert torch.equal(p, r) and p.data_ptr() != r.data_ptr()
+
+
+def test_models_that_cannot_be_aligned_are_refused(tmp_path):
+    with pytest.raises(Refusal, match="no such folder"):
+        load_pipeline(str(tmp_path / "a" / "b"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refusal, match="cannot open"):
+        load_pipeline(str(tmp_path / "empty"))
+    with pytest.raises(Refusal, match=r"models\.base is empty"):
+        load_pipeline("")
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    pipeline.save_pretrained(tmp_path / "v")
+    with pytest.raises(Refusal, match="v_prediction"):
+        load_pipeline(str(tmp_path / "v"))

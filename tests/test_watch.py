@@ -1,0 +1,31 @@
+"""Warnings held against made-up runs: each sign is named once, and a healthy run stays quiet."""
+
+from inpo_fast.watch import WINDOW, Watch
+
+HEALTHY = {"winner_delta": -0.01, "tau_rms_winner": 0.98, "tau_rms_loser": 1.0}
+
+
+def run(*rows):
+    watch = Watch()
+    return [warning for row in rows for warning in watch.step(row)]
+
+
+def test_a_healthy_run_is_quiet():
+    assert run(*[HEALTHY] * 50) == []
+
+
+def test_a_rising_winner_error_is_named_once_and_not_for_single_steps():
+    bad = HEALTHY | {"winner_delta": 0.02}
+    warnings = run(*[bad] * (WINDOW + 20))
+    assert len(warnings) == 1 and "winners worse" in warnings[0]
+    assert run(*[bad] * (WINDOW - 1)) == []
+    assert run(*([HEALTHY] * 9 + [HEALTHY | {"winner_delta": 0.05}]) * 3) == []
+
+
+def test_too_little_noise_is_named():
+    warnings = run(*[HEALTHY | {"tau_rms_winner": 0.5}] * 30)
+    assert len(warnings) == 1 and "tau_rms_winner 0.50" in warnings[0]
+
+
+def test_methods_without_losers_are_watched_too():
+    assert len(run(*[{"winner_delta": 0.1}] * 20)) == 1
