@@ -97,7 +97,7 @@ def main() -> None:
             taken.append(time.perf_counter() - begun)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(
-        f"{name}, {arguments.threads} threads, torch {torch.__version__}, fp32, {len(items)} pairs per step, n = {STEPS}"
+        f"{name}, {arguments.threads} threads, torch {torch.__version__}, fp32, {len(items)} pairs a step, n = {STEPS}"
     )
     for step, label in ((naive, "naive loop"), (ours, "inpo_fast ")):
         rates = sorted(len(items) / s for s in seconds[step])

@@ -16,22 +16,21 @@ class Watch:
         for name in ("winner_delta", "tau_rms_winner", "tau_rms_loser"):
             if name in values:
                 self.recent.setdefault(name, deque(maxlen=WINDOW)).append(values[name])
-        warnings = []
+        signs = {}
         rise = self._mean("winner_delta")
         if rise is not None and rise > 0:
-            warnings.append(
+            signs["winner"] = (
                 f"over the last {WINDOW} steps the policy predicts the winners worse than the reference does "
                 f"(winner_delta {rise:+.2g}); a larger objective.beta or a smaller optim.lr usually mends it"
             )
-        for side in ("winner", "loser"):
-            size = self._mean(f"tau_rms_{side}")
-            if size is not None and size < 0.9:
-                warnings.append(
-                    f"the inversion lands on images with too little noise for their timestep (tau_rms_{side} {size:.2f}, "
-                    "expected about 1); inversion.evaluate_at=source with grid=exact lands right, or take more steps"
-                )
-        due = [text for text in warnings if text.split("(")[0] not in self.given]
-        self.given |= {text.split("(")[0] for text in due}
+        sizes = [size for side in ("winner", "loser") if (size := self._mean(f"tau_rms_{side}")) is not None]
+        if sizes and min(sizes) < 0.9:
+            signs["tau"] = (
+                f"the inversion lands on images with too little noise for their timestep (tau_rms {min(sizes):.2f}, "
+                "expected about 1); inversion.evaluate_at=source with grid=exact lands right, or take more steps"
+            )
+        due = [text for sign, text in signs.items() if sign not in self.given]
+        self.given |= signs.keys()
         return due
 
     def _mean(self, name: str) -> float | None:

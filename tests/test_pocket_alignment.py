@@ -1,4 +1,4 @@
-"""Alignment of the shipped pocket model held against its controls: rms(tau) at every t, and what labels alone can do."""
+"""The shipped pocket model's alignment held against its controls: rms(tau) at every t, wrong labels."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""train_step held against the naive loop (gradients), against itself at other batch sizes, and the method's exact properties."""
+"""train_step held against the naive loop's gradients, itself at other batch sizes, and exact properties."""
 
 import math
 from dataclasses import replace

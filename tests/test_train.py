@@ -1,4 +1,4 @@
-"""The command line held against what it promises: outputs, resume bit for bit after kill -9, 2 processes equal 1, refusals."""
+"""The command line held against its promises: outputs, resume bit for bit after kill -9, 2 processes equal 1."""
 
 import json
 import os
@@ -159,9 +159,9 @@ def test_bad_input_is_refused_and_nothing_is_written(world, extra, words):
 
 def test_a_taken_folder_is_refused_and_left_alone(world, whole):
     before = (whole / "manifest.json").read_bytes()
-    with pytest.raises(Refusal, match="--resume.*--overwrite"):
+    with pytest.raises(Refusal, match=r"--resume.*--overwrite"):
         run(world, "whole")
-    with pytest.raises(Refusal, match="optim.lr"):
+    with pytest.raises(Refusal, match=r"optim\.lr"):
         run(world, "whole", "--resume", "--optim.lr=1")
     assert (whole / "manifest.json").read_bytes() == before
 

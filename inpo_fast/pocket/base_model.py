@@ -34,7 +34,7 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 

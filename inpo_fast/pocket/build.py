@@ -1,6 +1,6 @@
 """Builds everything in assets/ from nothing: `make pocket` (about an hour on two cores).
 
-    torchrun --standalone --nproc-per-node 2 -m inpo_fast.pocket.build [--only vae|denoiser|clip|pairs|manifest] [--output DIR]
+    torchrun --standalone --nproc-per-node 2 -m inpo_fast.pocket.build [--only STAGE] [--output DIR]
 
 Stages read what the stages before them wrote, so one can be repeated alone. Seeds are pinned; the files are the
 same on the same machine and versions, and equal in quality elsewhere. manifest.json holds their hashes.

@@ -72,7 +72,8 @@ def parse_caption(caption: str) -> Scene:
     if not known:
         raise ValueError(
             f"not a pocket caption: {caption!r}; expected 'a SIZE COLOUR SHAPE on a BACKGROUND background' with "
-            f"SIZE in {list(RADIUS)}, COLOUR in {list(COLOURS)}, SHAPE in {list(SHAPES)}, BACKGROUND in {list(BACKGROUNDS)}"
+            f"SIZE in {list(RADIUS)}, COLOUR in {list(COLOURS)}, SHAPE in {list(SHAPES)}, "
+            f"BACKGROUND in {list(BACKGROUNDS)}"
         )
     return scene
 
