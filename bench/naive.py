@@ -5,7 +5,8 @@ the loop, full-precision weights cast at each forward (autocast) when a lower pr
 `.item()` per micro-step, each of which makes the host wait. With eta = 0 and diffusers >= 0.22 its inversion is
 `grid: diffusers-0.22, evaluate_at: target, guidance: 1` of inpo_fast.
 
-Kept from it: what costs time. Left out: its mistakes (method notes in docs), as they would change the gradients.
+Kept from it: what costs time. Left out: its mistakes (one timestep for a whole batch, the schedule in bf16, data
+order that depends on decoding), as they would change the gradients.
 """
 
 import contextlib
