@@ -83,13 +83,25 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
+def open_inputs(config: EvaluateConfig, device: torch.device) -> tuple[list[str], list[str], Judge, Judge | None]:
+    """Prompts, seen prompts, judge, outside judge. Refusal when one of them cannot be had: called before a training
+    starts, so that it does not fail after it."""
+    prompts = read_prompts(config.prompts)
+    seen = read_prompts(config.seen_prompts) if config.seen_prompts else []
+    outside = make_judge(config.outside_judge, device) if config.outside_judge else None
+    judge = make_judge(config.judge, device)
+    if config.judge == "pocket-rules":
+        from inpo_fast.pocket.scenes import parse_caption
+
+        for prompt in (*prompts, *seen):
+            parse_caption(prompt)
+    return prompts, seen, judge, outside
+
+
 def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateConfig, variant: str) -> Evaluation:
     """Compares `unet` with the base's own. Work is split over processes; every process gets the result."""
     rank, world = distributed.rank_and_world()
-    judge = make_judge(config.judge)
-    outside = make_judge(config.outside_judge) if config.outside_judge else None
-    prompts = read_prompts(config.prompts)
-    seen = read_prompts(config.seen_prompts) if config.seen_prompts else []
+    prompts, seen, judge, outside = open_inputs(config, base.device)
     use_ddim(base)
     base_unet = base.unet
     total = (3 * len(prompts) + 2 * len(seen)) * config.seeds // world

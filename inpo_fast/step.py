@@ -72,7 +72,7 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, 
         time_ids = torch.tensor([(*v.original, *v.crop, *target) for v in views], device=models.device).float()
     span = recipe.objective.timesteps
     t = torch.tensor([draws.integer(span.min, span.max, "t", recipe.seed, item.position) for item in items])
-    if recipe.inversion.grid == "snap" and draws_from_inversion(recipe):
+    if recipe.inversion.grid == "snap" and uses_inversion(recipe):
         t = snap(t, recipe.inversion.steps, models.schedule.T)
     return Window(
         items=items,
@@ -84,7 +84,7 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, 
     )
 
 
-def draws_from_inversion(recipe: Recipe) -> bool:
+def uses_inversion(recipe: Recipe) -> bool:
     return recipe.method == "inpo" and recipe.inversion.estimator == "ddim"
 
 
@@ -94,7 +94,7 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
     flat = window.x_0.flatten(0, 1)
     sides = window.x_0.shape[1]
     t = window.t.repeat_interleave(sides)
-    if not draws_from_inversion(recipe):
+    if not uses_inversion(recipe):
         # Diffusion-DPO: the same noise for both sides of a pair
         noise = draws.normals(flat.shape[1:], [("noise", *key[:2]) for key in window.keys])
         a_t, s_t = (c.to(flat.device) for c in models.schedule.a_s(t))
@@ -156,7 +156,7 @@ def micro_step(
     a_t, s_t = (c.to(models.device) for c in models.schedule.a_s(t))
     tau = obj.target(x_t, x_0, a_t, s_t)
     amplitude = obj.rms(tau)
-    if recipe.objective.tau_norm == "rms" and draws_from_inversion(recipe):
+    if recipe.objective.tau_norm == "rms" and uses_inversion(recipe):
         tau = obj.normalise(tau)
         x_t = obj.noised(x_0, tau, a_t, s_t)
 

@@ -21,7 +21,7 @@ from inpo_fast import checkpoint, distributed
 from inpo_fast.config import RunConfig, parse, split_batch
 from inpo_fast.data.sources import Source, open_source
 from inpo_fast.data.windows import Windows
-from inpo_fast.evaluate import evaluate, verdict
+from inpo_fast.evaluate import evaluate, open_inputs, verdict
 from inpo_fast.files import write_text
 from inpo_fast.metrics import MetricsFile
 from inpo_fast.models import Models, load_pipeline, quiet_libraries
@@ -65,6 +65,8 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     if rank == 0:
         folder.check()
     source = open_source(config.data.source, config.data.format)
+    if config.evaluate.prompts:
+        open_inputs(config.evaluate, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
     models = Models(load_pipeline(config.models.base), device)
     optimizer = make_optimizer(models.parameters(), config.optim)

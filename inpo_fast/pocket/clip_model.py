@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from inpo_fast.pocket.base_model import MAX_TOKENS, WIDTH, one_cycle, render_training_set
 from inpo_fast.pocket.scenes import SIZE, Scene
 
-PICTURES, STEPS, BATCH, LR = 24_000, 1_500, 192, 2e-3
+PICTURES, STEPS, BATCH, LR = 24_000, 1_000, 128, 2e-3
 MEAN = STD = [0.5, 0.5, 0.5]
 
 

@@ -10,6 +10,8 @@ from itertools import product
 
 import numpy as np
 
+from inpo_fast.refusal import Refusal
+
 SIZE = 32  # pixels; shapes are not readable at 16
 HUES = {"red": 0.0, "yellow": 50.0, "green": 125.0, "cyan": 182.0, "blue": 226.0, "purple": 288.0}  # degrees
 GREYS = {"white": 0.96, "gray": 0.55, "black": 0.06}  # value
@@ -60,7 +62,7 @@ def split_scenes() -> tuple[list[Scene], list[Scene]]:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene a caption describes. ValueError for a sentence that is not one of this world's."""
+    """The scene a caption describes. Refusal of a sentence that is not one of this world's."""
     words = caption.strip().lower().split()
     try:
         scene = Scene(size=words[1], colour=words[2], shape=words[3], background=words[6])
@@ -70,7 +72,7 @@ def parse_caption(caption: str) -> Scene:
         scene.size in RADIUS and scene.colour in HUES and scene.shape in SHAPES and scene.background in BACKGROUNDS
     )
     if not known:
-        raise ValueError(
+        raise Refusal(
             f"not a pocket caption: {caption!r}; expected 'a SIZE COLOUR SHAPE on a BACKGROUND background' with "
             f"SIZE in {list(RADIUS)}, COLOUR in {list(COLOURS)}, SHAPE in {list(SHAPES)}, "
             f"BACKGROUND in {list(BACKGROUNDS)}"
