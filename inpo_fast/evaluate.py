@@ -90,11 +90,9 @@ def open_inputs(config: EvaluateConfig, device: torch.device) -> tuple[list[str]
     seen = read_prompts(config.seen_prompts) if config.seen_prompts else []
     outside = make_judge(config.outside_judge, device) if config.outside_judge else None
     judge = make_judge(config.judge, device)
-    if config.judge == "pocket-rules":
-        from inpo_fast.pocket.scenes import parse_caption
-
-        for prompt in (*prompts, *seen):
-            parse_caption(prompt)
+    for each in (judge, outside):
+        if each is not None:
+            each.check([*prompts, *seen])
     return prompts, seen, judge, outside
 
 

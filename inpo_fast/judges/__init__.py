@@ -22,6 +22,10 @@ class Judge(Protocol):
     name: str
     tie: float  # totals that differ by less are a tie
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refusal of prompts that this judge cannot judge."""
+        ...
+
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
         """images: (H, W, 3) uint8 arrays; one prompt each."""
         ...

@@ -25,6 +25,9 @@ class ClipJudge:
         except (OSError, ValueError) as problem:
             raise Refusal(f"judge {self.name}: cannot be opened ({str(problem).splitlines()[0]})") from problem
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Any text will do."""
+
     @torch.inference_mode()
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
         totals = []

@@ -28,6 +28,10 @@ class RuleJudge:
     # moves the total by less than half of it.
     tie = 0.01
 
+    def check(self, prompts: list[str]) -> None:
+        for prompt in prompts:
+            parse_caption(prompt)
+
     def score(self, images: list[np.ndarray], prompts: list[str]) -> Scores:
         """images: (32, 32, 3) uint8 arrays, prompts: captions. Totals and parts, each (N,)."""
         seen = [judge_image(image, parse_caption(prompt)) for image, prompt in zip(images, prompts, strict=True)]
@@ -62,6 +66,7 @@ def judge_image(image: np.ndarray, scene: Scene) -> dict[str, float]:
         "centring": _ramp(-np.hypot(dx - aim_x, dy - aim_y), -5.0, -0.5),
         "saturation": _ramp(_saturation(ink), 0.3 * FULL_SATURATION, 0.92 * FULL_SATURATION),
         "cleanliness": _ramp(-np.sqrt((residual**2).mean()), -0.08, -0.02),
+        # the sharpest edge that comes through the pocket's VAE is 2 pixels wide
         "edges": _ramp(-edge_width, -3.4, -2.0),
     }
 
