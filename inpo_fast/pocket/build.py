@@ -67,7 +67,7 @@ def build_clip(output: Path) -> None:
 
 def build_pairs(output: Path) -> None:
     seen, held_out = split_scenes()
-    pipeline = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None, dtype=torch.float32)
     pairs.write_pairs(pairs.draw_pairs(pipeline, seen, PAIRS, SEED), output / "pairs.parquet")
     write_text(output / "prompts-held-out.txt", "".join(scene.caption + "\n" for scene in held_out))
     every = seen[:: len(seen) // 32][:32]
@@ -77,7 +77,7 @@ def build_pairs(output: Path) -> None:
 def check_base(output: Path) -> None:
     """How good the base is: at least 85 % of samples on seen prompts show the right colour and shape."""
     seen, _ = split_scenes()
-    pipeline = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None, dtype=torch.float32)
     use_ddim(pipeline)
     captions = [scene.caption for scene in seen[::2]]
     pictures = draw(

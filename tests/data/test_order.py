@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from inpo_fast import draws
 from inpo_fast.data.order import pair_index, permuted, window_positions
 
-quick = settings(max_examples=50, deadline=None, database=None)
+quick = settings(max_examples=40, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
 seeds = st.integers(0, 2**63)
 
 
