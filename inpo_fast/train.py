@@ -97,7 +97,7 @@ def train(run: Run, console: Console) -> None:
             file = closing.enter_context(contextlib.closing(MetricsFile(run.folder.metrics, run.done)))
             tracker = closing.enter_context(contextlib.closing(Tracker(run.folder.path / "tensorboard", run.done)))
         progress = closing.enter_context(StepProgress(console, steps, run.done, run.variant, shown=run.rank == 0))
-        watch = Watch()
+        watch = Watch(expects_noise=config.objective.tau_norm == "none")
         begun = time.perf_counter()
         for step, items in enumerate(windows.steps(run.done, steps, config.train.pairs_per_step), run.done):
             # ---- the single training step -------------------------------------------------------

@@ -6,9 +6,13 @@ WINDOW = 10  # steps that a sign is averaged over
 
 
 class Watch:
-    """Feed it each step's metrics; it returns the warnings that are due."""
+    """Feed it each step's metrics; it returns the warnings that are due.
 
-    def __init__(self):
+    expects_noise: x_t must hold unit noise by itself, because the objective does not rescale it.
+    """
+
+    def __init__(self, expects_noise: bool = True):
+        self.expects_noise = expects_noise
         self.recent: dict[str, deque[float]] = {}
         self.given: set[str] = set()
 
@@ -24,10 +28,10 @@ class Watch:
                 f"(winner_delta {rise:+.2g}); a larger objective.beta or a smaller optim.lr usually mends it"
             )
         sizes = [size for side in ("winner", "loser") if (size := self._mean(f"tau_rms_{side}")) is not None]
-        if sizes and min(sizes) < 0.9:
+        if self.expects_noise and sizes and min(sizes) < 0.9:
             signs["tau"] = (
                 f"the inversion lands on images with too little noise for their timestep (tau_rms {min(sizes):.2f}, "
-                "expected about 1); inversion.evaluate_at=source with grid=exact lands right, or take more steps"
+                "1 is right); more inversion.steps bring it closer, objective.tau_norm=rms rescales it"
             )
         due = [text for sign, text in signs.items() if sign not in self.given]
         self.given |= signs.keys()

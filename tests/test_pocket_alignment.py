@@ -20,26 +20,30 @@ from inpo_fast.pocket import ASSETS
 from inpo_fast.step import Recipe, make_window, noise_window
 
 
-def tau_rms(evaluate_at: str, steps: int = 10) -> dict[int, float]:
+def tau_rms(steps: int, levels=(99, 300, 999)) -> list[float]:
+    """Mean rms(tau) of the shipped pairs at some levels, uncorrected."""
+    torch.set_num_threads(1)
     models = Models(load_pipeline(str(ASSETS / "model")), torch.device("cpu"))
     windows = Windows(open_source(str(ASSETS / "pairs.parquet")), DataConfig(), resolution=32, seed=0, rank=0, world=1)
-    items = next(windows.steps(0, 1, 16))
-    recipe = Recipe("inpo", ObjectiveConfig(), InversionConfig(steps=steps, evaluate_at=evaluate_at), 16, False, 0)
+    items = next(windows.steps(0, 1, 8))
+    recipe = Recipe("inpo", ObjectiveConfig(), InversionConfig(steps=steps), 8, True, 0)
     window = make_window(items, models, recipe, models.encode_empty())
-    out = {}
-    for t in (20, 100, 300, 600, 999):
+    out = []
+    for t in levels:
         window.t = torch.full_like(window.t, t)
         x_t, _ = noise_window(window, models, recipe)
         a, s = models.schedule.a_s(window.t.repeat_interleave(2))
-        out[t] = obj.rms(obj.target(x_t.flatten(0, 1), window.x_0.flatten(0, 1), a, s)).mean().item()
+        out.append(obj.rms(obj.target(x_t.flatten(0, 1), window.x_0.flatten(0, 1), a, s)).mean().item())
     return out
 
 
-def test_tau_has_the_size_of_noise_at_every_t():
-    """The source convention lands on t with a latent as noisy as t asks for; the scheduler's convention does not."""
-    source, target = tau_rms("source"), tau_rms("target")
-    assert all(0.9 < value < 1.1 for value in source.values()), source
-    assert min(target.values()) < 0.75, target
+def test_tau_nears_the_size_of_noise_as_the_grid_gets_finer():
+    """The first evaluation sees a clean image, on which a good model predicts little noise: an explicit step from
+    there lands under-noised at every t, and only a finer grid (or tau_norm) repairs it. LOG.md has the argument."""
+    coarse, fine, finest = tau_rms(5), tau_rms(20), tau_rms(80)
+    for a, b, c in zip(coarse, fine, finest, strict=True):
+        assert a < b < c < 1.05
+    assert finest[-1] > 0.8
 
 
 def align(tmp_path, name: str, edit) -> dict:

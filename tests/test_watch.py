@@ -25,6 +25,8 @@ def test_a_rising_winner_error_is_named_once_and_not_for_single_steps():
 def test_too_little_noise_is_named():
     warnings = run(*[HEALTHY | {"tau_rms_winner": 0.5}] * 30)
     assert len(warnings) == 1 and "tau_rms 0.50" in warnings[0]
+    rescaled = Watch(expects_noise=False)
+    assert not [w for _ in range(30) for w in rescaled.step(HEALTHY | {"tau_rms_winner": 0.5})]
 
 
 def test_methods_without_losers_are_watched_too():

@@ -54,12 +54,12 @@ def check(e, r, dpred, inputs, de):
     for name, value, y in (("e", e, pred), ("r", r, ref)):
         size = np.abs(y) + (np.abs(x_t) + np.abs(a * x_0)) / s
         want = np.square(y - tau).mean((1, 2, 3))
-        # 4 roundings of the operands in the difference; 16 sums in sequence and 10 in the tree, 32 allowed
-        bound = 2.0**-24 * (8 * (np.abs(y - tau) * size).mean((1, 2, 3)) + 32 * want)
+        # the difference: 3 roundings and a division (2 ulp on a GPU); 16 sums in sequence and 10 in the tree, 32 allowed
+        bound = 2.0**-24 * (16 * (np.abs(y - tau) * size).mean((1, 2, 3)) + 32 * want)
         assert (np.abs(value - want) <= bound).all(), (name, value, want, bound)
     want = de * 2 * (pred - tau) / pred[0].size
     size = np.abs(de) * 2 * (np.abs(pred) + (np.abs(x_t) + np.abs(a * x_0)) / s) / pred[0].size
-    bound = STORE[inputs[0].dtype] * np.abs(want) + 6 * 2.0**-24 * size + SUBNORMAL[inputs[0].dtype]
+    bound = STORE[inputs[0].dtype] * np.abs(want) + 16 * 2.0**-24 * size + SUBNORMAL[inputs[0].dtype]
     assert (np.abs(got - want) <= bound).all(), np.abs(got - want).max()
 
 
