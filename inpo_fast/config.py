@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from inpo_fast.data.windows import DataConfig
 from inpo_fast.inversion import InversionConfig
@@ -20,6 +20,8 @@ from inpo_fast.refusal import Refusal
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The loop: how long, how much at once, how often saved."""
+
     steps: int = 400
     """Optimizer steps."""
     pairs_per_step: int = 1024
@@ -84,6 +86,9 @@ class RunConfig:
 
 
 SWITCHES = ("--resume", "--overwrite")  # may stand without a value
+
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
 
 
 class StrictParser(ArgumentParser):

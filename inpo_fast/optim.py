@@ -10,9 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """AdamW, its learning rate over time, averaged weights."""
+
     lr: float = 1.024e-5
     """Published value for SD1.5 and SDXL alike (1e-8 x 1024 pairs). Does not depend on the number of GPUs."""
     warmup_steps: int = 200
+    """Steps of linear warm-up."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up; linear and cosine end at 0 with the last step."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -17,12 +17,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Where the preference pairs come from and how an image becomes a training view."""
+
     source: str = ""
     """A parquet file or folder in the Pick-a-Pic v2 schema, or a folder with metadata.jsonl."""
     format: Format = "auto"
+    """auto: a folder with metadata.jsonl is read as such, anything else as parquet."""
     resolution: int | None = None
     """Pixels per side. None: the model's own (UNet sample size times the VAE's factor)."""
     crop: Literal["center", "random"] = "center"
+    """Where the square is cut out after the short side was resized."""
     flip: bool = True
     """Mirror each image with probability 1/2; the two images of a pair independently (as published)."""
     prompt_dropout: float = 0.0

@@ -54,7 +54,7 @@ def check(e, r, dpred, inputs, de):
     for name, value, y in (("e", e, pred), ("r", r, ref)):
         size = np.abs(y) + (np.abs(x_t) + np.abs(a * x_0)) / s
         want = np.square(y - tau).mean((1, 2, 3))
-        # the difference: 3 roundings and a division (2 ulp on a GPU); 16 sums in sequence and 10 in the tree, 32 allowed
+        # 3 roundings and a division (2 ulp on a GPU) in the difference; 16 sums in sequence, 10 in the tree, 32 allowed
         bound = 2.0**-24 * (16 * (np.abs(y - tau) * size).mean((1, 2, 3)) + 32 * want)
         assert (np.abs(value - want) <= bound).all(), (name, value, want, bound)
     want = de * 2 * (pred - tau) / pred[0].size
