@@ -114,7 +114,7 @@ def parse(program: str, arguments: list[str] | None = None) -> RunConfig:
     for path in named:
         _check_groups(path, RunConfig, yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     space.pop("config", None)
-    config: RunConfig = _instantiate(RunConfig, parser.instantiate_classes(space))
+    config: RunConfig = _instantiate(RunConfig, parser.instantiate(space))
     if config.output is None:
         name = Path(named[-1]).stem if named else "unnamed"
         config = replace(config, output=str(Path("runs") / name))

@@ -28,6 +28,7 @@ from inpo_fast.sample import draw, scaled_eps, use_ddim
 
 BOOTSTRAPS = 2000
 DIVERSITY_FLOOR = 0.8  # of the base's
+OUTSIDE_FALL = 0.5  # spreads that the mean of the outside judge may fall
 SEEN_GAP = 0.15  # how much more often a model may win on seen prompts than on held-out ones
 
 
@@ -178,17 +179,7 @@ def summarise(
         ratio = diversity(galleries["aligned"]) / max(diversity(galleries["base"]), 1e-9)
         guards["diversity_ratio"] = {"value": ratio, "ok": ratio >= DIVERSITY_FLOOR}
     if outside is not None:
-        a, b = (outside.score(galleries[n].pictures, galleries[n].captions).total for n in ("aligned", "base"))
-        rate, low, high = win_rate(a, b, outside.tie, seeds)
-        guards["outside"] = {
-            "judge": outside.name,
-            "win_rate": rate,
-            "win_rate_low": low,
-            "win_rate_high": high,
-            "mean": float(a.mean()),
-            "base_mean": float(b.mean()),
-            "ok": high >= 0.5,
-        }
+        guards["outside"] = _outside_guard(outside, galleries["aligned"], galleries["base"])
     if "aligned_seen" in scores:
         on_seen = compare("aligned_seen", "base_seen")
         gap = on_seen["win_rate"] - main["win_rate"]
@@ -206,6 +197,25 @@ def summarise(
         "parts": parts,
         "guards": guards,
         "sampler": {"name": "DDIM", "steps": config.sampler_steps, "guidance": config.guidance},
+    }
+
+
+def _outside_guard(judge: Judge, aligned: Gallery, base: Gallery) -> dict:
+    """How far the mean of a judge outside the reward moved, in units of what two pictures of one prompt by the base
+    differ by: a consistent change far below that is nothing a person could see, however many pictures agree on it."""
+    ours, theirs = (judge.score(g.pictures, g.captions).total for g in (aligned, base))
+    rate, low, high = win_rate(ours, theirs, judge.tie, base.seeds)
+    spread = theirs.reshape(-1, base.seeds).std(1).mean() if base.seeds > 1 else theirs.std()
+    shift = float((ours.mean() - theirs.mean()) / max(spread, 1e-9))
+    return {
+        "judge": judge.name,
+        "win_rate": rate,
+        "win_rate_low": low,
+        "win_rate_high": high,
+        "mean": float(ours.mean()),
+        "base_mean": float(theirs.mean()),
+        "shift": shift,
+        "ok": shift >= -OUTSIDE_FALL,
     }
 
 

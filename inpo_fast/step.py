@@ -163,8 +163,8 @@ def micro_step(
     arguments = window.conditional.arguments(here)
     time = t.to(models.device)
     with torch.no_grad():
-        reference = models.reference(x_t, time, **arguments).sample
-    prediction = models.policy(x_t, time, **arguments).sample
+        reference = models.reference(x_t, time, **arguments).sample.contiguous()
+    prediction = models.policy(x_t, time, **arguments).sample.contiguous()
 
     e, r = errors(prediction, reference, x_t, x_0, a_t, s_t)  # against tau of x_t; the kernel on CUDA
     if recipe.method == "sft":

@@ -88,6 +88,9 @@ def test_summary_has_its_keys_and_guards_can_fail():
     assert not result["guards"]["alignment"]["ok"]  # looks were bought with alignment
     assert not result["guards"]["control"]["ok"]  # a judge that the control fools
     assert result["guards"]["seen"]["ok"] and result["guards"]["outside"]["ok"]
+    assert result["guards"]["outside"]["shift"] > 0
+    worse = ev.summarise(galleries | {"aligned": gallery(40)}, scores, judge, Brightness(), config, "inpo-rms")
+    assert worse["guards"]["outside"]["shift"] < -0.5 and not worse["guards"]["outside"]["ok"]
     json.dumps(result)
     text = ev.verdict(result)
     assert "100.0 %" in text and "inpo-rms" in text and "alignment, control" in text

@@ -44,9 +44,9 @@ def evaluation(aligned: float = 0.9, control: float = 0.6, size: int = 8) -> Eva
     levels = {"base": 0.7, "aligned": aligned, "control": control, "base_seen": 0.7, "aligned_seen": aligned}
     galleries = {name: gallery(seed, level, size) for seed, (name, level) in enumerate(levels.items())}
     judge = Brightness()
-    out = Evaluation(summarise(galleries, judge, judge, EvaluateConfig(seeds=2), "inpo-rms"), galleries)
-    out.scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
-    return out
+    scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
+    result = summarise(galleries, scores, judge, judge, EvaluateConfig(seeds=2), "inpo-rms")
+    return Evaluation(result, galleries, scores)
 
 
 def write_metrics(folder: Path, names: list[str], steps: int = 30) -> None:
@@ -94,7 +94,7 @@ def test_missing_parts_are_left_out(tmp_path):
     assert "Not evaluated" in page and "no training metrics" in page and "<details" not in page
     assert not (tmp_path / "samples.png").exists()
     bare = evaluation()
-    del bare.scores
+    bare.scores = {}
     page = write_report(tmp_path, Evaluation(bare.result)).read_text()  # only evaluation.json is left
     assert verdict(bare.result)[:60] in page and "<img" not in page
     page = write_report(tmp_path, bare).read_text()

@@ -64,12 +64,13 @@ def split_scenes() -> tuple[list[Scene], list[Scene]]:
 def parse_caption(caption: str) -> Scene:
     """The scene a caption describes. Refusal of a sentence that is not one of this world's."""
     words = caption.strip().lower().split()
-    try:
-        scene = Scene(size=words[1], colour=words[2], shape=words[3], background=words[6])
-    except IndexError:
-        scene = None
-    known = scene is not None and (
-        scene.size in RADIUS and scene.colour in HUES and scene.shape in SHAPES and scene.background in BACKGROUNDS
+    scene = Scene(words[1], words[2], words[3], words[6]) if len(words) == 8 else None
+    known = (
+        scene is not None
+        and " ".join(words) == scene.caption
+        and (
+            scene.size in RADIUS and scene.colour in HUES and scene.shape in SHAPES and scene.background in BACKGROUNDS
+        )
     )
     if not known:
         raise Refusal(

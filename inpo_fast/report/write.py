@@ -45,7 +45,7 @@ def page(folder: Path, evaluation: "Evaluation | None") -> str:
     before_after, why = [], None
     if "base" in galleries and "aligned" in galleries:
         before_after = pictures.before_after(galleries["base"], galleries["aligned"])
-        if scores := getattr(evaluation, "scores", None):
+        if evaluation is not None and (scores := evaluation.scores):
             why = reasons.extremes(galleries["base"], galleries["aligned"], scores["base"], scores["aligned"])
     extreme = [case.comparison for case in (*why.gains, *why.losses)] if why else []
     uris = pictures.data_uris([*before_after, *extreme], PICTURE_BYTES)
