@@ -49,8 +49,10 @@ class StepProgress:
         ):
             self.printed = now
             left = (now - self.begun) / (self.done - self.first) * (self.steps - self.done)
-            self.console.print(f"step {self.done}/{self.steps}  {note}  eta {left:.0f} s", highlight=False)
+            self.console.print(
+                f"step {self.done}/{self.steps}  {note}  eta {left:.0f} s", highlight=False, soft_wrap=True
+            )
 
     def say(self, message: str) -> None:
         if self.shown:
-            self.bar.console.print(message, style="yellow", highlight=False)
+            self.bar.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -186,10 +186,12 @@ def main() -> None:
             from inpo_fast.report.write import write_report
 
             report = write_report(run.folder.path, evaluation)
-            console.print(f"\nModel:  {run.folder.path / 'model'} (opens with diffusers)", highlight=False)
+            console.print(
+                f"\nModel:  {run.folder.path / 'model'} (opens with diffusers)", highlight=False, markup=False
+            )
             if evaluation is not None:
-                console.print(verdict(evaluation.result), highlight=False)
-            console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+                console.print(verdict(evaluation.result), highlight=False, markup=False, soft_wrap=True)
+            console.print(f"Report: {report}", highlight=False, markup=False, soft_wrap=True)
         distributed.barrier()
     finally:
         distributed.stop()

@@ -3,6 +3,8 @@
 from collections import deque
 
 WINDOW = 10  # steps that a sign is averaged over
+WINNER_RISE = 0.1  # of the reference's error; healthy pocket runs pass 0.09 on their way down
+UNDER_NOISED = 0.9  # rms(tau)
 
 
 class Watch:
@@ -17,18 +19,20 @@ class Watch:
         self.given: set[str] = set()
 
     def step(self, values: dict[str, float]) -> list[str]:
-        for name in ("winner_delta", "tau_rms_winner", "tau_rms_loser"):
+        for name in ("winner_delta", "winner_error", "tau_rms_winner", "tau_rms_loser"):
             if name in values:
                 self.recent.setdefault(name, deque(maxlen=WINDOW)).append(values[name])
         signs = {}
         rise = self._mean("winner_delta")
-        if rise is not None and rise > 0:
+        before = (self._mean("winner_error") or 0.0) - (rise or 0.0)  # the reference's error on the same images
+        if rise is not None and rise > WINNER_RISE * before:
             signs["winner"] = (
-                f"over the last {WINDOW} steps the policy predicts the winners worse than the reference does "
-                f"(winner_delta {rise:+.2g}); a larger objective.beta or a smaller optim.lr usually mends it"
+                f"over the last {WINDOW} steps the policy's error on the winners is {100 * rise / before:.0f} % above "
+                f"the reference's (winner_delta {rise:+.2g}); a larger objective.beta or a smaller optim.lr usually "
+                "mends it"
             )
         sizes = [size for side in ("winner", "loser") if (size := self._mean(f"tau_rms_{side}")) is not None]
-        if self.expects_noise and sizes and min(sizes) < 0.9:
+        if self.expects_noise and sizes and min(sizes) < UNDER_NOISED:
             signs["tau"] = (
                 f"the inversion lands on images with too little noise for their timestep (tau_rms {min(sizes):.2f}, "
                 "1 is right); more inversion.steps bring it closer, objective.tau_norm=rms rescales it"

@@ -2,7 +2,7 @@
 
 from inpo_fast.watch import WINDOW, Watch
 
-HEALTHY = {"winner_delta": -0.01, "tau_rms_winner": 0.98, "tau_rms_loser": 1.0}
+HEALTHY = {"winner_delta": -0.01, "winner_error": 0.09, "tau_rms_winner": 0.98, "tau_rms_loser": 1.0}
 
 
 def run(*rows):
@@ -15,10 +15,11 @@ def test_a_healthy_run_is_quiet():
 
 
 def test_a_rising_winner_error_is_named_once_and_not_for_single_steps():
-    bad = HEALTHY | {"winner_delta": 0.02}
+    bad = HEALTHY | {"winner_delta": 0.02, "winner_error": 0.12}
     warnings = run(*[bad] * (WINDOW + 20))
-    assert len(warnings) == 1 and "winners worse" in warnings[0]
+    assert len(warnings) == 1 and "20 % above" in warnings[0]
     assert run(*[bad] * (WINDOW - 1)) == []
+    assert run(*[HEALTHY | {"winner_delta": 0.005, "winner_error": 0.105}] * 30) == []  # within the noise
     assert run(*([HEALTHY] * 9 + [HEALTHY | {"winner_delta": 0.05}]) * 3) == []
 
 
@@ -30,4 +31,4 @@ def test_too_little_noise_is_named():
 
 
 def test_methods_without_losers_are_watched_too():
-    assert len(run(*[{"winner_delta": 0.1}] * 20)) == 1
+    assert len(run(*[{"winner_delta": 0.1, "winner_error": 0.5}] * 20)) == 1

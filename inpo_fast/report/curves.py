@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from inpo_fast.watch import UNDER_NOISED
+
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps (N,), values (N,)
 Latest = dict[str, float]
 
-UNDER_NOISED = 0.9  # rms(tau) below this: the latents are so clean that training hardly helps
 AMPLITUDE_DRIFT = 0.02  # the base with its noise prediction scaled by this much can fool a judge
 
 
