@@ -9,7 +9,8 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from inpo_fast import draws
 from inpo_fast.inversion import guided, invert
-from inpo_fast.schedule import CLEAN, Schedule, plan
+from inpo_fast.objectives import rms, target
+from inpo_fast.schedule import CLEAN, Schedule, plan, snap
 
 T = 1000
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -206,3 +207,20 @@ def test_utilisation_of_a_window():
         _, spent = invert(eps, torch.zeros(2048, 1, 1, 1), plan(SCHEDULE, t, steps=10), batch=64)
         used.append(spent / (64 * len(calls)))
     assert np.mean(used) == pytest.approx(0.975, abs=0.005), used
+
+
+@pytest.mark.parametrize("grid", ["exact", "spread", "snap"])
+def test_tau_has_the_size_of_noise_at_every_t(grid):
+    """Where the model answers with unit noise, the grids that land on t make x_t exactly as noisy as t asks for."""
+    noise = torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise /= rms(noise)[:, None, None, None]
+    t = torch.arange(0, 1000, 37)
+    x_0 = torch.randn(len(t), 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    schedule = Schedule.of(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+    climb = plan(schedule, t, steps=10, grid=grid)
+    x_t, _ = invert(lambda x, time, rows: noise.expand_as(x), x_0, climb, batch=7)
+    a, s = schedule.a_s(snap(t, 10, 1000) if grid == "snap" else t)
+    # fp32 coefficients of up to ten steps, magnified by 1 / s_t (34 at t = 0)
+    torch.testing.assert_close(
+        rms(target(x_t, x_0, a.double(), s.double())), torch.ones(len(t)).double(), rtol=0, atol=5e-5
+    )
