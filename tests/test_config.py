@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from inpo_fast.config import RunConfig, TrainConfig, check, parse, split_batch, to_dict, to_yaml
@@ -170,7 +170,7 @@ def test_split_batch_refuses_with_a_value_that_works(pairs, micro, world, messag
     split_batch(TrainConfig(pairs_per_step=pairs, micro_batch=micro), world)
 
 
-@settings(max_examples=15, deadline=None, database=None)
+@settings(max_examples=15, deadline=None, database=None, phases=[Phase.generate])
 @given(
     lr=st.floats(1e-12, 1e3),
     base=st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"])),

@@ -120,15 +120,23 @@ def test_a_model_against_itself_ties_and_the_base_is_put_back(tmp_path):
     pipeline = tiny_pipeline()
     own = pipeline.unet
     (tmp_path / "p.txt").write_text("\n".join(s.caption for s in split_scenes()[1][:3]))
-    config = EvaluateConfig(prompts=str(tmp_path / "p.txt"), seeds=2, sampler_steps=2, guidance=2.0, batch=4)
+    config = EvaluateConfig(
+        prompts=str(tmp_path / "p.txt"), seeds=2, sampler_steps=2, guidance=2.0, batch=4, control_eps_scale=1.3
+    )
     same = tiny_unet()
     same.load_state_dict(own.state_dict())
     evaluation = ev.evaluate(pipeline, same, config, "itself")
     assert evaluation.result["win_rate"] == 0.5 and pipeline.unet is own
-    assert all(
-        (a == b).all()
-        for a, b in zip(evaluation.galleries["base"].pictures, evaluation.galleries["aligned"].pictures, strict=True)
+    base, aligned, control = (np.stack(evaluation.galleries[n].pictures) for n in ("base", "aligned", "control"))
+    assert (base == aligned).all() and (base != control).any()
+    plain = draw(
+        pipeline,
+        evaluation.galleries["base"].captions[:1],
+        [("evaluate", 0, evaluation.galleries["base"].prompts[0], 0)],
+        steps=2,
+        guidance=2.0,
     )
+    assert np.abs(plain[0].astype(int) - base[0]).max() <= 1  # the base itself is drawn unscaled
 
 
 def test_command_line_compares_two_folders(tmp_path, monkeypatch, capsys):

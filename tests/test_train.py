@@ -83,6 +83,10 @@ def test_outputs_have_their_fixed_names_and_diffusers_opens_the_model(whole):
     average = {k.removeprefix("average/"): v for k, v in weights(whole).items() if k.startswith("average/")}
     for name, parameter in pipeline.unet.named_parameters():
         assert torch.equal(parameter, average[name])  # the output model is the averaged one
+    policy = {k.removeprefix("policy/"): v for k, v in weights(whole).items() if k.startswith("policy/")}
+    base = StableDiffusionPipeline.from_pretrained(whole.parent / "model", safety_checker=None).unet.state_dict()
+    moved = "conv_out.weight"
+    assert not torch.equal(average[moved], policy[moved]) and not torch.equal(average[moved], base[moved])
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-0002", "step-0004"]
 
 
