@@ -94,7 +94,16 @@ def check_base(output: Path) -> None:
     print("parts: " + "  ".join(f"{name} {values.mean():.2f}" for name, values in parts.items()))
 
 
+def forget_paths(output: Path) -> None:
+    """Drops the folder that a part was loaded from, which libraries write into its config."""
+    for path in output.rglob("config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            write_text(path, json.dumps(config, indent=2) + "\n")
+
+
 def write_manifest(output: Path) -> None:
+    forget_paths(output)
     files = sorted(path for path in output.rglob("*") if path.is_file() and path.name != "manifest.json")
     hashes = {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     settings = {
