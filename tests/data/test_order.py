@@ -83,19 +83,9 @@ def test_hash_key_is_pinned():
 
 
 def test_keys_that_look_alike_differ():
-    keys = [
-        (1, 23),
-        (12, 3),
-        (123,),
-        (1, 2, 3),
-        (3, 2, 1),
-        ("1", 23),
-        (1, "23"),
-        ("ab", "c"),
-        ("a", "bc"),
-        ("abc",),
-        (),
-    ]
+    numbers = [(1, 23), (12, 3), (123,), (1, 2, 3), (3, 2, 1), ("1", 23), (1, "23"), ()]
+    texts = [("ab", "c"), ("a", "bc"), ("abc",), ("astr:bc",)]
+    keys = [*numbers, *texts]
     assert len({draws.hash_key(*key) for key in keys}) == len(keys)
 
 
