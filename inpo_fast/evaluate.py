@@ -28,7 +28,6 @@ from inpo_fast.sample import draw, scaled_eps, use_ddim
 
 BOOTSTRAPS = 2000
 DIVERSITY_FLOOR = 0.8  # of the base's
-OUTSIDE_FALL = 0.5  # spreads that the mean of the outside judge may fall
 SEEN_GAP = 0.15  # how much more often a model may win on seen prompts than on held-out ones
 
 
@@ -201,8 +200,10 @@ def summarise(
 
 
 def _outside_guard(judge: Judge, aligned: Gallery, base: Gallery) -> dict:
-    """How far the mean of a judge outside the reward moved, in units of what two pictures of one prompt by the base
-    differ by: a consistent change far below that is nothing a person could see, however many pictures agree on it."""
+    """Win-rate by a judge outside the reward; it fails when the base is clearly preferred, however slightly.
+
+    shift says how large the change is: that of the mean, in units of what two pictures of one prompt differ by.
+    """
     ours, theirs = (judge.score(g.pictures, g.captions).total for g in (aligned, base))
     rate, low, high = win_rate(ours, theirs, judge.tie, base.seeds)
     spread = theirs.reshape(-1, base.seeds).std(1).mean() if base.seeds > 1 else theirs.std()
@@ -215,7 +216,7 @@ def _outside_guard(judge: Judge, aligned: Gallery, base: Gallery) -> dict:
         "mean": float(ours.mean()),
         "base_mean": float(theirs.mean()),
         "shift": shift,
-        "ok": shift >= -OUTSIDE_FALL,
+        "ok": high >= 0.5,
     }
 
 

@@ -1,9 +1,10 @@
 """Plain warnings, each given once, when a run shows a sign of going wrong."""
 
 from collections import deque
+from statistics import stdev
 
 WINDOW = 10  # steps that a sign is averaged over
-WINNER_RISE = 0.1  # of the reference's error; healthy pocket runs pass 0.09 on their way down
+CLEAR = 2.0  # standard errors of the mean over WINDOW steps that a rise must exceed: single batches are noisy
 UNDER_NOISED = 0.9  # rms(tau)
 
 
@@ -25,7 +26,7 @@ class Watch:
         signs = {}
         rise = self._mean("winner_delta")
         before = (self._mean("winner_error") or 0.0) - (rise or 0.0)  # the reference's error on the same images
-        if rise is not None and rise > WINNER_RISE * before:
+        if rise is not None and rise > CLEAR * self._standard_error("winner_delta"):
             signs["winner"] = (
                 f"over the last {WINDOW} steps the policy's error on the winners is {100 * rise / before:.0f} % above "
                 f"the reference's (winner_delta {rise:+.2g}); a larger objective.beta or a smaller optim.lr usually "
@@ -44,3 +45,6 @@ class Watch:
     def _mean(self, name: str) -> float | None:
         recent = self.recent.get(name, ())
         return sum(recent) / WINDOW if len(recent) == WINDOW else None
+
+    def _standard_error(self, name: str) -> float:
+        return stdev(self.recent[name]) / WINDOW**0.5

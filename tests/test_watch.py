@@ -19,7 +19,10 @@ def test_a_rising_winner_error_is_named_once_and_not_for_single_steps():
     warnings = run(*[bad] * (WINDOW + 20))
     assert len(warnings) == 1 and "20 % above" in warnings[0]
     assert run(*[bad] * (WINDOW - 1)) == []
-    assert run(*[HEALTHY | {"winner_delta": 0.005, "winner_error": 0.105}] * 30) == []  # within the noise
+    swinging = [HEALTHY | {"winner_delta": 0.02 if i % 2 else -0.018} for i in range(30)]
+    assert run(*swinging) == []  # a mean above 0 that does not stand out of the noise
+    small = run(*[HEALTHY | {"winner_delta": 0.001}] * 30)
+    assert len(small) == 1  # however small, when it is there in every step
     assert run(*([HEALTHY] * 9 + [HEALTHY | {"winner_delta": 0.05}]) * 3) == []
 
 

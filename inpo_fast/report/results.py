@@ -80,7 +80,7 @@ def guards(result: dict) -> list[Guard]:
 
 
 def _guard(name: str, values: dict) -> Guard:
-    from inpo_fast.evaluate import DIVERSITY_FLOOR, OUTSIDE_FALL
+    from inpo_fast.evaluate import DIVERSITY_FLOOR
 
     value, meaning = "", ""
     if "win_rate" in values:
@@ -99,11 +99,10 @@ def _guard(name: str, values: dict) -> Guard:
             f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again."
         )
     elif name == "outside":
-        value = f"shift {values['shift']:+.2f}"
         meaning = (
-            f"A second judge, {values['judge']}, that no training reward was made from. Its mean moved by "
-            f"{values['shift']:+.2f} of what two pictures of one prompt differ by; it fails below {-OUTSIDE_FALL:g}: "
-            "the gain would exist for the first judge only."
+            f"A second judge, {values['judge']}, that no training reward was made from. It fails when it clearly "
+            "prefers the base: the gain exists for the first judge only. Its mean moved by "
+            f"{values['shift']:+.2f} of what two pictures of one prompt differ by."
         )
     elif name == "seen":
         value = f"gap {100 * values['gap']:+.1f} points"
