@@ -1,0 +1,31 @@
+"""How the kernels walk through memory: strides of images, and block sizes that waste no lanes."""
+
+import torch
+
+
+def plane_strides(name: str, x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides (image, channel, pixel) of x (B, C, H, W) whose pixels are evenly spaced: NCHW or channels_last.
+
+    One pixel stride stands for both H and W. ValueError where that is not so (a crop, a transposed image).
+    """
+    if x.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (B, C, H, W)")
+    image, channel, row, pixel = x.stride()
+    height, width = x.shape[2:]
+    if width == 1:
+        pixel = row
+    elif height > 1 and row != width * pixel:
+        raise ValueError(f"the pixels of {name} are not evenly spaced (strides {x.stride()}); call .contiguous() on it")
+    return image, channel, pixel
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n: block sizes must be one."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def exact_block(n: int, least: int, most: int) -> int:
+    """A block size for n elements in a row: the largest power of two <= most that divides n, so that no lane is
+    masked; one that covers n (up to most) where that divisor is below `least` and rows would be read in crumbs."""
+    divisor = n & -n
+    return min(divisor, most) if divisor >= least else min(power_of_two(n), most)
