@@ -15,7 +15,6 @@ Memory: 4 bytes of state per parameter, where fp32 moments take 8. Reads 4 + |g|
 import torch
 import triton
 import triton.language as tl
-
 from inpo_kernels.normal import MASK, philox_reference
 from inpo_kernels.tensor_lists import BLOCK, TYPES, check, table
 

@@ -12,7 +12,6 @@ Any tensor may be NCHW or channels_last. Reads x and eps (and conditional), writ
 import torch
 import triton
 import triton.language as tl
-
 from inpo_kernels.layout import plane_strides
 from inpo_kernels.normal import normal, normal_reference
 

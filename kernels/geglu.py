@@ -8,7 +8,6 @@ Forward reads 2 D and writes D per row; backward reads 3 D and writes 2 D. fp32 
 import torch
 import triton
 import triton.language as tl
-
 from inpo_kernels.layout import exact_block
 
 TILE = 2048
@@ -101,7 +100,10 @@ _geglu.register_autograd(_backward, setup_context=_setup)
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """y (..., D) of x (..., 2 D): the kernel on CUDA, the reference elsewhere. ValueError on wrong shapes or strides."""
+    """y (..., D) of x (..., 2 D): the kernel on CUDA, the reference elsewhere.
+
+    ValueError on wrong shapes, strides.
+    """
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f"x is {tuple(x.shape)}, its last dimension must be even: hidden and gate")
     if not x.is_cuda:

@@ -14,7 +14,6 @@ a group is 20 to 160 bytes wide: programs read full rows of channels and groups 
 import torch
 import triton
 import triton.language as tl
-
 from inpo_kernels.layout import exact_block, power_of_two
 
 TILE = 4096  # elements a program holds at once
@@ -335,7 +334,10 @@ def group_norm_silu(
     silu: bool = True,
     temb: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y (N, C, H, W): the kernel on CUDA, the reference elsewhere. ValueError on wrong shapes, dtypes, devices, strides."""
+    """y (N, C, H, W): the kernel on CUDA, the reference elsewhere.
+
+    ValueError on wrong shapes, dtypes, devices, strides.
+    """
     if x.ndim != 4 or groups < 1 or x.shape[1] % groups:
         raise ValueError(f"x is {tuple(x.shape)}, expected (N, C, H, W) with C divisible by groups = {groups}")
     for name, v, shape in (("weight", weight, x.shape[1:2]), ("bias", bias, x.shape[1:2]), ("temb", temb, x.shape[:2])):

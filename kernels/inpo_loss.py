@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-
 from inpo_kernels.layout import plane_strides
 
 BLOCK = 2048

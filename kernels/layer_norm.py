@@ -11,7 +11,6 @@ A program holds a whole row: mean and variance are two exact passes over registe
 import torch
 import triton
 import triton.language as tl
-
 from inpo_kernels.layout import power_of_two
 
 TILE = 4096

@@ -11,7 +11,6 @@ import os
 import torch
 import triton
 import triton.language as tl
-
 from inpo_kernels.geglu import geglu_reference, normal_cdf
 
 # Triton's interpreter multiplies bf16 by its bit patterns: there the operands are widened first

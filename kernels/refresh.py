@@ -7,7 +7,6 @@ Lists of T alike tensors, dense in memory. Reads 4 bytes and writes 2 per elemen
 import torch
 import triton
 import triton.language as tl
-
 from inpo_kernels.tensor_lists import BLOCK, TYPES, check, table
 
 

@@ -12,7 +12,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @dataclass(frozen=True)
 class Table:
-    """addresses: one (T,) int64 for each list; sizes (T,); tensor, block (P,) of each program. On the tensors' device."""
+    """addresses: one (T,) int64 for each list; sizes (T,); tensor, block (P,) of each program. On their device."""
 
     addresses: list[torch.Tensor]
     sizes: torch.Tensor
