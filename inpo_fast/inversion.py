@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from inpo_kernels.ddim_step import ddim_step_
 
-from inpo_fast import draws
 from inpo_fast.schedule import Climb, EvaluateAt, Grid
 
 # eps(x, time, rows): noise prediction for samples x (B, C, H, W) told time (B,), with the conditioning of
@@ -50,17 +49,22 @@ def invert(
     climb: Climb,
     *,
     batch: int,
-    noise_keys: list[draws.Key] | None = None,
+    conditional: Eps | None = None,
+    guidance: float = 0.0,
+    noise_keys: list[int] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """All samples of a window to their own level.
 
+    guidance 0 asks eps (the empty prompt), 1 asks conditional, anything else both.
     x_0: (M, C, H, W), any float dtype; the climb's coefficients are applied in fp32 (float64 stays float64).
-    noise_keys: (M,) keys of the per-step noise, required when the climb has sigma > 0.
+    noise_keys: (M,) 63-bit keys of the per-step noise, required when the climb has sigma > 0.
     Returns x_t (M, C, H, W) in fp32 or float64, and the number of image evaluations spent.
     """
     noisy = bool(climb.sigma.any())
     if noisy and noise_keys is None:
         raise ValueError("inversion with eta > 0 needs noise_keys, one for each sample")
+    both = guidance not in (0.0, 1.0)
+    first = conditional if guidance == 1.0 else eps
     device = x_0.device
     order = torch.argsort(climb.evaluations, descending=True, stable=True)  # on the CPU: costs no device sync
     needed = climb.evaluations[order]
@@ -68,33 +72,21 @@ def invert(
     x = x_0.to(wide)[order.to(device)].contiguous()  # latents may be channels_last
     p, q, sigma = (c[order].to(device, wide) for c in (climb.p, climb.q, climb.sigma))
     times, rows = climb.times[order].to(device), order.to(device)
+    keys = torch.tensor(noise_keys)[order].to(device) if noisy else None
 
     spent = 0
     for j in range(int(needed.max()) if len(needed) else 0):
         active = int((needed > j).sum())
         for lo in range(0, active, batch):
             part = slice(lo, min(lo + batch, active))
-            predicted = eps(x[part], times[part, j], rows[part]).contiguous()
-            ddim_step_(x[part], predicted, p[part, j], q[part, j])
+            asked = x[part], times[part, j], rows[part]
+            options = {}
+            if both:
+                options |= {"conditional": conditional(*asked), "guidance": guidance}
             if noisy:
-                keys = [(*noise_keys[i], j) for i in order[part].tolist()]
-                noise = draws.normals(x.shape[1:], keys).to(device, wide)
-                x[part] += sigma[part, j, None, None, None] * noise
-        spent += active
+                options |= {"sigma": sigma[part, j], "keys": keys[part], "steps": torch.full_like(keys[part], j)}
+            ddim_step_(x[part], first(*asked), p[part, j], q[part, j], **options)
+        spent += active * (2 if both else 1)
     x_t = torch.empty_like(x)
     x_t[rows] = x
     return x_t, spent
-
-
-def guided(conditional: Eps, unconditional: Eps, guidance: float) -> tuple[Eps, int]:
-    """The inversion's eps at guidance w, and the UNet evaluations that one call costs (0 and 1 need only one)."""
-    if guidance == 0.0:
-        return unconditional, 1
-    if guidance == 1.0:
-        return conditional, 1
-
-    def eps(x, time, rows):
-        base = unconditional(x, time, rows)
-        return base + guidance * (conditional(x, time, rows) - base)
-
-    return eps, 2

@@ -38,9 +38,10 @@ class Tally:
         return self.cells[name][1]
 
     @torch.no_grad()
-    def observe(self, *, loss, logit, e, r, tau_rms, t, T, tau, prediction, reference, sides, contrast) -> None:
+    def observe(self, *, loss, logit, image, tau_rms, t, T, sides, contrast) -> None:
         """Everything worth watching of a micro-batch of B pairs; images are (S B), winners first.
 
+        image: (S B, 7), the means over elements that `inpo_kernels.inpo_loss.COLUMNS` names. tau_rms: (S B,).
         eps_scale is <eps_theta, eps_ref> / <eps_ref, eps_ref>; tau_residual is the same of tau - eps_ref, for
         winners and losers apart: where they differ the loss rewards changing the amplitude of the noise.
         """
@@ -53,17 +54,15 @@ class Tally:
                 chosen = torch.nonzero(bucket == b)[:, 0]  # t lies on the host: no device sync
                 if len(chosen):
                     self.add(f"margin_t{b}", logit[chosen.to(logit.device)])
-        reference = reference.float()
-        energy = reference.square().sum((1, 2, 3))
-        along = ((tau - reference) * reference).sum((1, 2, 3)) / energy
-        scale = (prediction.float() * reference).sum((1, 2, 3)) / energy
+        e, r, _, energy, pred_ref, tau_ref, _ = image.unbind(1)
+        along = (tau_ref - energy) / energy
         for number, side in enumerate(("winner", "loser")[:sides]):
             part = slice(number * len(loss), (number + 1) * len(loss))
             self.add(f"{side}_delta", e[part] - r[part])
             self.add(f"{side}_error", e[part])
             self.add(f"tau_rms_{side}", tau_rms[part])
             self.add(f"tau_residual_{side}", along[part])
-        self.add("eps_scale", scale)
+        self.add("eps_scale", pred_ref / energy)
 
     def reduce(self) -> None:
         names = sorted(self.cells)

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from inpo_kernels.errors import errors
+from inpo_kernels.inpo_loss import Objective, inpo_loss
 
 Method = Literal["inpo", "dpo", "sft"]
 
@@ -87,6 +89,48 @@ def gate_gradient(e_l: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """e_l in value (bit for bit, so that the step-0 logit stays 0), gate * its gradient."""
     still = e_l.detach()
     return still + gate * (e_l - still)
+
+
+def evaluate(
+    method: Method,
+    config: ObjectiveConfig,
+    pred: torch.Tensor,
+    ref: torch.Tensor,
+    x_t: torch.Tensor,
+    x_0: torch.Tensor,
+    a_t: torch.Tensor,
+    s_t: torch.Tensor,
+    weight: torch.Tensor,
+    fused: bool = True,
+) -> Objective:
+    """Loss, metrics and the gradient of sum(weight * loss) in pred's space; go on with `pred.backward(dpred)`.
+
+    pred, ref, x_t, x_0: (S B, C, H, W), S sides, winners first; a_t, s_t (S B,); weight (B,), fp32.
+    fused: one kernel for everything where there is one (inpo, dpo); otherwise errors, the functions of this file
+    and autograd. For `sft` the loss is the winner's error and the logit minus that.
+    """
+    if fused and method != "sft":
+        mu = config.winner_preserving
+        return inpo_loss(pred, ref, x_t, x_0, a_t, s_t, beta=config.beta, mu=mu, weight=weight)
+    pred, ref = pred.detach().contiguous().requires_grad_(), ref.detach().contiguous()
+    e, r = errors(pred, ref, x_t, x_0, a_t, s_t)
+    tau = target(x_t, x_0, a_t, s_t)
+    gate, residual = torch.ones_like(weight), pred.detach() - tau
+    cross = (residual * residual.roll(len(weight), 0)).mean((1, 2, 3))
+    if method == "sft":
+        loss, logits = e, -e
+    else:
+        (e_w, e_l), (r_w, r_l) = e.chunk(2), r.chunk(2)
+        if config.winner_preserving is not None:
+            gate = loser_gate(*residual.chunk(2), config.winner_preserving)
+            e_l = gate_gradient(e_l, gate)
+        logits = logit(e_w, e_l, r_w, r_l, config.beta)
+        loss = preference_loss(logits)
+    (dpred,) = torch.autograd.grad((weight * loss).sum(), pred)
+    with torch.no_grad():
+        products = [(x * y).mean((1, 2, 3)) for x, y in ((tau, tau), (ref, ref), (pred, ref), (tau, ref))]
+        image = torch.stack([e, r, *products, cross], 1)
+    return Objective(loss.detach(), logits.detach(), gate, image, dpred)
 
 
 def label(method: Method, objective: ObjectiveConfig, inversion) -> str:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from inpo_kernels.errors import errors
+from inpo_kernels.inpo_loss import COLUMNS, Objective
 
 from inpo_fast import distributed, draws
 from inpo_fast import objectives as obj
 from inpo_fast.data.windows import Item
-from inpo_fast.inversion import Eps, InversionConfig, guided, invert
+from inpo_fast.inversion import Eps, InversionConfig, invert
 from inpo_fast.metrics import Tally
 from inpo_fast.models import Conditioning, Models, Text
 from inpo_fast.objectives import Method, ObjectiveConfig
@@ -32,6 +32,7 @@ class Recipe:
     micro_batch: int
     vae_sample: bool
     seed: int
+    fused_loss: bool = True  # False: the plain path, for comparison
 
 
 @dataclass
@@ -105,10 +106,17 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
     def eps_with(conditioning: Conditioning) -> Eps:
         return lambda x, time, rows: unet(x, time, **conditioning.arguments(rows)).sample
 
-    eps, cost = guided(eps_with(window.conditional), eps_with(window.unconditional), how.guidance)
     climb = plan(models.schedule, t, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at, eta=how.eta)
-    x_t, spent = invert(eps, flat, climb, batch=how.batch, noise_keys=[("eta", *key) for key in window.keys])
-    return x_t.unflatten(0, window.x_0.shape[:2]), spent * cost
+    x_t, spent = invert(
+        eps_with(window.unconditional),
+        flat,
+        climb,
+        batch=how.batch,
+        conditional=eps_with(window.conditional),
+        guidance=how.guidance,
+        noise_keys=[draws.hash_key("eta", *key) for key in window.keys],
+    )
+    return x_t.unflatten(0, window.x_0.shape[:2]), spent
 
 
 def train_step(
@@ -131,9 +139,9 @@ def train_step(
         tally.add("unet_evaluations", spent, total=True)
         for lo in range(0, len(window.items), recipe.micro_batch):
             pairs = torch.arange(lo, min(lo + recipe.micro_batch, len(window.items)))
-            loss, logit = micro_step(window, x_t, pairs, models, recipe, tally)
-            (loss.sum() / pairs_per_step).backward()
-            logits.append(logit)
+            prediction, found = micro_step(window, x_t, pairs, models, recipe, tally, weight=1 / pairs_per_step)
+            prediction.backward(found.dpred)
+            logits.append(found.logit)
     tally.reduce()
     gradients = [parameter.grad for parameter in parameters]
     distributed.sum_(gradients)
@@ -145,52 +153,51 @@ def train_step(
 
 
 def micro_step(
-    window: Window, x_t: torch.Tensor, pairs: torch.Tensor, models: Models, recipe: Recipe, tally: Tally
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss (B,) with graph and detached logit (B,) of some pairs of the window; metrics go into the tally."""
+    window: Window,
+    x_t: torch.Tensor,
+    pairs: torch.Tensor,
+    models: Models,
+    recipe: Recipe,
+    tally: Tally,
+    weight: float = 1.0,
+) -> tuple[torch.Tensor, Objective]:
+    """The policy's prediction, with its graph, for some pairs of the window, and the objective at it.
+
+    weight: of each pair's loss in the gradient. Metrics go into the tally.
+    """
     sides = window.x_0.shape[1]
     images = torch.cat([pairs * sides + side for side in range(sides)])  # winners first, losers second
     here = images.to(models.device)
     x_0, x_t = window.x_0.flatten(0, 1)[here], x_t.flatten(0, 1)[here]
     t = window.t[pairs].repeat(sides)
     a_t, s_t = (c.to(models.device) for c in models.schedule.a_s(t))
-    tau = obj.target(x_t, x_0, a_t, s_t)
-    amplitude = obj.rms(tau)
+    amplitude = None
     if recipe.objective.tau_norm == "rms" and uses_inversion(recipe):
-        tau = obj.normalise(tau)
-        x_t = obj.noised(x_0, tau, a_t, s_t)
+        tau = obj.target(x_t, x_0, a_t, s_t)
+        amplitude = obj.rms(tau)
+        x_t = obj.noised(x_0, obj.normalise(tau), a_t, s_t)
 
     arguments = window.conditional.arguments(here)
     time = t.to(models.device)
     with torch.no_grad():
-        reference = models.reference(x_t, time, **arguments).sample.contiguous()
-    prediction = models.policy(x_t, time, **arguments).sample.contiguous()
+        reference = models.reference(x_t, time, **arguments).sample
+    prediction = models.policy(x_t, time, **arguments).sample
 
-    e, r = errors(prediction, reference, x_t, x_0, a_t, s_t)  # against tau of x_t; the kernel on CUDA
-    if recipe.method == "sft":
-        loss, logit = e, -e
-    else:
-        (e_w, e_l), (r_w, r_l) = e.chunk(2), r.chunk(2)
-        if recipe.objective.winner_preserving is not None:
-            residual_w, residual_l = (prediction - tau).chunk(2)
-            gate = obj.loser_gate(residual_w, residual_l, recipe.objective.winner_preserving)
-            tally.add("loser_gate", gate)
-            e_l = obj.gate_gradient(e_l, gate)
-        logit = obj.logit(e_w, e_l, r_w, r_l, recipe.objective.beta)
-        loss = obj.preference_loss(logit)
+    weights = torch.full((len(pairs),), weight, device=models.device)
+    found = obj.evaluate(
+        recipe.method, recipe.objective, prediction, reference, x_t, x_0, a_t, s_t, weights, fused=recipe.fused_loss
+    )
+    if recipe.objective.winner_preserving is not None and recipe.method != "sft":
+        tally.add("loser_gate", found.gate)
     tally.observe(
-        loss=loss,
-        logit=logit,
-        e=e,
-        r=r,
-        tau_rms=amplitude,
+        loss=found.loss,
+        logit=found.logit,
+        image=found.image,
+        tau_rms=found.image[:, COLUMNS.index("tau_square")].sqrt() if amplitude is None else amplitude,
         t=window.t[pairs],
         T=models.schedule.T,
-        tau=tau,
-        prediction=prediction,
-        reference=reference,
         sides=sides,
         contrast=recipe.method != "sft",
     )
     tally.add("unet_evaluations", 2 * len(images), total=True)  # reference and policy, forward
-    return loss, logit.detach()
+    return prediction, found

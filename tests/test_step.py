@@ -85,6 +85,21 @@ def test_micro_batch_inversion_batch_and_order_change_nothing(moved):
     torch.testing.assert_close(turned_logits.flip(0), logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("inpo", {}), ("inpo", {"tau_norm": "rms"}), ("inpo", {"winner_preserving": 0.9}), ("dpo", {})],
+)
+def test_the_fused_loss_is_the_plain_one(moved, method, changes):
+    """The gradient, the logits and every metric; both in fp32, so to its rounding, magnified by beta / 2 in the logit."""
+    models, items = moved
+    recipe = replace(RECIPE, method=method, objective=replace(RECIPE.objective, **changes))
+    fused, values, logits = gradient(models, items, recipe)
+    plain, plain_values, plain_logits = gradient(models, items, replace(recipe, fused_loss=False))
+    assert distance(fused, plain) < 1e-5
+    torch.testing.assert_close(logits, plain_logits, rtol=1e-5, atol=250 * 2.0**-22)
+    assert values == pytest.approx(plain_values, rel=1e-4, abs=250 * 2.0**-22) and values.keys() == plain_values.keys()
+
+
 def test_swapping_winner_and_loser_negates_the_logit(moved):
     """Held on the noised window: the images keep their own draws, only their roles change."""
     models, items = moved
@@ -94,10 +109,10 @@ def test_swapping_winner_and_loser_negates_the_logit(moved):
     from inpo_fast.metrics import Tally
 
     pairs = torch.arange(PAIRS)
-    _, logit = micro_step(window, x_t, pairs, models, RECIPE, Tally(models.device))
-    _, negated = micro_step(swapped, x_t.flip(1), pairs, models, RECIPE, Tally(models.device))
-    torch.testing.assert_close(negated, -logit, rtol=1e-3, atol=1e-3)
-    assert logit.abs().max() > 0.01
+    _, found = micro_step(window, x_t, pairs, models, RECIPE, Tally(models.device))
+    _, other = micro_step(swapped, x_t.flip(1), pairs, models, RECIPE, Tally(models.device))
+    torch.testing.assert_close(other.logit, -found.logit, rtol=1e-3, atol=1e-3)
+    assert found.logit.abs().max() > 0.01
 
 
 def test_random_estimator_is_diffusion_dpo(moved):
