@@ -57,6 +57,44 @@ def _round(x, bits):
     return tl.where(tl.abs(x) < float("inf"), rounded, x).to(tl.bfloat16)
 
 
+@triton.jit
+def _load(p, o, n, FULL: tl.constexpr):
+    if FULL:  # without a mask loads and stores are 16 bytes wide
+        x = tl.load(p + o)
+    else:
+        x = tl.load(p + o, mask=o < n, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(p, x, o, n, FULL: tl.constexpr):
+    if FULL:
+        tl.store(p + o, x)
+    else:
+        tl.store(p + o, x, mask=o < n)
+
+
+@triton.jit
+def _update(
+    p_p, p_g, p_m, p_v, p_c, p_scale, o, n, i_t,
+    decay, rise_1, beta_2, rise_2, rate, correction_2, eps, step, seed, COPY: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    g = _load(p_g, o, n, FULL) * tl.load(p_scale)
+    m, v, p = _load(p_m, o, n, FULL), _load(p_v, o, n, FULL), _load(p_p, o, n, FULL)
+    m = m + rise_1 * (g - m)
+    v = beta_2 * v + rise_2 * g * g
+    p = p * decay
+    p = p - rate * m / (tl.sqrt(v / correction_2) + eps)
+    _store(p_p, p, o, n, FULL)
+    low = (o & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    bits, _, _, _ = tl.philox(seed, low, i_t.to(tl.uint32) + zero, step.to(tl.uint32) + zero, zero)
+    _store(p_m, _round(m, (bits & 0xFFFF).to(tl.int32)), o, n, FULL)
+    _store(p_v, _round(v, (bits >> 16).to(tl.int32)), o, n, FULL)
+    if COPY:
+        _store(p_c, p.to(tl.bfloat16), o, n, FULL)
+
+
 @triton.jit(do_not_specialize=["step", "seed"])
 def _adamw_kernel(
     p_params, p_grads, p_ms, p_vs, p_copies, p_sizes, p_tensor, p_block, p_scale,
@@ -65,34 +103,26 @@ def _adamw_kernel(
 ):  # fmt: skip
     i = tl.program_id(0)
     i_t = tl.load(p_tensor + i)
-    o = tl.load(p_block + i) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.load(p_sizes + i_t)
-    m_o = o < n
+    start, n = tl.load(p_block + i) * BLOCK, tl.load(p_sizes + i_t)
+    o = start + tl.arange(0, BLOCK)
     p_p = tl.load(p_params + i_t).to(tl.pointer_type(tl.float32))
     p_g = tl.load(p_grads + i_t).to(tl.pointer_type(GRAD))
     p_m = tl.load(p_ms + i_t).to(tl.pointer_type(tl.bfloat16))
     p_v = tl.load(p_vs + i_t).to(tl.pointer_type(tl.bfloat16))
+    p_c = tl.load(p_copies + i_t).to(tl.pointer_type(tl.bfloat16))
     if ALIGNED:
         p_p, p_g = tl.multiple_of(p_p, 16), tl.multiple_of(p_g, 16)
-        p_m, p_v = tl.multiple_of(p_m, 16), tl.multiple_of(p_v, 16)
-    g = tl.load(p_g + o, mask=m_o, other=0.0).to(tl.float32) * tl.load(p_scale)
-    m = tl.load(p_m + o, mask=m_o, other=0.0).to(tl.float32)
-    v = tl.load(p_v + o, mask=m_o, other=0.0).to(tl.float32)
-    m = m + rise_1 * (g - m)
-    v = beta_2 * v + rise_2 * g * g
-    p = tl.load(p_p + o, mask=m_o, other=0.0) * decay
-    p = p - rate * m / (tl.sqrt(v / correction_2) + eps)
-    tl.store(p_p + o, p, mask=m_o)
-    low = (o & 0xFFFFFFFF).to(tl.uint32)
-    zero = low * 0
-    bits, _, _, _ = tl.philox(seed, low, i_t.to(tl.uint32) + zero, step.to(tl.uint32) + zero, zero)
-    tl.store(p_m + o, _round(m, (bits & 0xFFFF).to(tl.int32)), mask=m_o)
-    tl.store(p_v + o, _round(v, (bits >> 16).to(tl.int32)), mask=m_o)
-    if COPY:
-        p_c = tl.load(p_copies + i_t).to(tl.pointer_type(tl.bfloat16))
-        if ALIGNED:
-            p_c = tl.multiple_of(p_c, 16)
-        tl.store(p_c + o, p.to(tl.bfloat16), mask=m_o)
+        p_m, p_v, p_c = tl.multiple_of(p_m, 16), tl.multiple_of(p_v, 16), tl.multiple_of(p_c, 16)
+    if start + BLOCK <= n:
+        _update(
+            p_p, p_g, p_m, p_v, p_c, p_scale, o, n, i_t,
+            decay, rise_1, beta_2, rise_2, rate, correction_2, eps, step, seed, COPY, True,
+        )  # fmt: skip
+    else:
+        _update(
+            p_p, p_g, p_m, p_v, p_c, p_scale, o, n, i_t,
+            decay, rise_1, beta_2, rise_2, rate, correction_2, eps, step, seed, COPY, False,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("inpo::adamw", mutates_args=("params", "m", "v", "copies"))

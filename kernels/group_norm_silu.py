@@ -17,6 +17,7 @@ import triton.language as tl
 from inpo_kernels.layout import exact_block, power_of_two
 
 TILE = 4096  # elements a program holds at once
+WARPS_BACKWARD = 8  # with 4 a thread needs over 200 registers
 PROGRAMS_PER_IMAGE = 64  # at most, along the pixels: how many partial sums a group merges
 
 
@@ -290,15 +291,16 @@ def _group_norm_silu_backward(
     channel_dz, channel_dzx = (torch.empty(n, channels, dtype=torch.float32, device=x.device) for _ in range(2))
     group_dz, group_dzx = torch.empty_like(mean), torch.empty_like(mean)
     _sums_backward[grid](
-        x, dy, weight, bias, p_temb, mean, rstd, *partial, pixels, channels, groups, SILU=silu, **kind, **blocks
-    )
+        x, dy, weight, bias, p_temb, mean, rstd, *partial, pixels, channels, groups,
+        SILU=silu, **kind, **blocks, num_warps=WARPS_BACKWARD,
+    )  # fmt: skip
     _merge_backward[(n, groups)](
         *partial, weight, rstd, channel_dz, channel_dzx, group_dz, group_dzx, dtemb, pixels, channels, grid[1],
         **kind, **merge,
     )  # fmt: skip
     _apply_backward[grid](
         x, dy, weight, bias, p_temb, mean, rstd, group_dz, group_dzx, dx, pixels, channels, groups,
-        SILU=silu, **kind, **blocks,
+        SILU=silu, **kind, **blocks, num_warps=WARPS_BACKWARD,
     )  # fmt: skip
     return dx, channel_dzx.sum(0).to(weight.dtype), channel_dz.sum(0).to(bias.dtype), dtemb
 

@@ -16,6 +16,8 @@ def plane_strides(name: str, x: torch.Tensor) -> tuple[int, int, int]:
         pixel = row
     elif height > 1 and row != width * pixel:
         raise ValueError(f"the pixels of {name} are not evenly spaced (strides {x.stride()}); call .contiguous() on it")
+    if (x.shape[1] - 1) * channel + (height * width - 1) * pixel >= 2**31 - 2**13:  # masked lanes count a block further
+        raise ValueError(f"an image of {name} spans 2^31 elements (strides {x.stride()}): kernels count in int32 there")
     return image, channel, pixel
 
 

@@ -16,8 +16,8 @@ ROUNDS = 10
 
 
 def philox_reference(key: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """Four 32-bit integers (as int64) of key (int64, all 64 bits used) and four 32-bit counters, broadcast."""
-    c0, c1, c2, c3 = counter
+    """Four 32-bit integers (as int64) of key (int64, all 64 bits used) and four counters (their low 32), broadcast."""
+    c0, c1, c2, c3 = (c & MASK for c in counter)
     k0, k1 = key & MASK, (key >> 32) & MASK
     for _ in range(ROUNDS):
         high_0, low_0 = _wide_product(c0, 0xD2511F53)

@@ -16,20 +16,31 @@ def refresh_reference(masters: list[torch.Tensor], copies: list[torch.Tensor]) -
 
 
 @triton.jit
+def _round_block(p_master, p_copy, o, n, COPY: tl.constexpr, FULL: tl.constexpr):
+    if FULL:  # without a mask loads and stores are 16 bytes wide
+        tl.store(p_copy + o, tl.load(p_master + o).to(tl.float32).to(COPY))
+    else:
+        m = o < n
+        tl.store(p_copy + o, tl.load(p_master + o, mask=m, other=0.0).to(tl.float32).to(COPY), mask=m)
+
+
+@triton.jit
 def _refresh_kernel(
     p_masters, p_copies, p_sizes, p_tensor, p_block,
     MASTER: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     i_t = tl.load(p_tensor + i)
-    o = tl.load(p_block + i) * BLOCK + tl.arange(0, BLOCK)
-    m = o < tl.load(p_sizes + i_t)
+    start, n = tl.load(p_block + i) * BLOCK, tl.load(p_sizes + i_t)
+    o = start + tl.arange(0, BLOCK)
     p_master = tl.load(p_masters + i_t).to(tl.pointer_type(MASTER))
     p_copy = tl.load(p_copies + i_t).to(tl.pointer_type(COPY))
     if ALIGNED:
         p_master, p_copy = tl.multiple_of(p_master, 16), tl.multiple_of(p_copy, 16)
-    x = tl.load(p_master + o, mask=m, other=0.0)
-    tl.store(p_copy + o, x.to(tl.float32).to(COPY), mask=m)
+    if start + BLOCK <= n:
+        _round_block(p_master, p_copy, o, n, COPY, True)
+    else:
+        _round_block(p_master, p_copy, o, n, COPY, False)
 
 
 @torch.library.custom_op("inpo::refresh", mutates_args=("copies",))
