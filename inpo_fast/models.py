@@ -1,24 +1,67 @@
-"""A diffusers folder or hub id becomes a policy, a frozen reference, a VAE and text encoders."""
+"""A diffusers folder, single file, hub id or named architecture becomes a policy, a frozen reference, a VAE and text
+encoders."""
 
 import copy
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 
+from inpo_fast.architectures import Architecture, random_pipeline
 from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import Schedule
+from inpo_fast.weights import Weights
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Who = Literal["policy", "reference"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (arXiv 2106.09685) instead of full fine-tuning; the reference is the adapter switched off."""
+
+    rank: int = 0
+    """0: full fine-tuning."""
+    alpha: float | None = None
+    """The adapter is scaled by alpha / rank. None: alpha = rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the layers that get one; "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2" are further choices."""
 
 
 @dataclass(frozen=True)
 class ModelsConfig:
-    """Which model is aligned. fp32; policy and reference start from the same weights."""
+    """Which model is aligned, and in what numbers it computes."""
 
     base: str = ""
-    """A Stable Diffusion 1.x / 2.x-base or XL folder in diffusers layout, or a hub id."""
+    """A Stable Diffusion 1.x, 2.x or XL folder in diffusers layout, a single .safetensors file, or a hub id."""
+    random: Architecture | None = None
+    """Instead of base: the exact architecture with seeded random weights, for timings, tests and dry runs."""
+    init: str | None = None
+    """A model whose UNet policy and reference start from, e.g. one fine-tuned on the winners; the rest is base's."""
+    vae: str | None = None
+    """Another VAE: a folder, a hub id (e.g. the fp16-safe one of SDXL) or a single .safetensors file."""
+    single_file_config: str | None = None
+    """For a single file: a diffusers folder with its configuration and tokenizer. None: fetched from the hub."""
+    precision: Precision = "fp32"
+    """What the UNets compute in. bf16 and fp16 keep fp32 masters, gradient sums, schedule and losses."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    micro_conditioning: Literal["image", "published"] = "image"
+    """SDXL: the image's true size and crop, or the published script's constant (resolution, no crop)."""
 
 
 @dataclass(frozen=True)
@@ -50,54 +93,172 @@ class Conditioning:
         return out
 
 
-def load_pipeline(base: str) -> DiffusionPipeline:
-    """The stock pipeline of a model, fp32, without safety checker. Refusal when it cannot be opened."""
+def open_pipeline(config: ModelsConfig) -> DiffusionPipeline:
+    """What the configuration names, on the CPU: fp32, or for LoRA, which needs no masters, in the working precision."""
+    dtype = DTYPES[config.precision] if config.lora.rank else torch.float32
+    if config.random:
+        if config.base:
+            raise Refusal(f"models.base={config.base} and models.random={config.random}: give one of them")
+        pipeline = random_pipeline(config.random, dtype)
+    else:
+        pipeline = load_pipeline(config.base, dtype, config.single_file_config)
+    if config.init:
+        pipeline.unet = load_unet(config.init, pipeline.unet, config.single_file_config)
+    if config.vae:
+        pipeline.vae = load_vae(config.vae)
+    return pipeline
+
+
+def load_pipeline(
+    base: str, dtype: torch.dtype = torch.float32, single_file_config: str | None = None
+) -> DiffusionPipeline:
+    """The stock pipeline of a model, without safety checker. Refusal when it cannot be opened."""
     if not base:
-        raise Refusal("models.base is empty; give a diffusers folder or a hub id")
-    if os.path.sep in base and not base.count(os.path.sep) == 1 and not os.path.isdir(base):
-        raise Refusal(f"models.base: no such folder: {base}")
-    options = {} if not os.path.isdir(base) else {"local_files_only": True}
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            base, dtype=torch.float32, safety_checker=None, requires_safety_checker=False, **options
-        )
-    except (OSError, ValueError) as problem:
-        reason = str(problem).strip().splitlines()[0]
-        raise Refusal(f"models.base: cannot open {base!r} as a diffusers model ({reason})") from problem
+        raise Refusal("models.base is empty; give a diffusers folder, a .safetensors file or a hub id")
+    options = {"dtype": dtype, "safety_checker": None}
+    if base.endswith(".safetensors"):
+        pipeline = _open("models.base", base, _single_file(base, options, single_file_config))
+    else:
+        options |= {"requires_safety_checker": False} | _offline("models.base", base)
+        pipeline = _open("models.base", base, lambda: DiffusionPipeline.from_pretrained(base, **options))
     if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
         raise Refusal(
             f"models.base: {base} is a {type(pipeline).__name__}; only models with a UNet2DConditionModel "
             "(Stable Diffusion 1.x, 2.x, XL) can be aligned"
         )
     kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if kind != "epsilon":
-        raise Refusal(f"models.base: {base} predicts {kind!r}; only epsilon models can be aligned")
+    if kind not in ("epsilon", "v_prediction"):
+        raise Refusal(f"models.base: {base} predicts {kind!r}; only epsilon and v_prediction models can be aligned")
     return pipeline
+
+
+def load_unet(path: str, like: UNet2DConditionModel, single_file_config: str | None) -> UNet2DConditionModel:
+    """The UNet of another model of the same shape: a pipeline's folder, a UNet's folder, a file or a hub id."""
+    if path.endswith(".safetensors"):
+        unet = load_pipeline(path, like.dtype, single_file_config).unet
+    else:
+        options = {"dtype": like.dtype} | _offline("models.init", path)
+        if not os.path.isdir(path) or os.path.isdir(os.path.join(path, "unet")):
+            options["subfolder"] = "unet"
+        unet = _open("models.init", path, lambda: UNet2DConditionModel.from_pretrained(path, **options))
+    theirs, ours = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (unet, like))
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            raise Refusal(
+                f"models.init: the UNet of {path} does not fit models.base ({name} is {theirs.get(name)}, "
+                f"there {ours.get(name)})"
+            )
+    return unet
+
+
+def load_vae(path: str) -> AutoencoderKL:
+    if path.endswith(".safetensors"):
+        return _open("models.vae", path, lambda: AutoencoderKL.from_single_file(path, dtype=torch.float32))
+    options = {"dtype": torch.float32} | _offline("models.vae", path)
+    if os.path.isdir(os.path.join(path, "vae")):
+        options["subfolder"] = "vae"
+    return _open("models.vae", path, lambda: AutoencoderKL.from_pretrained(path, **options))
+
+
+def _open(key: str, path: str, load: Callable):
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
+        lines = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise Refusal(f"{key}: cannot open {path!r} as a diffusers model ({lines[0]})") from problem
+
+
+def _offline(key: str, path: str) -> dict:
+    """A folder must not reach for the network; anything else that looks like a path must exist."""
+    if os.path.isdir(path):
+        return {"local_files_only": True}
+    if os.path.sep in path and path.count(os.path.sep) != 1:
+        raise Refusal(f"{key}: no such folder: {path}")
+    return {}
+
+
+def _single_file(path: str, options: dict, config: str | None) -> Callable[[], DiffusionPipeline]:
+    if not os.path.isfile(path):
+        raise Refusal(f"models.base: no such file: {path}")
+
+    def load() -> DiffusionPipeline:
+        with safe_open(path, "pt") as file:
+            xl = any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
+        kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+        local = {} if config is None else {"config": config, "local_files_only": True}
+        return kind.from_single_file(path, **({} if xl else {"safety_checker": None}), dtype=options["dtype"], **local)
+
+    return load
 
 
 class Models:
     """The policy (trained) and everything frozen around it."""
 
-    def __init__(self, pipeline: DiffusionPipeline, device: torch.device):
-        self.pipeline = pipeline.to(device)
-        self.device = device
+    def __init__(self, pipeline: DiffusionPipeline, device: torch.device, config: ModelsConfig = ModelsConfig()):
+        self.pipeline, self.device, self.config = pipeline, device, config
+        self.dtype = DTYPES[config.precision]
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
-        self.reference = pipeline.unet
         # eval() throughout: these UNets have no dropout, and policy and reference must run the same kernels
-        self.policy = copy.deepcopy(pipeline.unet).requires_grad_(True)
-        self.vae = pipeline.vae
+        if config.lora.rank:
+            self.reference = self.policy = pipeline.unet.to(device, self.dtype)
+            self.adapters = add_adapter(self.policy, config.lora)
+            masters = None
+        else:
+            masters = dict(pipeline.unet.named_parameters()) if self.dtype != torch.float32 else None
+            self.policy = copy.deepcopy(pipeline.unet).to(device, self.dtype).requires_grad_(True)
+            pipeline.unet = self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+            self.adapters = []
+        trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+        self.weights = Weights(trained, masters)
+        if config.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
+        self.vae = pipeline.vae.to(device, self.vae_dtype)
+        for name in ("text_encoder", "text_encoder_2"):
+            if getattr(pipeline, name, None) is not None:
+                getattr(pipeline, name).to(device, self.dtype)
         self.schedule = Schedule.of(pipeline.scheduler)
+        self.predicts_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
         self.is_xl = self.reference.config.addition_embed_type == "text_time"
         self.resolution = self.reference.config.sample_size * pipeline.vae_scale_factor
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """SDXL's own VAE overflows in fp16: there it runs in fp32 unless another VAE was named."""
+        return torch.float32 if self.dtype == torch.float16 and not self.config.vae else self.dtype
+
+    def predict(self, who: Who, x: torch.Tensor, time: torch.Tensor, arguments: dict) -> torch.Tensor:
+        """What a UNet answers to x (B, C, H, W) of any float dtype, told time (B,): noise, or v. In its own dtype."""
+        if who == "reference" and self.adapters:
+            with self._base_only():
+                return self.reference(x.to(self.dtype), time, **arguments).sample
+        unet = self.policy if who == "policy" else self.reference
+        return unet(x.to(self.dtype), time, **arguments).sample
+
+    @contextmanager
+    def _base_only(self):
+        for layer in self.adapters:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self.adapters:
+                layer.enable_adapters(True)
+
+    def eps(self, answer: torch.Tensor, x_t: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
+        """The predicted noise: the answer itself, or a v + s x_t in fp32 (arXiv 2202.00512, appendix D)."""
+        if not self.predicts_v:
+            return answer
+        return a_t[:, None, None, None] * answer.float() + s_t[:, None, None, None] * x_t
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """pixels (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w). noise: standard normal like the latents
         for a posterior sample, None for its mean."""
-        posterior = self.vae.encode(pixels).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+        posterior = self.vae.encode(pixels.to(self.vae_dtype)).latent_dist
+        mean = posterior.mean.float()
+        latents = mean if noise is None else mean + posterior.std.float() * noise.to(mean)
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -117,7 +278,20 @@ class Models:
         return empty
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.policy.parameters())
+        """What the optimizer updates: fp32 masters."""
+        return self.weights.masters
+
+
+def add_adapter(unet: UNet2DConditionModel, settings: LoraSettings) -> list:
+    """Adds trainable adapters in place; returns the layers that have one."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    unet.add_adapter(
+        LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(settings.targets), init_lora_weights=True)
+    )
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def quiet_libraries() -> None:

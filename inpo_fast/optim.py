@@ -1,4 +1,4 @@
-"""AdamW, the learning rate as a function of the step, clipping, and averaged weights."""
+"""The optimizers, the learning rate as a function of the step, the loss scale of fp16, and averaged weights."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,12 +6,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from inpo_kernels.adamw import adamw_
+
+from inpo_fast.refusal import Refusal
+
+Kind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor"]
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its learning rate over time, averaged weights."""
+    """The optimizer, its learning rate over time, averaged weights."""
 
+    kind: Kind = "adamw"
+    """adamw: 8 bytes of state a parameter. adamw-bf16: 4, stochastically rounded. adamw-8bit: 2 (bitsandbytes).
+    adafactor: almost none (arXiv 1804.04235; no relative step, no scale parameter: the paper's choice for SDXL)."""
     lr: float = 1.024e-5
     """Published value for SD1.5 and SDXL alike (1e-8 x 1024 pairs). Does not depend on the number of GPUs."""
     warmup_steps: int = 200
@@ -20,6 +28,7 @@ class OptimConfig:
     """After the warm-up; linear and cosine end at 0 with the last step."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    """AdamW's; Adafactor has its own."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest norm of the whole gradient."""
@@ -40,10 +49,72 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
-    )
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: OptimConfig, seed: int = 0
+) -> torch.optim.Optimizer:
+    """seed: of the rounding of adamw-bf16. Refusal, naming the extra, where a package is missing."""
+    parameters = list(parameters)
+    common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    adam = {"betas": tuple(config.betas), "eps": config.eps}
+    if config.kind == "adamw":
+        # fused on a GPU: one launch; on the CPU torch's plain loop
+        return torch.optim.AdamW(parameters, **common, **adam, fused=parameters[0].is_cuda or None)
+    if config.kind == "adamw-bf16":
+        return AdamWBf16(parameters, **common, **adam, seed=seed)
+    if config.kind == "adamw-8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as problem:
+            raise Refusal(f"optim.kind=adamw-8bit needs bitsandbytes ({problem}); pip install -e .[gpu]") from problem
+        return AdamW8bit(parameters, **common, **adam)
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, **common, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+class AdamWBf16(torch.optim.Optimizer):
+    """AdamW with stochastically rounded bf16 moments: kernels/adamw.py. All parameters in one launch."""
+
+    def __init__(self, parameters, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
+                if not state:
+                    for name in ("m", "v"):
+                        state[name] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    state["step"] = 0
+                state["step"] += 1
+            if params:
+                adamw_(
+                    params, [p.grad for p in params], [s["m"] for s in states], [s["v"] for s in states],
+                    lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                    step=states[0]["step"], seed=self.seed,
+                )  # fmt: skip
+
+
+@dataclass
+class LossScale:
+    """fp16 reaches down to 6e-8 only: the loss is scaled up before the backward pass and the gradient down after it.
+
+    Halved when a gradient overflows (that update is left out), doubled after `patience` good steps.
+    """
+
+    value: float = 2.0**16
+    good: int = 0
+    patience: int = 200
+
+    def update(self, finite: bool) -> None:
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good >= self.patience:
+            self.value, self.good = self.value * 2, 0
 
 
 class Average:

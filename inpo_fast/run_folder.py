@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +19,12 @@ from diffusers import DiffusionPipeline
 from inpo_fast.config import RunConfig, to_dict, to_yaml
 from inpo_fast.data.sources import Source
 from inpo_fast.files import write_text
+from inpo_fast.hand_over import save_adapter
 from inpo_fast.models import Models
 from inpo_fast.refusal import Refusal
 
 OURS = ("config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "samples.png", "report.html")
-OUR_FOLDERS = ("checkpoints", "model", "tensorboard")
+OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
 # keys that may differ between a run and its continuation: they do not touch what is computed
 FREE_ON_RESUME = (
@@ -104,6 +106,7 @@ class RunFolder:
             "model": {
                 "base": self.config.models.base,
                 "unet_parameters": sum(p.numel() for p in models.policy.parameters()),
+                "trained_parameters": sum(p.numel() for p in models.weights.masters),
             },
             "continued_from_step": done,
             "processes": world,
@@ -117,14 +120,19 @@ class RunFolder:
         manifest["data"]["dropped"] = dropped
         write_text(path, json.dumps(manifest, indent=1))
 
-    def save_model(self, pipeline: DiffusionPipeline, unet: torch.nn.Module) -> None:
-        """model/: the base's folder with the aligned UNet. Written aside and renamed."""
-        final, aside = self.path / "model", self.path / ".tmp-model"
+    def save_model(self, pipeline: DiffusionPipeline) -> None:
+        """model/: a diffusers folder. Written aside and renamed."""
+        self._save("model", pipeline.save_pretrained)
+
+    def save_adapter(self, models: Models) -> None:
+        """lora/pytorch_lora_weights.safetensors: what `pipeline.load_lora_weights(folder)` reads."""
+        self._save("lora", lambda folder: save_adapter(models, folder))
+
+    def _save(self, name: str, write: Callable[[Path], None]) -> None:
+        final, aside = self.path / name, self.path / f".tmp-{name}"
         shutil.rmtree(aside, ignore_errors=True)
-        own = pipeline.unet
         try:
-            pipeline.unet = unet
-            pipeline.save_pretrained(aside)
+            write(aside)
             _remove(final)
             aside.rename(final)
         except OSError as problem:
@@ -133,8 +141,6 @@ class RunFolder:
                 f"{final} cannot be written ({problem.strerror}); free some space and repeat with "
                 "--resume: the last checkpoint is complete"
             ) from problem
-        finally:
-            pipeline.unet = own
 
 
 def _remove(path: Path) -> None:

@@ -68,10 +68,12 @@ def plan(
     grid: Grid = "exact",
     evaluate_at: EvaluateAt = "source",
     eta: float = 0.0,
+    predicts_v: bool = False,
 ) -> Climb:
     """The climb of each sample to its own level.
 
     t: (M,) int64 in 0..T-1. Eq. 14-16 of the paper; grids as in the configuration's documentation.
+    predicts_v: the model answers v = a eps - s x_0 (arXiv 2202.00512); eps = a v + s x is folded into p and q.
     ValueError for a t out of range, or steps outside 1..T.
     """
     T = schedule.T
@@ -91,6 +93,8 @@ def plan(
     told = levels[:, :-1] if evaluate_at == "source" else levels[:, 1:]
     times = torch.where(told == CLEAN, first_time, told)
 
+    if predicts_v:
+        p, q = p + q * (1 - source).sqrt(), q * source.sqrt()
     beyond = torch.arange(p.shape[1]) >= evaluations[:, None]
     return Climb(
         p=p.masked_fill(beyond, 1.0).float(),

@@ -4,6 +4,7 @@ Everything random is drawn here from (seed, purpose, position, side): the result
 micro-batch size nor on the number of processes beyond rounding.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,7 +71,9 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, 
     time_ids = None
     if models.is_xl:
         target = views[0].pixels.shape[:2]
-        time_ids = torch.tensor([(*v.original, *v.crop, *target) for v in views], device=models.device).float()
+        published = models.config.micro_conditioning == "published"
+        told = [(*target, 0, 0) if published else (*view.original, *view.crop) for view in views]
+        time_ids = torch.tensor([(*sizes, *target) for sizes in told], device=models.device).float()
     span = recipe.objective.timesteps
     t = torch.tensor([draws.integer(span.min, span.max, "t", recipe.seed, item.position) for item in items])
     if recipe.inversion.grid == "snap" and uses_inversion(recipe):
@@ -101,12 +104,19 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
         a_t, s_t = (c.to(flat.device) for c in models.schedule.a_s(t))
         return obj.noised(flat, noise.to(flat.device), a_t, s_t).unflatten(0, window.x_0.shape[:2]), 0
     how = recipe.inversion
-    unet = models.policy if how.model == "policy" else models.reference
 
     def eps_with(conditioning: Conditioning) -> Eps:
-        return lambda x, time, rows: unet(x, time, **conditioning.arguments(rows)).sample
+        return lambda x, time, rows: models.predict(how.model, x, time, conditioning.arguments(rows))
 
-    climb = plan(models.schedule, t, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at, eta=how.eta)
+    climb = plan(
+        models.schedule,
+        t,
+        steps=how.steps,
+        grid=how.grid,
+        evaluate_at=how.evaluate_at,
+        eta=how.eta,
+        predicts_v=models.predicts_v,
+    )
     x_t, spent = invert(
         eps_with(window.unconditional),
         flat,
@@ -119,35 +129,62 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
     return x_t.unflatten(0, window.x_0.shape[:2]), spent
 
 
-def train_step(
-    window: Window | None, models: Models, recipe: Recipe, pairs_per_step: int, clip: float
-) -> tuple[Tally, torch.Tensor]:
-    """Leaves the clipped mean gradient over the step's usable pairs (of all processes) in `.grad`.
+class TooLarge(Exception):
+    """Out of memory; `key` is the setting to lower from `size`. Nothing was reduced over processes yet."""
 
+    def __init__(self, key: str, size: int):
+        super().__init__(f"out of memory at {key}={size}")
+        self.key, self.size = key, size
+
+
+@contextmanager
+def _fits(key: str, size: int):
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        full = True
+    else:
+        full = False
+    if full:  # raised out here: the other exception's traceback would keep the activations alive
+        raise TooLarge(key, size)
+
+
+def train_step(
+    window: Window | None,
+    models: Models,
+    recipe: Recipe,
+    pairs_per_step: int,
+    clip: float,
+    loss_scale: float = 1.0,
+) -> tuple[Tally, torch.Tensor]:
+    """Leaves the clipped mean gradient over the step's usable pairs (of all processes) in the masters' `.grad`.
+
+    loss_scale: what the gradient is multiplied with on its way through fp16; divided out again at the end.
+    TooLarge when a batch does not fit: lower what it names and call again, with the same result.
     window: None when this rank has no usable pair. Returns the metrics, summed over processes, and the logits
     of this rank's pairs (N,), still on the device (for `sft`, minus the winner's error).
     """
-    parameters = models.parameters()
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        else:
-            parameter.grad.zero_()
+    weights = models.weights
+    weights.zero()
     tally, logits = Tally(models.device), []
     if window is not None:
-        x_t, spent = noise_window(window, models, recipe)
+        with _fits("inversion.batch", recipe.inversion.batch):
+            x_t, spent = noise_window(window, models, recipe)
         tally.add("unet_evaluations", spent, total=True)
         for lo in range(0, len(window.items), recipe.micro_batch):
             pairs = torch.arange(lo, min(lo + recipe.micro_batch, len(window.items)))
-            prediction, found = micro_step(window, x_t, pairs, models, recipe, tally, weight=1 / pairs_per_step)
-            prediction.backward(found.dpred)
+            weight = loss_scale / pairs_per_step
+            with _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
+                prediction, found = micro_step(window, x_t, pairs, models, recipe, tally, weight)
+                prediction.backward(found.dpred)
+            weights.accumulate()
             logits.append(found.logit)
     tally.reduce()
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = weights.gradients
     distributed.sum_(gradients)
     usable = tally.count("loss")
-    torch._foreach_mul_(gradients, pairs_per_step / usable.clamp_min(1))  # the mean over usable pairs
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    torch._foreach_mul_(gradients, pairs_per_step / loss_scale / usable.clamp_min(1))  # the mean over usable pairs
+    norm = torch.nn.utils.clip_grad_norm_(weights.masters, clip)
     tally.put("grad_norm", norm)
     return tally, torch.cat(logits) if logits else torch.zeros(0, device=models.device)
 
@@ -180,8 +217,8 @@ def micro_step(
     arguments = window.conditional.arguments(here)
     time = t.to(models.device)
     with torch.no_grad():
-        reference = models.reference(x_t, time, **arguments).sample
-    prediction = models.policy(x_t, time, **arguments).sample
+        reference = models.eps(models.predict("reference", x_t, time, arguments), x_t, a_t, s_t)
+    prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
 
     weights = torch.full((len(pairs),), weight, device=models.device)
     found = obj.evaluate(

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,14 +23,15 @@ from inpo_fast.data.sources import Source, open_source
 from inpo_fast.data.windows import Windows
 from inpo_fast.evaluate import evaluate, open_inputs, verdict
 from inpo_fast.files import write_text
+from inpo_fast.hand_over import detach_policy, output_pipeline
 from inpo_fast.metrics import MetricsFile
-from inpo_fast.models import Models, load_pipeline, quiet_libraries
+from inpo_fast.models import Models, open_pipeline, quiet_libraries
 from inpo_fast.objectives import label
-from inpo_fast.optim import Average, lr_at, make_optimizer
+from inpo_fast.optim import Average, LossScale, lr_at, make_optimizer
 from inpo_fast.progress import StepProgress
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.run_folder import RunFolder
-from inpo_fast.step import Recipe, make_window, train_step
+from inpo_fast.step import Recipe, TooLarge, make_window, train_step
 from inpo_fast.trackers import Tracker
 from inpo_fast.watch import Watch
 
@@ -47,6 +48,7 @@ class Run:
     source: Source
     optimizer: torch.optim.Optimizer
     average: Average | None
+    loss_scale: LossScale | None  # of fp16
     rank: int
     world: int
     done: int = 0  # optimizer steps
@@ -68,14 +70,17 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     if config.evaluate.prompts:
         open_inputs(config.evaluate, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
-    models = Models(load_pipeline(config.models.base), device)
-    optimizer = make_optimizer(models.parameters(), config.optim)
+    models = Models(open_pipeline(config.models), device, config.models)
+    optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
     average = None if config.optim.average == "none" else Average(models.parameters(), config.optim, config.train.steps)
-    run = Run(config, folder, models, source, optimizer, average, rank, world)
+    loss_scale = LossScale() if config.models.precision == "fp16" else None
+    run = Run(config, folder, models, source, optimizer, average, loss_scale, rank, world)
     distributed.barrier()
     if config.resume and (saved := checkpoint.found(folder.checkpoints)):
-        state = checkpoint.load(saved[-1], models.policy, optimizer, average)
+        state = checkpoint.load(saved[-1], models.weights, optimizer, average)
         run.done, run.seconds, run.dropped = state.step, state.seconds, tuple(state.dropped)
+        if loss_scale is not None and state.loss_scale:
+            loss_scale.value, loss_scale.good = state.loss_scale
     if rank == 0:
         folder.start(run.done, source, models, run.variant, world)
     distributed.barrier()
@@ -105,12 +110,28 @@ def train(run: Run, console: Console) -> None:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             window = make_window(items, models, recipe, empty) if items else None
-            tally, logits = train_step(window, models, recipe, config.train.pairs_per_step, config.optim.clip)
+            scale = run.loss_scale.value if run.loss_scale else 1.0
+            while True:
+                try:
+                    tally, logits = train_step(
+                        window, models, recipe, config.train.pairs_per_step, config.optim.clip, scale
+                    )
+                    break
+                except TooLarge as problem:  # nothing was reduced yet: the step is repeated with the same result
+                    recipe = _halved(recipe, problem)
+                    progress.say(f"warning: out of memory; {problem.key} is now {problem.size // 2} on this process")
             values = tally.values()  # the step's one copy to the host
-            _stop_if_not_finite(values, logits, items, step)
+            overflow = run.loss_scale is not None and not math.isfinite(values["grad_norm"])
+            if run.loss_scale:
+                values["loss_scale"] = scale
+                run.loss_scale.update(not overflow)
+            if not (overflow and math.isfinite(values.get("loss", 0.0))):
+                _stop_if_not_finite(values, logits, items, step)
             if "loss" not in values:
                 raise Refusal(f"step {step}: none of its {config.train.pairs_per_step} pairs is usable; mend the data")
-            run.optimizer.step()
+            if not overflow:
+                run.optimizer.step()
+                models.weights.refresh()
             if run.average is not None:
                 run.average.update(step)
             # --------------------------------------------------------------------------------------
@@ -127,17 +148,31 @@ def train(run: Run, console: Console) -> None:
             if run.done % config.train.checkpoint_every == 0 or run.done == steps:
                 dropped = sorted({*run.dropped, *(d for part in distributed.gather(windows.dropped) for d in part)})
                 if run.rank == 0:
-                    state = checkpoint.State(run.done, run.seconds, dropped)
+                    scale = (run.loss_scale.value, run.loss_scale.good) if run.loss_scale else None
+                    state = checkpoint.State(run.done, run.seconds, dropped, scale)
                     checkpoint.save(
                         run.folder.checkpoints,
                         state,
-                        models.policy,
+                        models.weights,
                         run.optimizer,
                         run.average,
                         keep=config.train.keep_checkpoints,
                     )
                     run.folder.record_dropped(dropped)
                 distributed.barrier()
+
+
+def _halved(recipe: Recipe, problem: TooLarge) -> Recipe:
+    if problem.size == 1:
+        raise Refusal(
+            f"out of memory at {problem.key}=1; take models.gradient_checkpointing=true, models.lora.rank=16, "
+            "optim.kind=adamw-8bit or a smaller data.resolution"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if problem.key == "inversion.batch":
+        return replace(recipe, inversion=replace(recipe.inversion, batch=problem.size // 2))
+    return replace(recipe, micro_batch=problem.size // 2)
 
 
 def _stop_if_not_finite(values: dict[str, float], logits: torch.Tensor, items: list, step: int) -> None:
@@ -154,14 +189,19 @@ def _stop_if_not_finite(values: dict[str, float], logits: torch.Tensor, items: l
 
 @torch.no_grad()
 def finish(run: Run) -> torch.nn.Module:
-    """The output model: the averaged weights if there are any. Written as a diffusers folder."""
-    policy = run.models.policy
+    """Writes the output model, the averaged weights if there are any, as a diffusers folder; of LoRA also the adapter.
+
+    Returns its UNet in the working precision; afterwards models.pipeline holds the untouched base.
+    """
+    models, weights = run.models, run.models.weights
     if run.average is not None:
-        for parameter, mean in zip(run.models.parameters(), run.average.mean, strict=True):
-            parameter.copy_(mean)
+        torch._foreach_copy_(weights.masters, run.average.mean)
+        weights.refresh()
     if run.rank == 0:
-        run.folder.save_model(run.models.pipeline, policy)
-    return policy
+        run.folder.save_model(output_pipeline(models))
+        if models.adapters:
+            run.folder.save_adapter(models)
+    return detach_policy(models)
 
 
 def main() -> None:

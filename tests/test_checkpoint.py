@@ -12,18 +12,20 @@ from inpo_fast import checkpoint
 from inpo_fast.checkpoint import State
 from inpo_fast.optim import Average, OptimConfig, make_optimizer
 from inpo_fast.refusal import Refusal
+from inpo_fast.weights import Weights
 
 STEPS = 8
 
 
 class Tiny:
-    """A policy with buffers, AdamW and averaged weights; step(n) is the same function of n in every run."""
+    """A policy, AdamW and averaged weights; step(n) is the same function of n in every run."""
 
     def __init__(self, seed: int, width: int = 6):
         torch.manual_seed(seed)
         self.policy = torch.nn.Sequential(
-            torch.nn.Linear(4, width), torch.nn.BatchNorm1d(width), torch.nn.SiLU(), torch.nn.Linear(width, 3)
+            torch.nn.Linear(4, width), torch.nn.LayerNorm(width), torch.nn.SiLU(), torch.nn.Linear(width, 3)
         )
+        self.weights = Weights(self.policy.named_parameters())
         config = OptimConfig(lr=0.01, average="last-half")
         self.optimizer = make_optimizer(self.policy.parameters(), config)
         self.average = Average(list(self.policy.parameters()), config, STEPS)
@@ -42,11 +44,11 @@ class Tiny:
 
     def save(self, folder: Path, step: int, keep: int = 9) -> Path:
         return checkpoint.save(
-            folder, State(step, 1.5 * step, ["pair-3: cut"]), self.policy, self.optimizer, self.average, keep=keep
+            folder, State(step, 1.5 * step, ["pair-3: cut"]), self.weights, self.optimizer, self.average, keep=keep
         )
 
     def load(self, folder: Path) -> State:
-        return checkpoint.load(folder, self.policy, self.optimizer, self.average)
+        return checkpoint.load(folder, self.weights, self.optimizer, self.average)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that decides how training goes on."""
@@ -59,7 +61,7 @@ class Tiny:
 def assert_same(one: Tiny, other: Tiny) -> None:
     first, second = one.tensors(), other.tensors()
     assert first.keys() == second.keys()
-    assert len(first) == 9 + 6 * 3 + 6  # weights and buffers; step and two moments of 6 parameters; averages
+    assert len(first) == 6 + 6 * 3 + 6  # weights; step and two moments of 6 parameters; averages
     for name, value in first.items():
         assert value.dtype == second[name].dtype
         assert torch.equal(value, second[name]), name
@@ -85,9 +87,9 @@ def test_continued_run_equals_the_uninterrupted_one(tmp_path):
 
 def test_without_average(tmp_path):
     tiny = Tiny(0).run(0, 2)
-    folder = checkpoint.save(tmp_path, State(2, 0.0, []), tiny.policy, tiny.optimizer, None, keep=1)
+    folder = checkpoint.save(tmp_path, State(2, 0.0, []), tiny.weights, tiny.optimizer, None, keep=1)
     other = Tiny(1)
-    checkpoint.load(folder, other.policy, other.optimizer, None)
+    checkpoint.load(folder, other.weights, other.optimizer, None)
     assert torch.equal(tiny.policy[0].weight, other.policy[0].weight)
     with pytest.raises(Refusal, match=r"step-0002: checkpoint cannot be loaded .*average"):
         other.load(folder)

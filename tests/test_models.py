@@ -133,7 +133,7 @@ def test_models_that_cannot_be_aligned_are_refused(tmp_path):
     with pytest.raises(Refusal, match=r"models\.base is empty"):
         load_pipeline("")
     pipeline = tiny_pipeline()
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
-    pipeline.save_pretrained(tmp_path / "v")
-    with pytest.raises(Refusal, match="v_prediction"):
-        load_pipeline(str(tmp_path / "v"))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="sample")
+    pipeline.save_pretrained(tmp_path / "x")
+    with pytest.raises(Refusal, match="predicts 'sample'"):
+        load_pipeline(str(tmp_path / "x"))

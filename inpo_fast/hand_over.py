@@ -1,0 +1,60 @@
+"""What a run gives away: a pipeline with the aligned UNet in fp32, and of LoRA the adapter."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.utils import get_peft_model_state_dict
+
+from inpo_fast.models import Models, open_pipeline
+
+
+@torch.no_grad()
+def output_pipeline(models: Models) -> DiffusionPipeline:
+    """The pipeline to save: the base's parts as they were loaded, the UNet from the fp32 masters; adapters merged."""
+    config = models.config
+    if config.precision == "fp32" and not models.adapters:
+        pipeline = copy.copy(models.pipeline)
+        pipeline.unet = models.policy
+        return pipeline
+    # the running pipeline holds rounded weights: the parts that were not trained are opened again
+    pipeline = open_pipeline(replace(config, precision="fp32"))
+    if models.adapters:
+        pipeline.unet = merged(models, pipeline.unet)
+    else:
+        masters = zip(models.weights.names, models.weights.masters, strict=True)
+        pipeline.unet.load_state_dict({name: master.detach().cpu() for name, master in masters}, strict=False)
+    return pipeline
+
+
+def merged(models: Models, unet: torch.nn.Module) -> torch.nn.Module:
+    """The base `unet` in fp32 with the trained adapter added into its weights, in place."""
+    from inpo_fast.models import add_adapter
+
+    add_adapter(unet, models.config.lora)
+    own = dict(unet.named_parameters())
+    for name, master in zip(models.weights.names, models.weights.masters, strict=True):
+        own[name].data.copy_(master)
+    unet.fuse_lora()
+    unet.unload_lora()
+    return unet
+
+
+def save_adapter(models: Models, folder: Path) -> None:
+    """pytorch_lora_weights.safetensors in diffusers' layout, fp32."""
+    masters = dict(zip(models.weights.names, models.weights.masters, strict=True))
+    layers = get_peft_model_state_dict(models.policy, state_dict={k: v.detach() for k, v in masters.items()})
+    type(models.pipeline).save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+
+
+def detach_policy(models: Models) -> torch.nn.Module:
+    """The aligned UNet as a module of its own, in the working precision; models.pipeline keeps the untouched base."""
+    if not models.adapters:
+        return models.policy
+    aligned = copy.deepcopy(models.policy)
+    aligned.fuse_lora()
+    aligned.unload_lora()
+    models.policy.unload_lora()
+    return aligned
