@@ -63,6 +63,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """The machine that --dry-run plans for."""
+
+    gpus: int | None = None
+    """None: as many as there are processes."""
+    memory: float = 80.0
+    """GiB of one GPU."""
+    tflops: float = 400.0
+    """TFLOP/s that one GPU is expected to reach, for the GPU-hours. A guess of yours, not a measurement."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Align a diffusion model with preference pairs (DDIM-InPO, arXiv 2503.18454)."""
 
@@ -76,6 +88,8 @@ class RunConfig:
     """Continue from the newest checkpoint in the output folder."""
     overwrite: bool = False
     """Delete what an earlier run left in the output folder."""
+    dry_run: bool = False
+    """Print what the run needs (memory, work, the window's arithmetic) and stop. Loads no weights."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     inversion: InversionConfig = field(default_factory=InversionConfig)
@@ -83,9 +97,10 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
-SWITCHES = ("--resume", "--overwrite")  # may stand without a value
+SWITCHES = {"--resume": "--resume", "--overwrite": "--overwrite", "--dry-run": "--dry_run"}  # may stand without a value
 
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
@@ -109,7 +124,7 @@ def parse(program: str, arguments: list[str] | None = None) -> RunConfig:
     """Command line (and the YAML files it names) to a checked configuration. Refusal on any mistake."""
     parser = make_parser(program)
     arguments = sys.argv[1:] if arguments is None else arguments
-    space = parser.parse_args([f"{word}=true" if word in SWITCHES else word for word in arguments])
+    space = parser.parse_args([f"{SWITCHES[word]}=true" if word in SWITCHES else word for word in arguments])
     named = [str(path) for path in (space.config or []) if path is not None]  # None: YAML on the command line
     for path in named:
         _check_groups(path, RunConfig, yaml.safe_load(Path(path).read_text(encoding="utf-8")))
@@ -142,6 +157,9 @@ def check(config: RunConfig) -> None:
         (config.train.pairs_per_step >= 1, "train.pairs_per_step", config.train.pairs_per_step, "at least 1"),
         (config.train.micro_batch >= 1, "train.micro_batch", config.train.micro_batch, "at least 1"),
         (config.train.checkpoint_every >= 1, "train.checkpoint_every", config.train.checkpoint_every, "at least 1"),
+        (config.plan.memory > 0, "plan.memory", config.plan.memory, "positive"),
+        (config.plan.tflops > 0, "plan.tflops", config.plan.tflops, "positive"),
+        (config.models.lora.rank >= 0, "models.lora.rank", config.models.lora.rank, "not negative"),
         (config.train.keep_checkpoints >= 1, "train.keep_checkpoints", config.train.keep_checkpoints, "at least 1"),
         (config.inversion.steps >= 1, "inversion.steps", config.inversion.steps, "at least 1"),
         (config.inversion.batch >= 1, "inversion.batch", config.inversion.batch, "at least 1"),

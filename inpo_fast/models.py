@@ -3,7 +3,7 @@ encoders."""
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -115,12 +115,13 @@ def load_pipeline(
     """The stock pipeline of a model, without safety checker. Refusal when it cannot be opened."""
     if not base:
         raise Refusal("models.base is empty; give a diffusers folder, a .safetensors file or a hub id")
-    options = {"dtype": dtype, "safety_checker": None}
     if base.endswith(".safetensors"):
-        pipeline = _open("models.base", base, _single_file(base, options, single_file_config))
+        pipeline = _load_single_file(base, dtype, single_file_config)
     else:
-        options |= {"requires_safety_checker": False} | _offline("models.base", base)
-        pipeline = _open("models.base", base, lambda: DiffusionPipeline.from_pretrained(base, **options))
+        with opening("models.base", base) as local:
+            pipeline = DiffusionPipeline.from_pretrained(
+                base, dtype=dtype, safety_checker=None, requires_safety_checker=False, **local
+            )
     if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
         raise Refusal(
             f"models.base: {base} is a {type(pipeline).__name__}; only models with a UNet2DConditionModel "
@@ -137,10 +138,9 @@ def load_unet(path: str, like: UNet2DConditionModel, single_file_config: str | N
     if path.endswith(".safetensors"):
         unet = load_pipeline(path, like.dtype, single_file_config).unet
     else:
-        options = {"dtype": like.dtype} | _offline("models.init", path)
-        if not os.path.isdir(path) or os.path.isdir(os.path.join(path, "unet")):
-            options["subfolder"] = "unet"
-        unet = _open("models.init", path, lambda: UNet2DConditionModel.from_pretrained(path, **options))
+        with opening("models.init", path) as local:
+            inside = {} if os.path.isfile(os.path.join(path, "config.json")) else {"subfolder": "unet"}
+            unet = UNet2DConditionModel.from_pretrained(path, dtype=like.dtype, **inside, **local)
     theirs, ours = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (unet, like))
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
@@ -152,17 +152,30 @@ def load_unet(path: str, like: UNet2DConditionModel, single_file_config: str | N
 
 
 def load_vae(path: str) -> AutoencoderKL:
-    if path.endswith(".safetensors"):
-        return _open("models.vae", path, lambda: AutoencoderKL.from_single_file(path, dtype=torch.float32))
-    options = {"dtype": torch.float32} | _offline("models.vae", path)
-    if os.path.isdir(os.path.join(path, "vae")):
-        options["subfolder"] = "vae"
-    return _open("models.vae", path, lambda: AutoencoderKL.from_pretrained(path, **options))
+    """Another VAE: a pipeline's folder, a VAE's folder, a file or a hub id. fp32."""
+    with opening("models.vae", path) as local:
+        if path.endswith(".safetensors"):
+            return AutoencoderKL.from_single_file(path, dtype=torch.float32)
+        inside = {"subfolder": "vae"} if os.path.isdir(os.path.join(path, "vae")) else {}
+        return AutoencoderKL.from_pretrained(path, dtype=torch.float32, **inside, **local)
 
 
-def _open(key: str, path: str, load: Callable):
+def _load_single_file(path: str, dtype: torch.dtype, config: str | None) -> DiffusionPipeline:
+    if not os.path.isfile(path):
+        raise Refusal(f"models.base: no such file: {path}")
+    with opening("models.base", path):
+        with safe_open(path, "pt") as file:
+            xl = any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
+        kind, more = (StableDiffusionXLPipeline, {}) if xl else (StableDiffusionPipeline, {"safety_checker": None})
+        local = {} if config is None else {"config": config, "local_files_only": True}
+        return kind.from_single_file(path, dtype=dtype, **more, **local)
+
+
+@contextmanager
+def opening(key: str, path: str):
+    """Gives the options that keep a folder from reaching for the network; what fails inside is refused in one line."""
     try:
-        return load()
+        yield _offline(key, path)
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         raise Refusal(f"{key}: cannot open {path!r} as a diffusers model ({lines[0]})") from problem
@@ -172,23 +185,9 @@ def _offline(key: str, path: str) -> dict:
     """A folder must not reach for the network; anything else that looks like a path must exist."""
     if os.path.isdir(path):
         return {"local_files_only": True}
-    if os.path.sep in path and path.count(os.path.sep) != 1:
+    if os.path.sep in path and path.count(os.path.sep) != 1 and not os.path.isfile(path):
         raise Refusal(f"{key}: no such folder: {path}")
     return {}
-
-
-def _single_file(path: str, options: dict, config: str | None) -> Callable[[], DiffusionPipeline]:
-    if not os.path.isfile(path):
-        raise Refusal(f"models.base: no such file: {path}")
-
-    def load() -> DiffusionPipeline:
-        with safe_open(path, "pt") as file:
-            xl = any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
-        kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-        local = {} if config is None else {"config": config, "local_files_only": True}
-        return kind.from_single_file(path, **({} if xl else {"safety_checker": None}), dtype=options["dtype"], **local)
-
-    return load
 
 
 class Models:

@@ -30,6 +30,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy
 FREE_ON_RESUME = (
     "output",
     "resume",
+    "dry_run",
+    "plan.",
     "overwrite",
     "evaluate",
     "train.checkpoint_every",

@@ -28,6 +28,7 @@ from inpo_fast.metrics import MetricsFile
 from inpo_fast.models import Models, open_pipeline, quiet_libraries
 from inpo_fast.objectives import label
 from inpo_fast.optim import Average, LossScale, lr_at, make_optimizer
+from inpo_fast.plan import make_plan, show
 from inpo_fast.progress import StepProgress
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.run_folder import RunFolder
@@ -213,6 +214,10 @@ def main() -> None:
     rank, world, device = distributed.start()
     console = Console()
     try:
+        if config.dry_run:
+            if rank == 0:
+                show(config, make_plan(config, config.plan.gpus or world), console)
+            return
         run = prepare(config, rank, world, device)
         train(run, console)
         policy = finish(run)

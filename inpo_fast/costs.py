@@ -1,0 +1,136 @@
+"""What a UNet, VAE and text encoder cost: parameters, FLOPs and saved activations, counted on the meta device.
+
+Exact for the shapes that run (2 FLOPs a multiply-add; convolutions, matrix products and attention only). Nothing is
+loaded or computed: a model's configuration is enough.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+CLASSES = {  # operation -> class of the table
+    "aten.convolution": "conv",
+    "aten.convolution_backward": "conv",
+    "aten.mm": "linear",
+    "aten.addmm": "linear",
+    "aten.bmm": "attention",
+    "aten.baddbmm": "attention",
+}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One image through a module. forward, backward: FLOPs by class; activations: bytes kept for the backward pass."""
+
+    parameters: int
+    forward: dict[str, int]
+    backward: dict[str, int]
+    activations: int
+
+    @property
+    def forward_flop(self) -> int:
+        return sum(self.forward.values())
+
+    @property
+    def backward_flop(self) -> int:
+        return sum(self.backward.values())
+
+
+def unet_passes(unet: torch.nn.Module, side: int, tokens: int, dtype: torch.dtype) -> Passes:
+    """unet: a UNet2DConditionModel on the meta device; side: of the latent; tokens: of the text embedding."""
+    with _counting(unet) as (counter, kept):
+        answer = _ask(unet, side, tokens, dtype)
+    forward = _by_class(counter)
+    with FlopCounterMode(display=False) as counter:
+        answer.backward(torch.empty_like(answer))
+    return Passes(sum(p.numel() for p in unet.parameters()), forward, _by_class(counter), kept())
+
+
+def _ask(unet: torch.nn.Module, side: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """One image through a meta UNet."""
+    config = unet.config
+    sample = torch.empty(1, config.in_channels, side, side, dtype=dtype, device="meta")
+    text = torch.empty(1, tokens, config.cross_attention_dim, dtype=dtype, device="meta")
+    more = {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        more["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled, dtype=dtype, device="meta"),
+            "time_ids": torch.empty(1, 6, dtype=dtype, device="meta"),
+        }
+    time = torch.empty(1, dtype=torch.int64, device="meta")
+    return torch.nn.Module.to(unet, dtype)(sample, time, text, **more).sample
+
+
+def forward_bytes(unet: torch.nn.Module, side: int, tokens: int, dtype: torch.dtype) -> int:
+    """Memory of one image in a pass without gradient, estimated: all skip connections, and three tensors of the size
+    of the largest that a layer reads or writes."""
+    largest, skips, handles = 0, 0, []
+
+    def look(module, inputs, output):
+        nonlocal largest
+        sizes = [x.numel() for x in (*inputs, output) if isinstance(x, torch.Tensor)]
+        largest = max(largest, *sizes)
+
+    def skip(module, inputs, output):
+        nonlocal skips
+        skips += sum(x.numel() for x in output[1])
+
+    for module in unet.modules():
+        if not list(module.children()):
+            handles.append(module.register_forward_hook(look))
+    for block in unet.down_blocks:
+        handles.append(block.register_forward_hook(skip))
+    with torch.no_grad():
+        _ask(unet, side, tokens, dtype)
+    for handle in handles:
+        handle.remove()
+    return (skips + 3 * largest) * dtype.itemsize
+
+
+def vae_encode_flop(vae: torch.nn.Module, pixels: int) -> int:
+    """FLOPs of encoding one image. vae: an AutoencoderKL on the meta device."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.encode(torch.empty(1, 3, pixels, pixels, dtype=next(vae.parameters()).dtype, device="meta"))
+    return sum(_by_class(counter).values())
+
+
+@contextmanager
+def _counting(module: torch.nn.Module) -> Iterator:
+    """FLOPs inside the block, and a function giving the bytes of the storages that autograd kept (weights left out)."""
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held on to: a freed one's number would be used again
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            storages[storage._cdata] = storage
+        return x
+
+    def fused(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+
+    # on the meta device torch would take the unfused attention, which no GPU runs: it keeps whole attention maps
+    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
+    try:
+        yield from _observed(pack, storages)
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def _observed(pack, storages) -> Iterator:
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield counter, lambda: sum(storage.nbytes() for storage in storages.values())
+
+
+def _by_class(counter: FlopCounterMode) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for operation, flop in counter.get_flop_counts()["Global"].items():
+        name = str(operation)
+        kind = "attention" if "attention" in name else CLASSES.get(name, name)
+        out[kind] = out.get(kind, 0) + flop
+    return out

@@ -1,0 +1,240 @@
+"""What a run will need, before it is started: `python -m inpo_fast.train --config … --dry-run`.
+
+Everything comes from shapes and counts (costs.py): memory of weights, states and activations, the window's arithmetic,
+FLOPs. Activations and states are exact for the tensors that torch keeps; workspace and the allocator's slack are not
+known beforehand and stand as RESERVE.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from inpo_fast.architectures import CLIP_L, OPENCLIP_G, make_tokenizer, make_unet, make_vae, text_config
+from inpo_fast.config import RunConfig, split_batch
+from inpo_fast.costs import Passes, forward_bytes, unet_passes, vae_encode_flop
+from inpo_fast.models import DTYPES, ModelsConfig, add_adapter, opening
+from inpo_fast.objectives import label
+from inpo_fast.optim import lr_at
+from inpo_fast.refusal import Refusal
+from inpo_fast.schedule import Schedule
+from inpo_fast.schedule import plan as climb_plan
+from inpo_fast.step import SIDES
+
+RESERVE = 2.0  # GiB: CUDA context, workspaces of cuDNN and cuBLAS
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The parts of a model on the meta device."""
+
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    text_parameters: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run on `gpus` GPUs. Bytes for one GPU; flop: of one pair, by phase."""
+
+    gpus: int
+    parameters: int
+    trained: int
+    kept: dict[str, int]  # bytes held all the time, by what holds them
+    inversion: int  # bytes while the inversion runs
+    activations: int  # bytes per pair of a micro-batch, while the policy runs
+    largest_micro_batch: int
+    pairs_per_gpu: int
+    micro_batches: int
+    evaluations: float  # of the inversion, mean per image
+    flop: dict[str, float]
+    gpu_hours: float
+
+    def peak(self, micro_batch: int) -> int:
+        """Bytes: inversion and policy do not run at the same time."""
+        return sum(self.kept.values()) + max(self.inversion, self.activations * micro_batch) + int(RESERVE * GIB)
+
+
+def make_plan(config: RunConfig, gpus: int) -> Plan:
+    """Refusal where the batch does not divide over the GPUs or the model's configuration cannot be read."""
+    micro_batches = split_batch(config.train, gpus)
+    shapes, dtype = open_shapes(config.models), DTYPES[config.models.precision]
+    if config.models.lora.rank:
+        shapes.unet.requires_grad_(False)
+        add_adapter(shapes.unet, config.models.lora)
+    factor = 2 ** (len(shapes.vae.config.block_out_channels) - 1)
+    pixels = config.data.resolution or shapes.unet.config.sample_size * factor
+    if config.models.gradient_checkpointing:
+        shapes.unet.enable_gradient_checkpointing()
+    passes = unet_passes(shapes.unet, pixels // factor, shapes.tokens, dtype)
+    trained = [p for p in shapes.unet.parameters() if p.requires_grad]
+    kept = _kept(config, shapes, passes, trained)
+    activations = SIDES[config.method] * passes.activations
+    inversion = forward_bytes(shapes.unet, pixels // factor, shapes.tokens, dtype) * config.inversion.batch
+    flop, evaluations = _flop(config, passes, SIDES[config.method], vae_encode_flop(shapes.vae, pixels))
+    free = (config.plan.memory - RESERVE) * GIB - sum(kept.values())
+    pairs = config.train.steps * config.train.pairs_per_step
+    return Plan(
+        gpus=gpus,
+        parameters=passes.parameters,
+        trained=sum(p.numel() for p in trained),
+        kept=kept,
+        inversion=inversion,
+        activations=activations,
+        largest_micro_batch=max(0, int(free // activations)) if free > inversion else 0,
+        pairs_per_gpu=config.train.pairs_per_step // gpus,
+        micro_batches=micro_batches,
+        evaluations=evaluations,
+        flop=flop,
+        gpu_hours=sum(flop.values()) * pairs / (config.plan.tflops * 1e12) / 3600,
+    )
+
+
+def open_shapes(models: ModelsConfig) -> Shapes:
+    """A model's parts on the meta device, from its configuration files alone."""
+    with torch.device("meta"):
+        if models.random:
+            tokenizer = make_tokenizer()
+            texts = [text_config(tokenizer, shape) for shape in (CLIP_L, OPENCLIP_G)[: 1 + (models.random == "sdxl")]]
+            return Shapes(make_unet(models.random), make_vae(models.random), _parameters(texts), 77)
+        base = models.base
+        if base.endswith(".safetensors"):
+            raise Refusal("--dry-run reads a model's configuration: give a folder, a hub id or models.random=sd15|sdxl")
+        with opening("models.base", base) as options:
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet", **options))
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base, subfolder="vae", **options))
+            names = ["text_encoder", "text_encoder_2"][: 1 + (unet.config.addition_embed_type == "text_time")]
+            texts = [CLIPTextConfig.from_pretrained(base, subfolder=name, **options) for name in names]
+        return Shapes(unet, vae, _parameters(texts), texts[0].max_position_embeddings)
+
+
+def _parameters(texts: list[CLIPTextConfig]) -> int:
+    return sum(p.numel() for config in texts for p in CLIPTextModel(config).parameters())
+
+
+def _kept(config: RunConfig, shapes: Shapes, passes: Passes, trained: list[torch.nn.Parameter]) -> dict[str, int]:
+    width, count = DTYPES[config.models.precision].itemsize, sum(p.numel() for p in trained)
+    full = not config.models.lora.rank
+    vae_width = 4 if config.models.precision == "fp16" and not config.models.vae else width
+    kept = {"policy": width * passes.parameters}
+    kept["reference"] = width * passes.parameters if full else 0  # LoRA: the policy with its adapter off
+    if width < 4:
+        kept["fp32 masters"] = 4 * count
+        kept["gradients"] = width * count
+    kept["gradient sums, fp32"] = 4 * count
+    kept[f"optimizer ({config.optim.kind})"] = sum(_state_bytes(p, config.optim.kind) for p in trained)
+    if config.optim.average != "none":
+        kept["averaged weights"] = 4 * count
+    kept["VAE"] = vae_width * sum(p.numel() for p in shapes.vae.parameters())
+    kept["text encoders"] = width * shapes.text_parameters
+    return kept
+
+
+def _state_bytes(p: torch.Tensor, kind: str) -> int:
+    n = p.numel()
+    if kind == "adamw-bf16":
+        return 4 * n
+    if kind == "adamw-8bit":  # two bytes and two fp32 scales for each 256; small tensors stay fp32
+        return 2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n
+    if kind == "adafactor":  # one number for each row and each column
+        return 4 * (n if p.ndim < 2 else prod(p.shape[:-1]) + prod(p.shape[:-2]) * p.shape[-1])
+    return 8 * n
+
+
+def _flop(config: RunConfig, passes: Passes, sides: int, vae: int) -> tuple[dict[str, float], float]:
+    """FLOPs of one pair by phase, and the inversion's mean evaluations per image over all timesteps."""
+    inverts = config.method == "inpo" and config.inversion.estimator == "ddim"
+    span, how = config.objective.timesteps, config.inversion
+    t = torch.arange(span.min, span.max + 1)
+    schedule = Schedule(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
+    climb = climb_plan(schedule, t, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at)
+    evaluations = climb.evaluations.double().mean().item() if inverts else 0.0
+    asked = 1 if how.guidance in (0.0, 1.0) else 2
+    forward = sides * passes.forward_flop
+    return {
+        "VAE encoding": sides * float(vae),
+        "inversion": forward * evaluations * asked,
+        "reference": forward * (config.method != "sft"),
+        "policy forward": float(forward),
+        "policy backward": float(sides * passes.backward_flop),
+    }, evaluations
+
+
+def show(config: RunConfig, plan: Plan, console: Console) -> None:
+    train, optim = config.train, config.optim
+    name = config.models.base or f"random {config.models.random}"
+    kind = f"LoRA rank {config.models.lora.rank}" if config.models.lora.rank else "full fine-tuning"
+    method = label(config.method, config.objective, config.inversion)
+    console.print(f"[bold]{method}[/bold] of {name}: {kind}, {config.models.precision}")
+    console.print(f"{plan.parameters:,} parameters, {plan.trained:,} trained\n")
+
+    recipe = _table("recipe", "")
+    recipe.add_row(
+        "steps x pairs per step",
+        f"{train.steps} x {train.pairs_per_step} = {train.steps * train.pairs_per_step:,} pairs",
+    )
+    recipe.add_row(
+        "learning rate", f"{optim.lr:g} ({optim.kind}), {optim.warmup_steps} steps of warm-up, then {optim.decay}"
+    )
+    recipe.add_row(
+        "at step 1 / last", f"{lr_at(0, train.steps, optim):.4g} / {lr_at(train.steps - 1, train.steps, optim):.4g}"
+    )
+    recipe.add_row("beta", f"{config.objective.beta:g}")
+    console.print(recipe)
+
+    window = _table(f"window of one of {plan.gpus} GPU{'s' * (plan.gpus > 1)}", "")
+    window.add_row("pairs", f"{plan.pairs_per_gpu} = {plan.micro_batches} micro-batches x {train.micro_batch}")
+    images = SIDES[config.method] * plan.pairs_per_gpu
+    window.add_row(
+        "inversion",
+        f"{images} images x {plan.evaluations:.2f} evaluations on average, {config.inversion.batch} at a time",
+    )
+    console.print(window)
+
+    memory = _table("memory of one GPU", "GiB")
+    for what, size in plan.kept.items():
+        if size:
+            memory.add_row(what, f"{size / GIB:.2f}")
+    memory.add_row(f"inversion, {config.inversion.batch} images (estimate)", f"{plan.inversion / GIB:.2f}")
+    memory.add_row(f"activations, micro-batch {train.micro_batch}", f"{plan.activations * train.micro_batch / GIB:.2f}")
+    memory.add_row("reserve for context and workspaces", f"{RESERVE:.2f}")
+    memory.add_row(
+        "[bold]peak[/bold] (inversion and activations take turns)",
+        f"[bold]{plan.peak(train.micro_batch) / GIB:.2f}[/bold]",
+    )
+    for micro_batch in (1, 2, 4, 8, 16, 32):
+        memory.add_row(f"  peak at micro-batch {micro_batch}", f"{plan.peak(micro_batch) / GIB:.2f}")
+    console.print(memory)
+    if plan.largest_micro_batch:
+        console.print(f"Largest micro-batch in {config.plan.memory:g} GiB: {plan.largest_micro_batch} pairs")
+    else:
+        console.print(
+            f"[bold]Does not fit {config.plan.memory:g} GiB[/bold] even at micro-batch 1: try models.lora.rank=16, "
+            "optim.kind=adamw-8bit or adafactor, models.gradient_checkpointing=true, a smaller inversion.batch"
+        )
+
+    cost = _table("work of one pair", "TFLOP", "share")
+    total = sum(plan.flop.values())
+    for phase, flop in plan.flop.items():
+        if flop:
+            cost.add_row(phase, f"{flop / 1e12:.2f}", f"{flop / total:.0%}")
+    cost.add_row("[bold]all[/bold]", f"[bold]{total / 1e12:.2f}[/bold]", "")
+    console.print(cost)
+    console.print(
+        f"{plan.gpu_hours:.2f} GPU-hours in all at {config.plan.tflops:g} TFLOP/s, a rate that plan.tflops sets and "
+        f"nothing here measured: {plan.gpu_hours / plan.gpus:.2f} hours on {plan.gpus}."
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=any(columns))
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    return table
