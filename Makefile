@@ -1,11 +1,13 @@
 # make train   set up, align the pocket model with DDIM-InPO, evaluate it, write a report
 # make test    set up, run the tests
+# make bench   set up, time the kernels (without a GPU only their CPU paths)
+# make gpu     what wants a GPU: kernel tests, kernel benchmarks, step benchmark, in slices
 
 PYTHON ?= python3
 BIN := .venv/bin
 PROCESSES ?= 2
 
-.PHONY: train test lint format pocket setup clean
+.PHONY: train test lint format pocket bench gpu setup clean
 
 setup: .venv/ready
 
@@ -31,6 +33,13 @@ format: .venv/ready
 
 pocket: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.pocket.build
+
+bench: .venv/ready
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# on a machine with a GPU: installs nothing, goes on where the last call stopped; make gpu ARGS="--budget-minutes 30"
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     quiet_libraries()
+    torch.backends.cudnn.allow_tf32 = False  # "fp32" below means it: cuDNN would round to 10 bits by default
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = Models(load_pipeline(arguments.base), device)

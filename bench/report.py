@@ -1,0 +1,78 @@
+"""The kernel benchmarks' results as a table, printed and written into README.md between two markers.
+
+    python -m bench.report [--results FOLDER] [--file README.md]
+
+Without the markers, or without results of a GPU, it says so.
+"""
+
+import argparse
+from pathlib import Path
+
+from bench import results
+
+NOT_MEASURED = "The kernels are **not measured on a GPU**."
+PROVIDERS = ("eager", "torch.compile", "ours")
+
+
+def table(lines: list[dict]) -> str:
+    """Markdown: for each GPU the newest result of every case and provider. Results of the CPU are left out."""
+    found = list(results.newest([line for line in lines if line["gpu"]]).values())
+    devices = sorted({line["device"] for line in found})
+    return "\n\n".join(_of_device([x for x in found if x["device"] == name]) for name in devices) or NOT_MEASURED
+
+
+def _of_device(lines: list[dict]) -> str:
+    cases: dict[tuple, dict[str, dict]] = {}
+    for line in lines:
+        case = (line["kernel"], line["op"], line["shape"], line["dtype"])
+        cases.setdefault(case, {})[line["provider"]] = line
+    head = ("kernel", "op", "shape", "dtype", *(f"{p}, ms" for p in PROVIDERS), "compile / ours", "ours", "of ceiling")
+    rows = [head, ["---"] * len(head)]
+    for case, by in sorted(cases.items()):
+        ours, compiled = by.get("ours"), by.get("torch.compile")
+        times = [f"{by[p]['p50_ms']:.4g}" if p in by else "-" for p in PROVIDERS]
+        ratio = f"{compiled['p50_ms'] / ours['p50_ms']:.2f}" if ours and compiled else "-"
+        rate = share = "-"
+        if ours:
+            matmul = ours["ceiling"] == "matmul"
+            rate = f"{ours['tflop_s']:.0f} TFLOP/s" if matmul else f"{ours['gb_s']:.0f} GB/s"
+            share = f"{ours['share']:.0%}"
+        rows.append([*case, *times, ratio, rate, share])
+    seen = lambda name: ", ".join(sorted({str(line[name]) for line in lines}))  # noqa: E731
+    commits = ", ".join(sorted({line["commit"] + (" with changes" if line["dirty"] else "") for line in lines}))
+    ceilings = [f"{min(v):.0f} to {max(v):.0f}" for v in ([x[k] for x in lines] for k in _CEILINGS)]
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"{text}\n\n{seen('device')}, torch {seen('torch')}, triton {seen('triton')}, commit {commits}. Median time of "
+        f"a call, {min(x['n'] for x in lines)} or more samples, CUDA-graph replay over rotated buffers; ceilings of "
+        f"the same runs: device copy {ceilings[0]} GB/s, bf16 matmul {ceilings[1]} TFLOP/s. "
+        "`pytest bench --benchmark-only`"
+    )
+
+
+_CEILINGS = ("copy_gb_s", "matmul_tflop_s")
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between <!-- NAME:begin --> and <!-- NAME:end -->; says so where they are missing."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = path.read_text() if path.exists() else ""
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        print(f"{path.name} has no lines {begin} and {end} (once each, in this order): nothing written there")
+        return
+    path.write_text(f"{old[: old.index(begin)]}{begin}\n{text}\n{old[old.index(end) :]}")
+    print(f"written to {path.name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder with JSON lines")
+    parser.add_argument("--file", type=Path, default=results.ROOT / "README.md")
+    arguments = parser.parse_args()
+    text = table(results.load(arguments.results))
+    print(text)
+    write_between(arguments.file, "bench", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""The kernel benchmarks held against their own rules: wrong values are refused, an interrupted GPU run goes on."""
+
+import ast
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from bench import gpu, report, results
+from bench.case import Case, all_cases, check, copy, deviation, provide
+from bench.clock import Ceilings, Replay, timing
+
+CASES = all_cases()
+TINY = {str(case): case for case in CASES if not case.real}
+ERRORS, IN_PLACE = TINY["errors-forward-tiny-float32"], TINY["ddim_step-plain-tiny-float32"]
+
+
+def test_every_kernel_has_tiny_and_real_cases():
+    assert len({str(case) for case in CASES}) == len(CASES)
+    assert {case.kernel for case in CASES} == {case.kernel for case in TINY.values()}
+    assert {case.kernel for case in CASES} == {case.kernel for case in CASES if case.real}
+    assert all(case.bytes > 0 and case.flops > 0 for case in CASES)
+
+
+@pytest.mark.parametrize("case", TINY.values(), ids=str)
+def test_empty_arguments_are_laid_out_as_the_random_ones(case):
+    layout = lambda args: [(x.shape, x.stride(), x.dtype) for x in tensors(args)]  # noqa: E731
+    assert layout(case.empty("cpu")) == layout(case.make("cpu"))
+    first, again = tensors(case.make("cpu")), tensors(case.make("cpu"))
+    assert all(torch.equal(x, y) and x.any() for x, y in zip(first, again, strict=True))
+
+
+def tensors(args) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+
+
+def scaled(case: Case, by: float) -> Case:
+    def wrong(*args):
+        e, r = case.eager(*args)
+        return e, r * by
+
+    return dataclasses.replace(case, ours=wrong)
+
+
+def test_wrong_values_are_refused():
+    check(scaled(ERRORS, 1.0), "ours", provide(scaled(ERRORS, 1.0), "ours"), ERRORS.make("cpu"))
+    for by in (1.001, math.nan):
+        case = scaled(ERRORS, by)
+        with pytest.raises(AssertionError, match=r"result 1 of ours is off by .* nothing is timed"):
+            check(case, "ours", provide(case, "ours"), case.make("cpu"))
+    narrow = dataclasses.replace(ERRORS, ours=lambda *args: [x.half() for x in ERRORS.eager(*args)])
+    with pytest.raises(AssertionError, match="dtypes"):
+        check(narrow, "ours", narrow.ours, narrow.make("cpu"))
+    unwritten = dataclasses.replace(ERRORS, ours=lambda *args: [torch.empty(3), torch.empty(3)])
+    with pytest.raises(AssertionError, match="off by nan"):
+        check(unwritten, "ours", unwritten.ours, unwritten.make("cpu"))
+
+
+def test_an_op_in_place_is_checked_on_copies():
+    args = IN_PLACE.make("cpu")
+    before = copy(args)
+    check(IN_PLACE, "eager", IN_PLACE.eager, args)
+    assert all(torch.equal(x, y) for x, y in zip(args, before, strict=True))
+    with pytest.raises(AssertionError, match="off by"):
+        check(IN_PLACE, "ours", lambda *args: None, args)
+
+
+def test_deviation_is_relative_to_the_larger_of_value_and_rms():
+    largest, rms = deviation(torch.tensor([3.3, 0.1, 0.0]), torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64))
+    assert largest == pytest.approx(0.1, rel=1e-6) and rms == pytest.approx((0.1 / 9) ** 0.5, rel=1e-6)
+
+
+BREAK = """
+import dataclasses, sys, pytest
+class Broken:
+    def pytest_itemcollected(self, item):
+        case = item.callspec.params["case"]
+        wrong = lambda *args: [1.01 * x for x in case.eager(*args)]
+        item.callspec.params["case"] = dataclasses.replace(case, ours=wrong, public=wrong)
+sys.exit(pytest.main(sys.argv[1:], plugins=[Broken()]))
+"""
+
+
+@pytest.mark.parametrize(("mode", "failed"), [("--check", "ours"), ("--benchmark-only", "cpu path")])
+def test_a_broken_kernel_fails_the_benchmark_and_leaves_no_result(mode, failed, tmp_path):
+    words = ["bench/bench_errors.py", "-k", "errors-forward-tiny-float32", mode, "--results", str(tmp_path)]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not under xdist
+    command = [sys.executable, "-c", BREAK, *words]
+    ran = subprocess.run(command, cwd=results.ROOT, env=alone, capture_output=True, text=True)
+    assert ran.returncode == 1 and "nothing is timed" in ran.stdout
+    assert f"FAILED bench/bench_errors.py::test_errors[errors-forward-tiny-float32-{failed}]" in ran.stdout
+    assert not list(tmp_path.iterdir())
+
+
+class FakeGraph:
+    """A CUDA graph on the CPU: calls made during the capture are made again by a replay, into the same results."""
+
+    def __init__(self, stale: bool) -> None:
+        self.recorded, self.capturing, self.stale = [], False, stale
+
+    def call(self, function):
+        def recorded(*args):
+            out = function(*args)
+            if self.capturing:
+                self.recorded.append((function, args, out))
+            return out
+
+        return recorded
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.recorded, self.capturing = [], True
+        yield
+        self.capturing = False
+
+    def replay(self):
+        for function, args, out in [] if self.stale else self.recorded:
+            for x, y in zip(tree_leaves(out), tree_leaves(function(*args)), strict=True):
+                x.copy_(y)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    def install(stale: bool = False) -> FakeGraph:
+        fake = FakeGraph(stale)
+
+        class Event:
+            record = lambda self: setattr(self, "at", time.perf_counter())  # noqa: E731
+            elapsed_time = lambda self, end: 1000 * (end.at - self.at)  # noqa: E731
+            synchronize = lambda self: None  # noqa: E731
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=50_000),
+            "mem_get_info": lambda: (10**9, 10**9),
+            "Event": lambda enable_timing: Event(),
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda other: contextlib.nullcontext(),
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "CUDAGraph": lambda: fake,
+            "graph": fake.capture,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        return fake
+
+    return install
+
+
+@pytest.mark.parametrize("case", [ERRORS, IN_PLACE], ids=str)
+def test_replay_rotates_buffers_and_compares_what_the_graph_computes(case, fake_cuda):
+    """The control flow only; what a GPU does is seen on a GPU."""
+    fake = fake_cuda()
+    timed = Replay(case, "eager", fake.call(case.eager), case.make("cpu"))
+    used = [args[0].data_ptr() for _, args, _ in fake.recorded]
+    assert len(set(used)) == len(timed.sets) > 1 and timed.calls == len(used)
+    assert len(set(used[: len(timed.sets)])) == len(timed.sets)
+    for _ in range(timed.rounds):
+        timed.restore()
+        timed.sample()
+    t = timing(timed)
+    assert 0 < t.p20 <= t.p50 <= t.p80 and t.n == timed.rounds >= 20
+    fake = fake_cuda(stale=True)
+    with pytest.raises(AssertionError, match="off by"):
+        Replay(case, "eager", fake.call(case.eager), case.make("cpu"))
+
+
+def test_share_of_the_ceiling_that_binds():
+    ceilings = Ceilings(copy_gb_s=1000, matmul_tflop_s=100)
+    case = dataclasses.replace(ERRORS, bytes=10**9, flops=10**9)  # 1 ms, 0.01 ms
+    assert ceilings.share(case, 2.0) == (0.5, "copy")
+    assert ceilings.share(dataclasses.replace(case, flops=10**12), 20.0) == (0.5, "matmul")
+
+
+ALLOWED = {"torch", "triton", "numpy", "pytest", "inpo_kernels", "bench"} | set(sys.stdlib_module_names)
+
+
+def test_kernel_benchmarks_need_nothing_but_torch_and_triton():
+    names = ("case", "clock", "conftest", "results", "report", "accuracy", "gpu")
+    for path in [*(results.ROOT / "bench").glob("bench_*.py"), *(results.ROOT / "bench" / f"{n}.py" for n in names)]:
+        tree = ast.parse(path.read_text())
+        found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {name.split(".")[0] for name in found} <= ALLOWED, path.name
+
+
+def line(provider: str, ms: float, **more) -> dict:
+    made = {"commit": "abc", "dirty": False, "device": "GPU", "gpu": True, "torch": "2", "triton": "3", "utc": "1"}
+    case = {"kernel": "errors", "op": "forward", "shape": "s", "dtype": "float32", "provider": provider}
+    rates = {"p50_ms": ms, "n": 100, "gb_s": 1 / ms, "tflop_s": 0.0, "share": 0.25, "ceiling": "copy"}
+    return made | case | rates | {"copy_gb_s": 4000.0, "matmul_tflop_s": 700.0} | more
+
+
+def test_report(tmp_path, capsys):
+    assert report.table([]) == report.table([line("cpu path", 1, gpu=False)]) == report.NOT_MEASURED
+    text = report.table([line("ours", 9.0), line("eager", 4.0), line("torch.compile", 1.0), line("ours", 0.5)])
+    assert "| errors | forward | s | float32 | 4 | 1 | 0.5 | 2.00 | 2 GB/s | 25% |" in text  # the newest of ours
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    report.write_between(page, "bench", "new")
+    assert page.read_text() == "before\n<!-- bench:begin -->\nnew\n<!-- bench:end -->\nafter\n"
+    report.write_between(page, "other", "new")
+    assert "nothing written" in capsys.readouterr().out and "other" not in page.read_text()
+
+
+def test_a_half_written_line_is_left_out(tmp_path):
+    results.record(tmp_path, {"kernel": "errors"})
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text() + '{"kernel": "err')
+    assert [x["kernel"] for x in results.load(tmp_path)] == ["errors"]
+
+
+PARTS = """
+import os, time
+before = os.path.exists({seen!r})
+open({seen!r}, "a").write("a result")
+time.sleep(0 if before else 60)
+"""
+
+
+def task(name: str, code: str, minutes: float = 0.2, **more) -> gpu.Task:
+    return gpu.Task(name, (sys.executable, "-c", code), minutes, **more)
+
+
+def test_gpu_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    seen = tmp_path / "seen"
+    note = f"open({str(seen)!r}, 'a').write"
+    todo = [
+        task("first", f"{note}('1')"),
+        task("second", f"{note}('2'); print('FAILED tests/x.py::test_y[a b] - wrong'); raise SystemExit(1)"),
+        task("long", f"{note}('3')", minutes=10),
+        task("slow", "import time; time.sleep(60)", minutes=0.01),
+        task("elsewhere", f"{note}('4')", needs="no_such_module"),
+        task("in parts", PARTS.format(seen=str(tmp_path / "parts.jsonl")), minutes=0.05, resumes=True),
+    ]
+    stopped = tmp_path / "state.json"
+    stopped.write_text(json.dumps({"commit": "another", "tasks": {"first": {"status": "passed"}}}))
+    state = gpu.run(todo, tmp_path, budget=60)
+    assert seen.read_text() == "12" and "long" not in state  # of another commit: begun anew; its limit does not fit
+    assert state["second"]["failures"] == ["tests/x.py::test_y[a b]"]
+    assert state["slow"]["status"] == "failed (took more than 0.01 minutes)"
+    assert "No module named 'no_such_module'" in state["elsewhere"]["status"]
+    assert state["in parts"]["status"] == "passed"  # the second time: it was not done when its time was up
+
+    kept = json.loads(stopped.read_text())
+    kept["tasks"]["first"] = {"status": "running"}  # as a killed run leaves it
+    stopped.write_text(json.dumps(kept))
+    state = gpu.run(todo, tmp_path, budget=1000)
+    assert seen.read_text() == "1213" and state["long"]["status"] == "passed"
+    gpu.run(todo, tmp_path, budget=1000)
+    assert seen.read_text() == "1213"  # failures are not repeated ...
+    gpu.run(todo[:2], tmp_path, budget=1000, again=True)
+    assert seen.read_text() == "12132"  # ... unless asked for
+    text = gpu.summary(todo, state, tmp_path)
+    assert "| second | failed (1) |" in text and "- second: tests/x.py::test_y[a b]" in text
+    assert report.NOT_MEASURED in text
