@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from inpo_fast import distributed
 from inpo_fast.config import EvaluateConfig, parse
@@ -23,6 +22,7 @@ from inpo_fast.files import write_text
 from inpo_fast.judges import Judge, Scores
 from inpo_fast.judges.registry import make_judge
 from inpo_fast.models import load_pipeline, quiet_libraries
+from inpo_fast.progress import picture_progress
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.sample import draw, scaled_eps, use_ddim
 
@@ -103,17 +103,10 @@ def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateCon
     use_ddim(base)
     base_unet = base.unet
     total = (3 * len(prompts) + 2 * len(seen)) * config.seeds // world
-    with Progress(
-        TextColumn("evaluate {task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} pictures"),
-        TimeRemainingColumn(),
-        disable=rank != 0,
-    ) as progress:
-        task = progress.add_task("", total=total)
+    with picture_progress(total, "evaluate", shown=rank == 0) as advance:
 
         def gallery(name: str, model: torch.nn.Module, wanted: list[str], scale: float = 1.0) -> Gallery:
-            progress.update(task, description=name)
+            advance(0, name)
             base.unet = model
             jobs = [(prompt, ("evaluate", config.seed, prompt, s)) for prompt in wanted for s in range(config.seeds)]
             mine = jobs[rank::world]
@@ -125,7 +118,7 @@ def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateCon
                     steps=config.sampler_steps,
                     guidance=config.guidance,
                     batch=config.batch,
-                    advance=lambda n: progress.advance(task, n),
+                    advance=lambda n: advance(n, name),
                 )
             pictures: list[np.ndarray] = [None] * len(jobs)  # type: ignore[list-item]
             for other, part in enumerate(distributed.gather(drawn)):

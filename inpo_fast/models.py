@@ -103,7 +103,7 @@ def open_pipeline(config: ModelsConfig) -> DiffusionPipeline:
     else:
         pipeline = load_pipeline(config.base, dtype, config.single_file_config)
     if config.init:
-        pipeline.unet = load_unet(config.init, pipeline.unet, config.single_file_config)
+        pipeline.unet = load_unet("models.init", config.init, pipeline.unet, config.single_file_config)
     if config.vae:
         pipeline.vae = load_vae(config.vae)
     return pipeline
@@ -133,19 +133,24 @@ def load_pipeline(
     return pipeline
 
 
-def load_unet(path: str, like: UNet2DConditionModel, single_file_config: str | None) -> UNet2DConditionModel:
-    """The UNet of another model of the same shape: a pipeline's folder, a UNet's folder, a file or a hub id."""
+def load_unet(
+    key: str, path: str, like: UNet2DConditionModel, single_file_config: str | None = None
+) -> UNet2DConditionModel:
+    """The UNet of another model of the same shape: a pipeline's folder, a UNet's folder, a file or a hub id.
+
+    key: the setting that named it, for the refusal.
+    """
     if path.endswith(".safetensors"):
         unet = load_pipeline(path, like.dtype, single_file_config).unet
     else:
-        with opening("models.init", path) as local:
+        with opening(key, path) as local:
             inside = {} if os.path.isfile(os.path.join(path, "config.json")) else {"subfolder": "unet"}
             unet = UNet2DConditionModel.from_pretrained(path, dtype=like.dtype, **inside, **local)
     theirs, ours = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (unet, like))
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
             raise Refusal(
-                f"models.init: the UNet of {path} does not fit models.base ({name} is {theirs.get(name)}, "
+                f"{key}: the UNet of {path} does not fit the base model ({name} is {theirs.get(name)}, "
                 f"there {ours.get(name)})"
             )
     return unet

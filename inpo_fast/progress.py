@@ -1,6 +1,8 @@
 """What a person sees while training: a bar on a terminal, a line now and then in a log file."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,3 +57,17 @@ class StepProgress:
     def say(self, message: str) -> None:
         if self.shown:
             self.bar.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def picture_progress(total: int, verb: str, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """A bar over pictures that are drawn; gives advance(number, of which model)."""
+    columns = (
+        TextColumn(verb + " {task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} pictures"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda number, name: bar.update(task, advance=number, description=name)

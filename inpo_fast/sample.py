@@ -1,13 +1,26 @@
-"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only."""
+"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only.
 
+    python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --output sheet.png
+
+A contact sheet: the base's pictures above the aligned model's, same prompts and same noise.
+"""
+
+import argparse
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from inpo_fast import draws
+from inpo_fast import distributed, draws
+from inpo_fast.files import write_bytes
+from inpo_fast.models import DTYPES, load_pipeline, load_unet, quiet_libraries
+from inpo_fast.progress import picture_progress
+from inpo_fast.refusal import Refusal, run_or_refuse
+
+ADAPTER = "pytorch_lora_weights.safetensors"
 
 
 @torch.inference_mode()
@@ -62,3 +75,70 @@ def scaled_eps(pipeline: DiffusionPipeline, scale: float):
         yield pipeline
     finally:
         handle.remove()
+
+
+@contextmanager
+def aligned(pipeline: DiffusionPipeline, model: str):
+    """Within the block the pipeline draws with another model: a LoRA folder, or anything whose UNet fits."""
+    own = pipeline.unet
+    adapter = (Path(model) / ADAPTER).is_file()
+    if adapter:
+        pipeline.load_lora_weights(model)
+    else:
+        pipeline.unet = load_unet("--model", model, own).to(own.device)
+    try:
+        yield pipeline
+    finally:
+        if adapter:
+            pipeline.unload_lora_weights()
+        pipeline.unet = own
+
+
+def main() -> None:
+    from inpo_fast.report.pictures import Comparison, contact_sheet
+
+    parser = argparse.ArgumentParser(
+        prog="python -m inpo_fast.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--base", required=True, help="a diffusers folder, .safetensors file or hub id")
+    parser.add_argument("--model", required=True, help="aligned model: the same, or a folder with a LoRA")
+    parser.add_argument("--prompts", help="text file, one prompt a line")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
+    parser.add_argument("--output", required=True, help="the PNG to write")
+    parser.add_argument("--seeds", type=int, default=1, help="pictures per prompt (default 1)")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="7.5 for SD1.5 (default), 5 for SDXL")
+    parser.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    own = parser.parse_args()
+    prompts = list(own.prompt)
+    if own.prompts:
+        try:
+            lines = Path(own.prompts).read_text(encoding="utf-8").splitlines()
+        except OSError as problem:
+            raise Refusal(f"--prompts {own.prompts}: {problem.strerror}") from problem
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise Refusal("no prompts: give --prompts FILE or --prompt TEXT")
+    quiet_libraries()
+    _, _, device = distributed.start()
+    pipeline = load_pipeline(own.base, DTYPES[own.precision]).to(device)
+    use_ddim(pipeline)
+    captions = [prompt for prompt in prompts for _ in range(own.seeds)]
+    keys = [("sample", own.seed, i, seed) for i in range(len(prompts)) for seed in range(own.seeds)]
+    how = {"steps": own.steps, "guidance": own.guidance, "batch": own.batch}
+    with picture_progress(2 * len(captions), "draw") as advance:
+        before = draw(pipeline, captions, keys, advance=lambda n: advance(n, "base"), **how)
+        with aligned(pipeline, own.model):
+            after = draw(pipeline, captions, keys, advance=lambda n: advance(n, "aligned"), **how)
+    sheet = contact_sheet([Comparison(*row) for row in zip(captions, before, after, strict=True)])
+    Path(own.output).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(Path(own.output), sheet)
+    print(f"{len(captions)} comparisons: {own.output}")
+
+
+if __name__ == "__main__":
+    run_or_refuse("python -m inpo_fast.sample", main)

@@ -57,9 +57,8 @@ def fitted(picture: np.ndarray, side: int) -> Image.Image:
     return image.resize([n * factor for n in image.size], Image.Resampling.NEAREST)
 
 
-def contact_sheet(base: "Gallery", aligned: "Gallery") -> bytes:
+def contact_sheet(chosen: Sequence[Comparison]) -> bytes:
     """PNG: the base's row above the aligned model's, captions below."""
-    chosen = before_after(base, aligned)
     for side in SIDES:
         content = _png(_sheet(chosen, side))
         if len(content) <= SHEET_BYTES:

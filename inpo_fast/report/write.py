@@ -27,7 +27,10 @@ def write_report(folder: Path, evaluation: "Evaluation | None") -> Path:
     try:
         galleries = evaluation.galleries if evaluation is not None else {}
         if "base" in galleries and "aligned" in galleries:
-            write_bytes(folder / "samples.png", pictures.contact_sheet(galleries["base"], galleries["aligned"]))
+            write_bytes(
+                folder / "samples.png",
+                pictures.contact_sheet(pictures.before_after(galleries["base"], galleries["aligned"])),
+            )
         report = folder / "report.html"
         write_text(report, page(folder, evaluation))
     except OSError as problem:
