@@ -40,19 +40,30 @@ class Passes:
         return sum(self.backward.values())
 
 
-def unet_passes(unet: torch.nn.Module, side: int, tokens: int, dtype: torch.dtype) -> Passes:
-    """unet: a UNet2DConditionModel on the meta device; side: of the latent; tokens: of the text embedding."""
-    with _counting(unet) as (counter, kept):
-        answer = _ask(unet, side, tokens, dtype)
-    forward = _by_class(counter)
-    with FlopCounterMode(display=False) as counter:
-        answer.backward(torch.empty_like(answer))
-    return Passes(sum(p.numel() for p in unet.parameters()), forward, _by_class(counter), kept())
+def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bool = False) -> Passes:
+    """unet: a UNet2DConditionModel on the meta device, in the dtype it computes in; side: of the latent; tokens: of the
+    text embedding. checkpointing: blocks keep their inputs only, and one block at a time is computed again."""
+    parameters = sum(p.numel() for p in unet.parameters())
+    with _fused_attention():
+        kept = _Kept(unet)
+        with FlopCounterMode(display=False) as forward, kept.watching():
+            answer = _ask(unet, side, tokens)
+        activations = kept.bytes
+        if checkpointing:
+            largest = kept.largest_block
+            unet.enable_gradient_checkpointing()
+            kept = _Kept(unet)
+            with kept.watching():
+                answer = _ask(unet, side, tokens)
+            activations = kept.bytes + largest
+        with FlopCounterMode(display=False) as backward:
+            answer.backward(torch.empty_like(answer))
+    return Passes(parameters, _by_class(forward), _by_class(backward), activations)
 
 
-def _ask(unet: torch.nn.Module, side: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+def _ask(unet: torch.nn.Module, side: int, tokens: int) -> torch.Tensor:
     """One image through a meta UNet."""
-    config = unet.config
+    config, dtype = unet.config, unet.dtype
     sample = torch.empty(1, config.in_channels, side, side, dtype=dtype, device="meta")
     text = torch.empty(1, tokens, config.cross_attention_dim, dtype=dtype, device="meta")
     more = {}
@@ -63,10 +74,10 @@ def _ask(unet: torch.nn.Module, side: int, tokens: int, dtype: torch.dtype) -> t
             "time_ids": torch.empty(1, 6, dtype=dtype, device="meta"),
         }
     time = torch.empty(1, dtype=torch.int64, device="meta")
-    return torch.nn.Module.to(unet, dtype)(sample, time, text, **more).sample
+    return unet(sample, time, text, **more).sample
 
 
-def forward_bytes(unet: torch.nn.Module, side: int, tokens: int, dtype: torch.dtype) -> int:
+def forward_bytes(unet: torch.nn.Module, side: int, tokens: int) -> int:
     """Memory of one image in a pass without gradient, estimated: all skip connections, and three tensors of the size
     of the largest that a layer reads or writes."""
     largest, skips, handles = 0, 0, []
@@ -85,11 +96,11 @@ def forward_bytes(unet: torch.nn.Module, side: int, tokens: int, dtype: torch.dt
             handles.append(module.register_forward_hook(look))
     for block in unet.down_blocks:
         handles.append(block.register_forward_hook(skip))
-    with torch.no_grad():
-        _ask(unet, side, tokens, dtype)
+    with torch.no_grad(), _fused_attention():
+        _ask(unet, side, tokens)
     for handle in handles:
         handle.remove()
-    return (skips + 3 * largest) * dtype.itemsize
+    return (skips + 3 * largest) * unet.dtype.itemsize
 
 
 def vae_encode_flop(vae: torch.nn.Module, pixels: int) -> int:
@@ -99,32 +110,55 @@ def vae_encode_flop(vae: torch.nn.Module, pixels: int) -> int:
     return sum(_by_class(counter).values())
 
 
-@contextmanager
-def _counting(module: torch.nn.Module) -> Iterator:
-    """FLOPs inside the block, and a function giving the bytes of the storages that autograd kept (weights left out)."""
-    weights = {p.untyped_storage()._cdata for p in module.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}  # held on to: a freed one's number would be used again
+class _Kept:
+    """Bytes of the storages that autograd keeps, weights left out, and how many of them the largest block adds."""
 
-    def pack(x: torch.Tensor) -> torch.Tensor:
+    def __init__(self, module: torch.nn.Module):
+        self.weights = {p.untyped_storage()._cdata for p in module.parameters()}
+        self.storages: dict[int, torch.UntypedStorage] = {}  # held on to: a freed one's number would be used again
+        self.blocks = [m for m in module.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
+        self.largest_block = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        before: dict[torch.nn.Module, int] = {}
+        handles = []
+        for block in self.blocks:
+            handles.append(block.register_forward_pre_hook(lambda block, _: before.update({block: self.bytes})))
+            handles.append(block.register_forward_hook(lambda block, *_: self._left(before[block])))
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _left(self, before: int) -> None:
+        self.largest_block = max(self.largest_block, self.bytes - before)
+
+    def _pack(self, x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            storages[storage._cdata] = storage
+        if storage._cdata not in self.weights:
+            self.storages[storage._cdata] = storage
         return x
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """On the meta device torch would take the unfused attention, which no GPU runs: it keeps whole attention maps."""
 
     def fused(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
 
-    # on the meta device torch would take the unfused attention, which no GPU runs: it keeps whole attention maps
     plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
     try:
-        yield from _observed(pack, storages)
+        yield
     finally:
         F.scaled_dot_product_attention = plain
-
-
-def _observed(pack, storages) -> Iterator:
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield counter, lambda: sum(storage.nbytes() for storage in storages.values())
 
 
 def _by_class(counter: FlopCounterMode) -> dict[str, int]:

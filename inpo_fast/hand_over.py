@@ -20,7 +20,10 @@ def output_pipeline(models: Models) -> DiffusionPipeline:
         pipeline.unet = models.policy
         return pipeline
     # the running pipeline holds rounded weights: the parts that were not trained are opened again
-    pipeline = open_pipeline(replace(config, precision="fp32"))
+    if config.random:  # weights drawn in bf16 are not those drawn in fp32 and rounded
+        pipeline = open_pipeline(config).to(torch.float32)
+    else:
+        pipeline = open_pipeline(replace(config, precision="fp32"))
     if models.adapters:
         pipeline.unet = merged(models, pipeline.unet)
     else:
@@ -46,7 +49,12 @@ def save_adapter(models: Models, folder: Path) -> None:
     """pytorch_lora_weights.safetensors in diffusers' layout, fp32."""
     masters = dict(zip(models.weights.names, models.weights.masters, strict=True))
     layers = get_peft_model_state_dict(models.policy, state_dict={k: v.detach() for k, v in masters.items()})
-    type(models.pipeline).save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+    settings = models.policy.peft_config["default"]
+    # alpha is not in the tensors: without it every reader takes alpha = rank. Only what every version of peft knows
+    metadata = {"r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)}
+    type(models.pipeline).save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata, safe_serialization=True
+    )
 
 
 def detach_policy(models: Models) -> torch.nn.Module:

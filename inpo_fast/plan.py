@@ -49,7 +49,6 @@ class Plan:
     kept: dict[str, int]  # bytes held all the time, by what holds them
     inversion: int  # bytes while the inversion runs
     activations: int  # bytes per pair of a micro-batch, while the policy runs
-    largest_micro_batch: int
     pairs_per_gpu: int
     micro_batches: int
     evaluations: float  # of the inversion, mean per image
@@ -60,25 +59,28 @@ class Plan:
         """Bytes: inversion and policy do not run at the same time."""
         return sum(self.kept.values()) + max(self.inversion, self.activations * micro_batch) + int(RESERVE * GIB)
 
+    def largest_micro_batch(self, memory: float) -> int:
+        """Pairs that fit `memory` GiB; 0 where not even one does."""
+        free = (memory - RESERVE) * GIB - sum(self.kept.values())
+        return int(free // self.activations) if free > max(self.inversion, self.activations) else 0
+
 
 def make_plan(config: RunConfig, gpus: int) -> Plan:
     """Refusal where the batch does not divide over the GPUs or the model's configuration cannot be read."""
     micro_batches = split_batch(config.train, gpus)
-    shapes, dtype = open_shapes(config.models), DTYPES[config.models.precision]
+    shapes = open_shapes(config.models)
+    torch.nn.Module.to(shapes.unet, DTYPES[config.models.precision])
     if config.models.lora.rank:
         shapes.unet.requires_grad_(False)
         add_adapter(shapes.unet, config.models.lora)
     factor = 2 ** (len(shapes.vae.config.block_out_channels) - 1)
     pixels = config.data.resolution or shapes.unet.config.sample_size * factor
-    if config.models.gradient_checkpointing:
-        shapes.unet.enable_gradient_checkpointing()
-    passes = unet_passes(shapes.unet, pixels // factor, shapes.tokens, dtype)
+    passes = unet_passes(shapes.unet, pixels // factor, shapes.tokens, config.models.gradient_checkpointing)
     trained = [p for p in shapes.unet.parameters() if p.requires_grad]
     kept = _kept(config, shapes, passes, trained)
     activations = SIDES[config.method] * passes.activations
-    inversion = forward_bytes(shapes.unet, pixels // factor, shapes.tokens, dtype) * config.inversion.batch
+    inversion = forward_bytes(shapes.unet, pixels // factor, shapes.tokens) * config.inversion.batch
     flop, evaluations = _flop(config, passes, SIDES[config.method], vae_encode_flop(shapes.vae, pixels))
-    free = (config.plan.memory - RESERVE) * GIB - sum(kept.values())
     pairs = config.train.steps * config.train.pairs_per_step
     return Plan(
         gpus=gpus,
@@ -87,7 +89,6 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
         kept=kept,
         inversion=inversion,
         activations=activations,
-        largest_micro_batch=max(0, int(free // activations)) if free > inversion else 0,
         pairs_per_gpu=config.train.pairs_per_step // gpus,
         micro_batches=micro_batches,
         evaluations=evaluations,
@@ -211,8 +212,8 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     for micro_batch in (1, 2, 4, 8, 16, 32):
         memory.add_row(f"  peak at micro-batch {micro_batch}", f"{plan.peak(micro_batch) / GIB:.2f}")
     console.print(memory)
-    if plan.largest_micro_batch:
-        console.print(f"Largest micro-batch in {config.plan.memory:g} GiB: {plan.largest_micro_batch} pairs")
+    if largest := plan.largest_micro_batch(config.plan.memory):
+        console.print(f"Largest micro-batch in {config.plan.memory:g} GiB: {largest} pairs")
     else:
         console.print(
             f"[bold]Does not fit {config.plan.memory:g} GiB[/bold] even at micro-batch 1: try models.lora.rank=16, "

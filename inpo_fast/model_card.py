@@ -1,0 +1,142 @@
+"""README.md beside the weights: what they are, how they were made, what is known of them. For people and for the hub.
+
+    python -m inpo_fast.model_card runs/sd15      writes it again, e.g. after another evaluation
+
+Everything in it is read from the run's folder. It claims what evaluation.json says of this very model, no more.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from inpo_fast.evaluate import verdict
+from inpo_fast.files import write_text
+from inpo_fast.refusal import Refusal, run_or_refuse
+from inpo_fast.report.results import guards
+
+METHODS = {
+    "inpo": "DDIM-InPO ([arXiv 2503.18454](https://arxiv.org/abs/2503.18454))",
+    "dpo": "Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))",
+    "sft": "fine-tuning on the preferred images only",
+}
+RECIPE = ("seed", "models", "data", "inversion", "objective", "train", "optim")  # what config.yaml says of the result
+ELSEWHERE = ("models.base", "models.random", "data.source")  # told in other sections
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LOAD = """```python
+from diffusers import {kind}
+pipeline = {kind}.from_pretrained("{source}")
+{lora}image = pipeline("a prompt").images[0]
+```"""
+
+
+def write_cards(run: Path) -> list[Path]:
+    """model/README.md, and lora/README.md if there is a LoRA, of a finished run. Refusal where that fails."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        manifest, index = (json.loads((run / n).read_text()) for n in ("manifest.json", "model/model_index.json"))
+        evaluation = run / "evaluation.json"
+        result = json.loads(evaluation.read_text()) if evaluation.is_file() else None
+        cards = [run / name / "README.md" for name in ("model", "lora") if (run / name).is_dir()]
+        if result is not None and result["variant"] != manifest["variant"]:
+            # `python -m inpo_fast.evaluate` writes there which model it compared
+            is_ours = Path(result["variant"]).resolve() == (run / "model").resolve()
+            result = result if is_ours else None
+        for path in cards:
+            write_text(path, card(config, manifest, result, index["_class_name"], is_lora=path.parent.name == "lora"))
+    except OSError as problem:
+        raise Refusal(f"the model card in {run} cannot be written ({problem})") from problem
+    except (ValueError, KeyError, TypeError) as problem:
+        raise Refusal(f"{run} does not hold a finished run: no model card ({problem!r})") from problem
+    return cards
+
+
+def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lora: bool) -> str:
+    """Markdown. result: what evaluation.json says of this model. kind: the name of the pipeline's class."""
+    variant, base = manifest["variant"], manifest["model"]["base"]
+    random = config["models"].get("random")
+    hub_id = base if HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    family, *deviations = variant.split("-")
+    method = METHODS.get(family, family)
+    if deviations:
+        method += f", a variant that deviates from the publication: {', '.join(deviations)} (see the recipe)"
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if hub_id:
+        front |= {"base_model": hub_id, "base_model_relation": "adapter" if is_lora else "finetune"}
+    architecture = "stable-diffusion-xl" if "XL" in kind else "stable-diffusion"
+    front["tags"] = ["text-to-image", architecture, "preference-alignment", family, *(["lora"] if is_lora else [])]
+    lora = 'pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")\n' if is_lora else ""
+    source = (hub_id or "PATH_OF_THE_BASE_MODEL") if is_lora else "PATH_OF_THIS_FOLDER"
+    return "\n\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+            f"# {architecture.replace('-', ' ')} aligned with preference pairs: {variant}{', LoRA' * is_lora}",
+            f"Method: {method}.",
+            f"Base model: {_base(base, hub_id, random)}. Use and licence follow it.",
+            "## How to load",
+            LOAD.format(kind=kind, source=source, lora=lora),
+            "## Evaluation",
+            _evaluation(result),
+            "## Data",
+            _table(_data(manifest["data"])),
+            "## Recipe",
+            _table({k: v for k, v in _flat({k: config[k] for k in RECIPE}).items() if k not in ELSEWHERE}),
+            "## Provenance",
+            _table(_flat({key: value for key, value in manifest.items() if key not in ("variant", "data")})),
+            "Written by inpo-fast from the files of the run.\n",
+        ]
+    )
+
+
+def _base(base: str, hub_id: str | None, random: str | None) -> str:
+    if random:
+        return f"**random weights** in the shape of {random}: this model draws nothing, it is for timings and tests"
+    return f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"a local model, {Path(base).name}"
+
+
+def _evaluation(result: dict | None) -> str:
+    """The verdict in its own words, then every guard; a failing one stands first and in bold."""
+    if result is None:
+        return "Not evaluated: it is not known whether this model is better than its base."
+    lines = [verdict(result), ""]
+    for guard in sorted(guards(result), key=lambda guard: guard.ok):
+        state = "holds" if guard.ok else "**FAILS**"
+        lines.append(f"- {guard.name}: {state}{f', {guard.value}' if guard.value else ''}. {guard.meaning}")
+    return "\n".join(lines)
+
+
+def _data(data: dict) -> dict:
+    """The manifest's account; a long list of dropped pairs as its length and its beginning."""
+    dropped = data.get("dropped", [])
+    more = f": {', '.join(map(str, dropped[:5]))}{', …' * (len(dropped) > 5)}" if dropped else ""
+    return _flat({**data, "dropped": f"{len(dropped)}{more}"})
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """Dotted keys. Of a path of this machine only its name."""
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            is_path = isinstance(value, str) and "/" in value and (Path(value).exists() or not HUB_ID.fullmatch(value))
+            out[prefix + key] = Path(value).name if is_path else value
+    return out
+
+
+def _table(rows: dict) -> str:
+    cells = [(name, str(value).replace("|", r"\|").replace("\n", " ")) for name, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m inpo_fast.model_card", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    for path in write_cards(parser.parse_args().run):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_or_refuse("python -m inpo_fast.model_card", main)

@@ -1,0 +1,156 @@
+"""--dry-run against counts known from elsewhere, the published recipe's numbers, and the tables in the documents."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_world import save_tiny_model
+
+from inpo_fast.architectures import make_unet, make_vae
+from inpo_fast.config import parse
+from inpo_fast.costs import unet_passes, vae_encode_flop
+from inpo_fast.models import Models, ModelsConfig, open_pipeline
+from inpo_fast.optim import OptimConfig, make_optimizer
+from inpo_fast.plan import GIB, make_plan, show
+from inpo_fast.refusal import Refusal
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECIPES = ["sd15", "sdxl", "sd15-lora", "sdxl-lora", "sd15-published", "sdxl-published"]
+
+
+def recipe(name: str, *more: str):
+    """A shipped recipe on random weights of its architecture."""
+    model = ("--models.base=", f"--models.random={name.partition('-')[0]}")
+    return parse("test", ["--config", str(CONFIGS / f"{name}.yaml"), *model, *more])
+
+
+@cache
+def plan_of(name: str, *more: str, gpus: int = 1):
+    return make_plan(recipe(name, *more), gpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "forward", "backward", "kept", "vae"),
+    [("sd15", 859_520_964, 0.803, 1.667, 0.94e9, 1.117), ("sdxl", 2_567_463_684, 6.761, 13.862, 6.9e9, 4.879)],
+)
+def test_counts(name, parameters, forward, backward, kept, vae):
+    """Figures counted independently of this code, with another tool; TFLOP per image, bytes of activations."""
+    with torch.device("meta"):
+        unet, encoder = make_unet(name), make_vae(name)
+    torch.nn.Module.to(unet, torch.bfloat16)
+    passes = unet_passes(unet, unet.config.sample_size, 77)
+    assert passes.parameters == parameters
+    assert passes.forward_flop / 1e12 == pytest.approx(forward, rel=1e-3)
+    assert passes.backward_flop / 1e12 == pytest.approx(backward, rel=1e-3)
+    assert passes.activations == pytest.approx(kept, rel=0.01)
+    assert vae_encode_flop(encoder, 8 * unet.config.sample_size) / 1e12 == pytest.approx(vae, rel=1e-3)
+
+
+def test_counted_activations_are_what_autograd_keeps(tmp_path):
+    """The tiny model really run on the CPU, its saved tensors added up; the same on the meta device."""
+    models = Models(open_pipeline(ModelsConfig(base=save_tiny_model(tmp_path))), torch.device("cpu"))
+    unet, weights = models.policy, {p.untyped_storage().data_ptr() for p in models.policy.parameters()}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 64))
+    real = sum(storage.nbytes() for storage in kept.values())
+    counted = unet_passes(type(unet).from_config(unet.config).to("meta"), 8, 16).activations
+    # attention on the CPU keeps its statistics in another shape than on a GPU
+    assert counted == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-bf16", "adamw-8bit", "adafactor"])
+def test_planned_states_are_what_the_optimizer_allocates(kind, tmp_path):
+    base = save_tiny_model(tmp_path)
+    config = recipe("sd15", "--models.base=" + base, "--models.random=null", f"--optim.kind={kind}")
+    planned = make_plan(config, 1).kept[f"optimizer ({kind})"]
+    models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
+    optimizer = make_optimizer(models.parameters(), OptimConfig(kind=kind))
+    for p in models.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    shared = {"step", "qmap1", "qmap2", "RMS"}  # one number, or one table for all parameters
+    held = [v for state in optimizer.state.values() for key, v in state.items() if key not in shared]
+    # blocks of 8-bit moments are rounded up by the library in its own way
+    assert planned == pytest.approx(sum(v.nbytes for v in held if isinstance(v, torch.Tensor)), rel=0.02)
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize(("name", "beta", "optimizer"), [("sd15", "2000", "adamw"), ("sdxl", "5000", "adafactor")])
+def test_published_recipe(name, beta, optimizer, gpus):
+    """1.024e-5 after 200 steps of warm-up, 1024 pairs, the paper's beta: printed alike for 1 and 8 GPUs."""
+    config = recipe(f"{name}-published")
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    plan = plan_of(f"{name}-published", gpus=gpus)
+    show(config, plan, console)
+    text = console.export_text()
+    for words in (
+        "400 x 1024 = 409,600 pairs",
+        f"1.024e-05 ({optimizer}), 200 steps of warm-up",
+        "5.12e-08 / 1.024e-05",
+    ):
+        assert words in text
+    assert f"beta                    {beta}" in text
+    assert plan.pairs_per_gpu == 1024 // gpus and plan.micro_batches * config.train.micro_batch * gpus == 1024
+    assert plan.gpu_hours == plan_of(f"{name}-published").gpu_hours  # GPU-hours do not depend on their number
+
+
+def test_work_of_a_pair():
+    """From the counts of one image by hand: 2 E + 2 + 2 forwards, 2 backwards, 2 encodings."""
+    flop = plan_of("sd15").flop
+    want = {"VAE encoding": 2 * 1.1167, "inversion": 2 * 5.5 * 0.8033, "reference": 2 * 0.8033}
+    want |= {"policy forward": 2 * 0.8033, "policy backward": 2 * 1.6665}
+    assert {k: v / 1e12 for k, v in flop.items()} == pytest.approx(want, rel=1e-3)
+    cheaper = plan_of("sd15", "--method=dpo").flop
+    assert cheaper == flop | {"inversion": 0.0}
+    guided = plan_of("sd15", "--inversion.guidance=5").flop
+    assert guided["inversion"] == pytest.approx(2 * flop["inversion"])
+    sft = plan_of("sd15", "--method=sft").flop
+    assert sft["reference"] == 0 and sft["policy backward"] == pytest.approx(flop["policy backward"] / 2)
+
+
+def test_lora_and_checkpointing_save_what_they_say():
+    full, lora = plan_of("sd15"), plan_of("sd15-lora")
+    assert lora.trained == 3_188_736 and lora.kept["reference"] == 0 and full.kept["reference"] == full.kept["policy"]
+    frugal = plan_of("sd15", "--models.gradient_checkpointing=true")
+    assert frugal.activations < full.activations / 3
+    # all but what lies outside of the blocks is computed once more
+    again = frugal.flop["policy backward"] - full.flop["policy backward"]
+    assert 0.6 < again / full.flop["policy forward"] < 1
+
+
+def test_memory_table_of_the_recipes():
+    """configs/README.md says what make_plan computes."""
+    lines = (CONFIGS / "README.md").read_text().splitlines()
+    for name in RECIPES:
+        (line,) = [line for line in lines if line.startswith(f"| {name} |")]
+        assert line == table_line(name)
+
+
+def table_line(name: str) -> str:
+    config = recipe(name)
+    plan = plan_of(name)
+    fits = " / ".join(str(plan.largest_micro_batch(memory) or "none") for memory in (24, 80))
+    micro_batch = config.train.micro_batch
+    sizes = (sum(plan.kept.values()), plan.activations * micro_batch, plan.peak(micro_batch))
+    return f"| {name} | {micro_batch} | " + " | ".join(f"{size / GIB:.1f}" for size in sizes) + f" | {fits} |"
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="does not divide over 3 processes"):
+        make_plan(recipe("sd15"), 3)
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(Refusal, match=r"folder, a hub id or models\.random"):
+        make_plan(recipe("sd15", f"--models.base={file}", "--models.random=null"), 1)
+    with pytest.raises(Refusal, match="cannot open"):
+        make_plan(recipe("sd15", f"--models.base={tmp_path}", "--models.random=null"), 1)
