@@ -1,0 +1,150 @@
+"""Which model is opened and what it answers: SFT starts, other VAEs, v-prediction, random architectures."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
+
+from inpo_fast.architectures import random_pipeline
+from inpo_fast.data.sources import open_source
+from inpo_fast.data.windows import DataConfig, Windows
+from inpo_fast.inversion import InversionConfig
+from inpo_fast.models import Models, ModelsConfig, open_pipeline
+from inpo_fast.objectives import ObjectiveConfig
+from inpo_fast.refusal import Refusal
+from inpo_fast.step import Recipe, make_window, noise_window, train_step
+
+CPU = torch.device("cpu")
+RECIPE = Recipe("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=10), 4, True, 0)
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    source = open_source(save_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet"))
+    return next(Windows(source, DataConfig(flip=False), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 4))
+
+
+def test_init_starts_policy_and_reference_from_another_unet(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    sft = tiny_pipeline(seed=7)
+    sft.save_pretrained(tmp_path / "sft")
+    want = sft.unet.state_dict()
+    for where in (tmp_path / "sft", tmp_path / "sft" / "unet"):
+        config = ModelsConfig(base=base, init=str(where))
+        models = Models(open_pipeline(config), CPU, config)
+        for unet in (models.policy, models.reference):
+            assert all(torch.equal(value, want[name]) for name, value in unet.state_dict().items())
+    own = tiny_pipeline().text_encoder.state_dict()
+    assert all(torch.equal(v, own[n]) for n, v in models.pipeline.text_encoder.state_dict().items())
+    tiny_xl().save_pretrained(tmp_path / "xl")
+    with pytest.raises(Refusal, match=r"models\.init: the UNet of .* does not fit the base model"):
+        open_pipeline(ModelsConfig(base=base, init=str(tmp_path / "xl")))
+    with pytest.raises(Refusal, match=r"models\.init: no such folder"):
+        open_pipeline(ModelsConfig(base=base, init=str(tmp_path / "no" / "where")))
+
+
+def test_another_vae(tmp_path, items):
+    base = save_tiny_model(tmp_path / "base")
+    other = tiny_pipeline(seed=9).vae
+    other.save_pretrained(tmp_path / "vae")
+    config = ModelsConfig(base=base, vae=str(tmp_path / "vae"))
+    models = Models(open_pipeline(config), CPU, config)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(models.encode_images(x, None), other.encode(x).latent_dist.mean * other.config.scaling_factor)
+    assert models.vae_dtype == torch.float32
+    # SDXL's own VAE overflows in fp16; one that was named is trusted
+    for vae, want in ((None, torch.float32), (str(tmp_path / "vae"), torch.float16)):
+        narrow = ModelsConfig(base=base, vae=vae, precision="fp16")
+        assert Models(open_pipeline(narrow), CPU, narrow).vae_dtype == want
+
+
+def test_published_micro_conditioning(tmp_path, items):
+    tiny_xl().save_pretrained(tmp_path / "xl")
+    item = replace(items[0], winner=replace(items[0].winner, original=(48, 40), crop=(8, 4)))
+    for kind, want in (("image", [48, 40, 8, 4, 32, 32]), ("published", [32, 32, 0, 0, 32, 32])):
+        config = ModelsConfig(base=str(tmp_path / "xl"), micro_conditioning=kind)
+        models = Models(open_pipeline(config), CPU, config)
+        window = make_window([item], models, RECIPE, models.encode_empty())
+        assert window.conditional.time_ids[0].tolist() == want
+
+
+@pytest.fixture(scope="module")
+def v_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("v")
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    pipeline.save_pretrained(folder)
+    config = ModelsConfig(base=str(folder))
+    return Models(open_pipeline(config), CPU, config)
+
+
+def test_v_prediction_inverts_as_diffusers_does(v_models, items):
+    """grid diffusers-0.22 told the target is DDIMInverseScheduler's walk with prediction_type v_prediction."""
+    how = InversionConfig(steps=10, grid="diffusers-0.22", evaluate_at="target", guidance=1.0)
+    recipe = replace(RECIPE, inversion=how)
+    window = make_window(items, v_models, recipe, v_models.encode_empty())
+    x_t, _ = noise_window(window, v_models, recipe)
+    scheduler = DDIMInverseScheduler.from_config(v_models.pipeline.scheduler.config)
+    assert scheduler.config.prediction_type == "v_prediction"
+    scheduler.set_timesteps(10)
+    for i in range(len(items)):
+        for side in range(2):
+            x = window.x_0[i, side][None]
+            text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
+            for timestep in (w for w in scheduler.timesteps.tolist() if w < int(window.t[i])):
+                with torch.no_grad():
+                    v = v_models.policy(x, torch.tensor([timestep]), text).sample
+                x = scheduler.step(v, timestep, x).prev_sample
+            torch.testing.assert_close(x_t[i, side], x[0], rtol=1e-4, atol=1e-4)
+
+
+def test_v_predictions_loss_is_that_of_its_noise(v_models, items):
+    """Errors of eps = a v + s x_t against tau, by hand; the gradient by autograd through that line."""
+    window = make_window(items, v_models, RECIPE, v_models.encode_empty())
+    with torch.no_grad():
+        for p in v_models.parameters():
+            p.mul_(1.05)
+    try:
+        tally, logits = train_step(window, v_models, RECIPE, len(items), clip=float("inf"))
+        x_t, _ = noise_window(window, v_models, RECIPE)
+        got = torch.cat([p.grad.flatten() for p in v_models.parameters()])
+        for p in v_models.parameters():
+            p.grad = None
+        want = []
+        for i in range(len(items)):
+            t = window.t[i]
+            a, s = (c.item() for c in v_models.schedule.a_s(t))
+            gap = 0.0
+            for side, sign in ((0, 1), (1, -1)):
+                x = x_t[i, side][None]
+                text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
+                tau = (x - a * window.x_0[i, side]) / s
+                with torch.no_grad():
+                    r = (a * v_models.reference(x, t[None], text).sample + s * x - tau).square().mean()
+                e = (a * v_models.policy(x, t[None], text).sample + s * x - tau).square().mean()
+                gap = gap + sign * (e - r)
+            want.append(-0.5 * RECIPE.objective.beta * gap)
+        want = torch.stack(want)
+        (-torch.nn.functional.logsigmoid(want)).mean().backward()
+        torch.testing.assert_close(logits, want.detach(), rtol=1e-3, atol=1e-3)
+        by_hand = torch.cat([p.grad.flatten() for p in v_models.parameters()])
+        assert (got - by_hand).norm() / by_hand.norm() < 1e-3
+        assert tally.values()["winner_delta"] != 0
+    finally:
+        v_models.policy.load_state_dict(v_models.reference.state_dict())
+
+
+def test_random_architecture_is_seeded_and_contradicts_a_base():
+    with pytest.raises(Refusal, match="give one of them"):
+        open_pipeline(ModelsConfig(base="somewhere", random="sd15"))
+    before = torch.random.get_rng_state()
+    with torch.device("meta"):
+        pipeline = random_pipeline("sdxl", torch.bfloat16)
+    assert torch.equal(before, torch.random.get_rng_state())  # its own generator
+    assert pipeline.unet.dtype == torch.bfloat16 and torch.get_default_dtype() == torch.float32
+    sizes = {n: sum(p.numel() for p in getattr(pipeline, n).parameters()) for n in ("unet", "vae", "text_encoder_2")}
+    assert sizes == {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder_2": 694_659_840}
+    ids = pipeline.tokenizer("a red cat", padding="max_length").input_ids
+    assert len(ids) == 77 and max(ids) < 49408
