@@ -10,6 +10,7 @@ LoRA's: kohya's names with their alpha, or diffusers' with the scale folded in, 
 import argparse
 import json
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -70,8 +71,8 @@ def single_file(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     return out
 
 
-def load_adapter(path: Path) -> tuple[dict[str, list[torch.Tensor]], float]:
-    """module -> [A (rank, in), B (out, rank)] of the UNet, and alpha: the adapter adds alpha / rank * B A."""
+def load_adapter(path: Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+    """module -> A (rank, in), B (out, rank) of the UNet, and alpha: the adapter adds alpha / rank * B A."""
     file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
     if not file.is_file():
         raise Refusal(f"--lora: no such file: {file}")
@@ -81,12 +82,13 @@ def load_adapter(path: Path) -> tuple[dict[str, list[torch.Tensor]], float]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as problem:
         raise Refusal(f"--lora: {file} cannot be read ({problem})") from problem
-    adapter: dict[str, list] = {}
+    adapter = {}
     for name, x in tensors.items():
-        module, _, side = name.removeprefix("unet.").rpartition(".lora_")
-        if not name.startswith("unet.") or side not in ("A.weight", "B.weight"):
+        found = re.fullmatch(r"unet\.(.+)\.lora_(A|B)\.weight", name)
+        if found is None or (up := f"unet.{found[1]}.lora_B.weight") not in tensors:
             raise Refusal(f"--lora: {file} is not a UNet's LoRA in diffusers' layout (it holds {name})")
-        adapter.setdefault(module, [None, None])[side == "B.weight"] = x
+        if found[2] == "A":
+            adapter[found[1]] = (x, tensors[up])
     ranks = {len(down) for down, _ in adapter.values()}
     if len(ranks) != 1 or metadata.get("unet.alpha_pattern") or metadata.get("unet.use_rslora"):
         raise Refusal(f"--lora: {file} is empty or scales its layers differently; only one rank and one alpha can be")
@@ -181,6 +183,7 @@ def main() -> None:
     if own.output.exists() and not own.overwrite:
         raise Refusal(f"--output {own.output} exists; replace it with --overwrite, or name another")
     quiet_libraries()
+    dtype = DTYPES[own.dtype or ("fp16" if own.lora is None else "fp32")]
     if own.lora is not None:
         tensors, metadata = lora_file(own.lora, own.format, own.model)
         folder = own.lora if own.lora.is_dir() else own.lora.parent
@@ -188,12 +191,11 @@ def main() -> None:
         if not own.model.is_dir():
             raise Refusal(f"--model: no such folder: {own.model}")
         try:
-            tensors, metadata = single_file(load_pipeline(str(own.model))), {}
+            tensors, metadata = single_file(load_pipeline(str(own.model), dtype)), {}
         except Refusal as problem:
             raise Refusal(str(problem).replace("models.base", "--model", 1)) from problem
         folder = own.model
-    dtype = own.dtype or ("fp16" if own.lora is None else "fp32")
-    save(convert(tensors, DTYPES[dtype]), metadata | provenance(folder), own.output)
+    save(convert(tensors, dtype), metadata | provenance(folder), own.output)
     print(f"{own.output}: {len(tensors)} tensors, {dtype}, {own.output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -65,14 +65,15 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if hub_id:
         front |= {"base_model": hub_id, "base_model_relation": "adapter" if is_lora else "finetune"}
-    architecture = "stable-diffusion-xl" if "XL" in kind else "stable-diffusion"
-    front["tags"] = ["text-to-image", architecture, "preference-alignment", family, *(["lora"] if is_lora else [])]
+    architecture = "Stable Diffusion XL" if "XL" in kind else "Stable Diffusion"
+    tag = architecture.lower().replace(" ", "-")
+    front["tags"] = ["text-to-image", tag, "preference-alignment", family, *(["lora"] if is_lora else [])]
     lora = 'pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")\n' if is_lora else ""
     source = (hub_id or "PATH_OF_THE_BASE_MODEL") if is_lora else "PATH_OF_THIS_FOLDER"
     return "\n\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-            f"# {architecture.replace('-', ' ')} aligned with preference pairs: {variant}{', LoRA' * is_lora}",
+            f"# {architecture} aligned with preference pairs: {variant}{', LoRA' * is_lora}",
             f"Method: {method}.",
             f"Base model: {_base(base, hub_id, random)}. Use and licence follow it.",
             "## How to load",
@@ -99,7 +100,7 @@ def _base(base: str, hub_id: str | None, random: str | None) -> str:
 def _evaluation(result: dict | None) -> str:
     """The verdict in its own words, then every guard; a failing one stands first and in bold."""
     if result is None:
-        return "Not evaluated: it is not known whether this model is better than its base."
+        return "Its run's folder holds no evaluation of this model: it is not known whether it is better than its base."
     lines = [verdict(result), ""]
     for guard in sorted(guards(result), key=lambda guard: guard.ok):
         state = "holds" if guard.ok else "**FAILS**"
@@ -128,7 +129,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def _table(rows: dict) -> str:
     cells = [(name, str(value).replace("|", r"\|").replace("\n", " ")) for name, value in rows.items()]
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells)])
+    return "\n".join(["| key | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells)])
 
 
 def main() -> None:

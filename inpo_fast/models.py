@@ -20,6 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 
 from inpo_fast.architectures import Architecture, random_pipeline
+from inpo_fast.fast_unet import Fast, inverting, make_fast, resolve
 from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import Schedule
 from inpo_fast.weights import Weights
@@ -58,6 +59,9 @@ class ModelsConfig:
     precision: Precision = "fp32"
     """What the UNets compute in. bf16 and fp16 keep fp32 masters, gradient sums, schedule and losses."""
     lora: LoraSettings = field(default_factory=LoraSettings)
+    fast: Fast = "auto"
+    """fused: channels_last and our kernels inside the UNets. compiled: torch.compile. off: diffusers as it is.
+    auto: fused on a GPU, off elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     micro_conditioning: Literal["image", "published"] = "image"
@@ -214,6 +218,10 @@ class Models:
             self.policy = copy.deepcopy(pipeline.unet).to(device, self.dtype).requires_grad_(True)
             pipeline.unet = self.reference = copy.deepcopy(self.policy).requires_grad_(False)
             self.adapters = []
+        how = resolve(config.fast, device)
+        make_fast(self.policy, how)
+        if self.reference is not self.policy:
+            make_fast(self.reference, how)
         trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
         self.weights = Weights(trained, masters)
         if config.gradient_checkpointing:
@@ -239,6 +247,10 @@ class Models:
                 return self.reference(x.to(self.dtype), time, **arguments).sample
         unet = self.policy if who == "policy" else self.reference
         return unet(x.to(self.dtype), time, **arguments).sample
+
+    def inverting(self, who: Who):
+        """A context for predictions that only move the inversion: they need not round as those of the loss do."""
+        return inverting(self.policy if who == "policy" else self.reference)
 
     @contextmanager
     def _base_only(self):

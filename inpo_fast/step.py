@@ -117,15 +117,16 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
         eta=how.eta,
         predicts_v=models.predicts_v,
     )
-    x_t, spent = invert(
-        eps_with(window.unconditional),
-        flat,
-        climb,
-        batch=how.batch,
-        conditional=eps_with(window.conditional),
-        guidance=how.guidance,
-        noise_keys=[draws.hash_key("eta", *key) for key in window.keys],
-    )
+    with models.inverting(how.model):
+        x_t, spent = invert(
+            eps_with(window.unconditional),
+            flat,
+            climb,
+            batch=how.batch,
+            conditional=eps_with(window.conditional),
+            guidance=how.guidance,
+            noise_keys=[draws.hash_key("eta", *key) for key in window.keys],
+        )
     return x_t.unflatten(0, window.x_0.shape[:2]), spent
 
 

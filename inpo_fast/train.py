@@ -25,6 +25,7 @@ from inpo_fast.evaluate import evaluate, open_inputs, verdict
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import detach_policy, output_pipeline
 from inpo_fast.metrics import MetricsFile
+from inpo_fast.model_card import write_cards
 from inpo_fast.models import Models, open_pipeline, quiet_libraries
 from inpo_fast.objectives import label
 from inpo_fast.optim import Average, LossScale, lr_at, make_optimizer
@@ -230,6 +231,7 @@ def main() -> None:
         if rank == 0:
             from inpo_fast.report.write import write_report
 
+            write_cards(run.folder.path)
             report = write_report(run.folder.path, evaluation)
             console.print(
                 f"\nModel:  {run.folder.path / 'model'} (opens with diffusers)", highlight=False, markup=False

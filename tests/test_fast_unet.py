@@ -1,0 +1,239 @@
+"""A fast UNet against diffusers' own: forward, gradients, layout in memory, a loss curve, and the way back."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from inpo_kernels.geglu import _geglu
+from inpo_kernels.group_norm_silu import _group_norm_silu
+from inpo_kernels.layer_norm import _layer_norm
+from inpo_kernels.linear_geglu import _linear_geglu
+from tiny_world import save_pairs, tiny_pipeline, tiny_unet, tiny_xl
+
+from inpo_fast import fast_unet
+from inpo_fast.data.sources import open_source
+from inpo_fast.data.windows import DataConfig, Windows
+from inpo_fast.fast_unet import inverting, make_fast, undo
+from inpo_fast.inversion import InversionConfig
+from inpo_fast.models import LoraSettings, Models, ModelsConfig, add_adapter
+from inpo_fast.objectives import ObjectiveConfig
+from inpo_fast.step import Recipe, make_window, noise_window, train_step
+
+UNETS = {"sd": tiny_unet, "xl": lambda: tiny_xl().unet}
+ROUNDED = 2e-5  # relative, in norm: some fifty layers in fp32 that add up in another order
+
+
+def make(kind: str, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    unet = UNETS[kind]().eval()
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(0.05 * torch.randn(p.shape))  # norms start at exactly 1 and 0: a forgotten weight would not show
+    return unet
+
+
+def inputs(unet, batch: int = 3) -> tuple[tuple, dict]:
+    torch.manual_seed(1)
+    config, more = unet.config, {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        more["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, pooled), "time_ids": 32 * torch.rand(batch, 6)}
+    text = torch.randn(batch, 5, config.cross_attention_dim)
+    return (torch.randn(batch, 4, 8, 8), torch.randint(0, 1000, (batch,)), text), more
+
+
+def answer_and_gradient(unet, batch: int = 3):
+    args, more = inputs(unet, batch)
+    unet.zero_grad()
+    answer = unet(*args, **more).sample
+    weight = torch.randn(answer.shape, generator=torch.Generator().manual_seed(2))
+    (answer * weight).sum().backward()
+    return answer.detach(), {n: p.grad.clone() for n, p in unet.named_parameters() if p.requires_grad}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def check_same(fast, plain, batch: int = 3) -> None:
+    (got, got_gradient), (want, want_gradient) = (answer_and_gradient(unet, batch) for unet in (fast, plain))
+    assert distance(got, want) < ROUNDED
+    assert got_gradient.keys() == want_gradient.keys()
+    largest = max(g.norm() for g in want_gradient.values())
+    for name, wanted in want_gradient.items():
+        # a gradient that is zero but for rounding (a bias before a norm) is held to the size of the others
+        off = (got_gradient[name] - wanted).norm()
+        assert off <= 10 * ROUNDED * wanted.norm() + 1e-6 * largest, name
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels themselves, in Triton's interpreter, where the CPU would take their references."""
+    monkeypatch.setattr(fast_unet, "group_norm_silu", lambda *args: _group_norm_silu(*args)[0])
+    monkeypatch.setattr(fast_unet, "geglu", _geglu)
+    monkeypatch.setattr(fast_unet, "linear_geglu", _linear_geglu)
+
+    def with_residual(x, weight, bias, eps, residual=None):
+        y, u, _, _ = _layer_norm(x, weight, bias, eps, residual)
+        return y, x if residual is None else u
+
+    monkeypatch.setattr(fast_unet, "layer_norm", with_residual)
+
+
+@pytest.mark.parametrize("kind", UNETS)
+def test_fused_is_plain(kind):
+    plain = make(kind)
+    fast = copy.deepcopy(plain)
+    make_fast(fast, "fused")
+    check_same(fast, plain)
+    check_same(fast, plain, batch=65)  # from 64 on diffusers' upsampler goes another way
+
+
+def test_fused_is_plain_on_the_kernels(interpreted):
+    plain = make("sd")
+    fast = copy.deepcopy(plain)
+    make_fast(fast, "fused")
+    check_same(fast, plain, batch=2)
+
+
+@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_every_convolution_sees_channels_last(kind, training, batch):
+    """Input and output of each, and no copy in between could hide: an NCHW tensor anywhere fails."""
+    unet = make(kind).train(training)
+    make_fast(unet, "fused")
+    wrong, seen = [], 0
+
+    def look(name):
+        def hook(module, args, output):
+            nonlocal seen
+            seen += 1
+            for what, x in (("input", args[0]), ("output", output)):
+                if min(x.shape[1:]) > 1 and not x.is_contiguous(memory_format=torch.channels_last):
+                    wrong.append((name, what, tuple(x.shape), x.stride()))
+
+        return hook
+
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and name != "conv_in":  # the latent itself comes as it is
+            module.register_forward_hook(look(name))
+    args, more = inputs(unet, batch)
+    unet(*args, **more)
+    assert seen > 10 and not wrong, wrong
+
+
+@pytest.mark.parametrize("kind", UNETS)
+def test_with_adapters(kind):
+    """LoRA on attention, feed-forward and the 1x1 convolutions around the transformer."""
+    settings = LoraSettings(
+        rank=2, targets=("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj")
+    )
+    plain = make(kind).requires_grad_(False)
+    add_adapter(plain, settings)
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    fast = copy.deepcopy(plain)
+    make_fast(fast, "fused")
+    check_same(fast, plain)
+    with torch.no_grad(), inverting(fast):  # the single kernel knows no adapter: it must not be taken
+        args, more = inputs(fast)
+        assert distance(fast(*args, **more).sample, plain(*args, **more).sample) < ROUNDED
+
+
+def test_with_gradient_checkpointing():
+    plain = make("sd")
+    fast = copy.deepcopy(plain)
+    make_fast(fast, "fused")
+    fast.enable_gradient_checkpointing()
+    check_same(fast, plain)
+
+
+def test_undo_and_copies():
+    plain = make("sd").to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(plain)
+    make_fast(fast, "fused")
+    second = copy.deepcopy(fast)
+    with torch.no_grad():
+        for p in fast.parameters():
+            p.zero_()
+    check_same(second, plain)  # the copy's methods are its own, not bound to the first
+    undo(second)
+    args, more = inputs(plain)
+    assert torch.equal(second(*args, **more).sample, plain(*args, **more).sample)
+    assert not any("forward" in module.__dict__ for module in second.modules())
+
+
+def test_the_single_kernel_serves_the_inversion_only(monkeypatch):
+    taken = []
+    monkeypatch.setattr(fast_unet, "linear_geglu", lambda *args: taken.append(1) or _linear_geglu_reference(*args))
+    unet = make("sd")
+    make_fast(unet, "fused")
+    args, more = inputs(unet)
+    with torch.no_grad():
+        want = unet(*args, **more).sample
+        assert not taken  # the reference's prediction: rounds as the policy's
+        with inverting(unet):
+            got = unet(*args, **more).sample
+    assert taken and distance(got, want) < ROUNDED
+    taken.clear()
+    with inverting(unet):
+        unet(*args, **more)
+    assert not taken  # with a gradient it has none
+    with torch.no_grad():
+        unet(*args, **more)
+    assert not taken
+
+
+def _linear_geglu_reference(x, weight, bias):
+    h, g = torch.nn.functional.linear(x, weight, bias).chunk(2, -1)
+    return h * torch.nn.functional.gelu(g)
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    source = open_source(save_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet"))
+    return list(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 20, 4))
+
+
+def curve(items, pipeline, fast: str, precision: str, steps: int):
+    config = ModelsConfig(base="x", fast=fast, precision=precision)
+    models = Models(pipeline(), torch.device("cpu"), config)
+    recipe = Recipe("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=3), 2, True, 0)
+    optimizer = torch.optim.AdamW(models.parameters(), lr=2e-4)
+    losses = []
+    for step in range(steps):
+        window = make_window(items[step], models, recipe, models.encode_empty())
+        tally, logits = train_step(window, models, recipe, 4, 1.0)
+        if step == 0:
+            assert not logits.any(), "policy and reference go through the same operations: exactly 0"
+        losses.append(tally.values()["loss"])
+        optimizer.step()
+        models.weights.refresh()
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
+def test_the_same_loss_curve(items, pipeline):
+    plain, fast = (curve(items, pipeline, how, "fp32", 20) for how in ("off", "fused"))
+    assert (plain - plain[0]).abs().max() > 0.05
+    torch.testing.assert_close(fast, plain, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
+def test_step_zero_is_exact_in_bf16(items, pipeline):
+    curve(items, pipeline, "fused", "bf16", 1)
+
+
+def test_x_t_of_a_fused_inversion(items):
+    config = ModelsConfig(base="x", fast="fused")
+    recipe = Recipe("inpo", ObjectiveConfig(), InversionConfig(steps=10), 2, True, 0)
+    both = []
+    for how in ("off", "fused"):
+        models = Models(tiny_pipeline(), torch.device("cpu"), replace(config, fast=how))
+        window = make_window(items[0], models, recipe, models.encode_empty())
+        both.append(noise_window(window, models, recipe)[0])
+    assert distance(both[1], both[0]) < ROUNDED
