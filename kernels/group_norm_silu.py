@@ -347,6 +347,8 @@ def group_norm_silu(
             raise ValueError(f"{name} is {tuple(v.shape)} on {v.device}, expected {tuple(shape)} on {x.device}")
     if not x.is_cuda:
         return group_norm_silu_reference(x, weight, bias, groups, eps, silu, temb)
+    if x.shape[1:].numel() >= 2**31:
+        raise ValueError(f"an image of x {tuple(x.shape)} has 2^31 elements or more: kernels count in int32 there")
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("x must be channels_last; call .contiguous(memory_format=torch.channels_last) on it")
     return _group_norm_silu(x, weight, bias, groups, eps, silu, temb)[0]

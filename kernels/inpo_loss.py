@@ -55,7 +55,9 @@ def inpo_loss_reference(pred, ref, x_t, x_0, a, s, weight, label, beta: float, m
         gate = torch.where(both > 0, safe.clamp(0, 1), gate)
     slope = 0.5 * beta * weight * (label * torch.sigmoid(-logit) - (1 - label) * torch.sigmoid(logit))
     per_image = torch.cat([slope, -slope * gate]).view(shape)
-    return Objective(loss, logit, gate, torch.stack(columns, 1), (per_image * 2 * g / g[0].numel()).to(pred.dtype))
+    return Objective(
+        loss, logit, gate, torch.stack(columns, 1), (per_image * 2 * g / pred.shape[1:].numel()).to(pred.dtype)
+    )
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def _fwd(
     # rows and columns past the end are read again from the start and never stored: no mask inside the loop
     p_x += tl.where(m_m, o_m, 0)[:, None] * K + o_k[None, :]
     p_h = p_w + tl.where(m_d, o_d, 0)[None, :] * K + o_k[:, None]
-    p_g = p_h + D.to(tl.int64) * K
+    p_g = p_h + tl.cast(D, tl.int64) * K  # a plain .to() does not compile where D is 1, a constant
     b_h = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_g = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for lo in range(0, K, BLOCK_K):
