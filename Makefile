@@ -1,5 +1,6 @@
 # make train   set up, align the pocket model with DDIM-InPO, evaluate it, write a report
 # make test    set up, run the tests
+# make kernels set up, compile every kernel for sm_80, sm_90 and sm_100: registers, spills, widths; needs no GPU
 # make bench   set up, time the kernels (without a GPU only their CPU paths)
 # make gpu     what wants a GPU: kernel tests, kernel benchmarks, step benchmark, in slices
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROCESSES ?= 2
 
-.PHONY: train test lint format pocket bench gpu setup clean
+.PHONY: train test lint format pocket kernels bench gpu setup clean
 
 setup: .venv/ready
 
@@ -22,6 +23,7 @@ train: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -q
+	$(BIN)/python -m pytest bench --check -n 2 -q
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -33,6 +35,9 @@ format: .venv/ready
 
 pocket: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.pocket.build
+
+kernels: .venv/ready
+	$(BIN)/python -m bench.compile_kernels $(ARGS)
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only

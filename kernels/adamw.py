@@ -148,7 +148,7 @@ def _adamw(
     _adamw_kernel[(len(t.block),)](
         *addresses, t.sizes, t.tensor, t.block, scale,
         1 - lr * weight_decay, 1 - beta_1, beta_2, 1 - beta_2, lr / (1 - beta_1**step), 1 - beta_2**step, eps,
-        step, seed, GRAD=TYPES[grads[0].dtype], COPY=bool(copies), ALIGNED=t.aligned, BLOCK=BLOCK,
+        step, seed, GRAD=TYPES[grads[0].dtype], COPY=bool(copies), ALIGNED=t.aligned, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_micro_batch_inversion_batch_and_order_change_nothing(moved):
     [("inpo", {}), ("inpo", {"tau_norm": "rms"}), ("inpo", {"winner_preserving": 0.9}), ("dpo", {})],
 )
 def test_the_fused_loss_is_the_plain_one(moved, method, changes):
-    """The gradient, the logits and every metric; both in fp32, so to its rounding, magnified by beta / 2 in the logit."""
+    """The gradient, the logits and every metric: to the rounding of fp32, times beta / 2 in the logit."""
     models, items = moved
     recipe = replace(RECIPE, method=method, objective=replace(RECIPE.objective, **changes))
     fused, values, logits = gradient(models, items, recipe)
