@@ -5,53 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from tiny_world import save_pairs, save_tiny_model, tiny_pipeline
-from transformers import CLIPTextModelWithProjection
+from diffusers import DDIMScheduler
+from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
 
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
 from inpo_fast.models import Models, load_pipeline
 from inpo_fast.objectives import ObjectiveConfig
-from inpo_fast.pocket.base_model import WIDTH
 from inpo_fast.refusal import Refusal
 from inpo_fast.step import Recipe, make_window, train_step
 
 RECIPE = Recipe("inpo", ObjectiveConfig(), InversionConfig(steps=3), 2, True, 0)
-
-
-def tiny_xl() -> StableDiffusionXLPipeline:
-    small = tiny_pipeline()
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        transformer_layers_per_block=(1, 2),
-        cross_attention_dim=2 * WIDTH,
-        attention_head_dim=(1, 2),
-        norm_num_groups=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
-    )
-    second = CLIPTextModelWithProjection(small.text_encoder.config)
-    return StableDiffusionXLPipeline(
-        vae=small.vae,
-        text_encoder=small.text_encoder,
-        text_encoder_2=second,
-        tokenizer=small.tokenizer,
-        tokenizer_2=small.tokenizer,
-        unet=unet,
-        scheduler=small.scheduler,
-        add_watermarker=False,
-    )
 
 
 @pytest.fixture(scope="module")

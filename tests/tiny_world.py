@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from inpo_fast.models import Models, load_pipeline
 from inpo_fast.pocket.base_model import WIDTH, make_pipeline, make_text_encoder, make_tokenizer
@@ -47,6 +48,48 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     with torch.no_grad():
         unet.conv_out.weight.mul_(4)
     return make_pipeline(vae, unet, make_text_encoder(tokenizer), tokenizer)
+
+
+WIDTH_2 = 96  # of SDXL's second text encoder: wider than the first one, as there
+
+
+def tiny_xl() -> StableDiffusionXLPipeline:
+    """The layout of SDXL: two text encoders, linear projections, deeper transformers, text_time conditioning."""
+    small = tiny_pipeline()
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=WIDTH + WIDTH_2,
+        attention_head_dim=(1, 2),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH_2,
+    )
+    second = small.text_encoder.config.to_dict() | {
+        "hidden_size": WIDTH_2,
+        "intermediate_size": 2 * WIDTH_2,
+        "projection_dim": WIDTH_2,
+        "hidden_act": "gelu",
+    }
+    return StableDiffusionXLPipeline(
+        vae=small.vae,
+        text_encoder=small.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**second)),
+        tokenizer=small.tokenizer,
+        tokenizer_2=small.tokenizer,
+        unet=unet,
+        scheduler=small.scheduler,
+        add_watermarker=False,
+    )
 
 
 def save_tiny_model(folder: Path) -> str:

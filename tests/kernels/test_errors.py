@@ -22,15 +22,6 @@ SUBNORMAL = {torch.float32: 0.0, torch.float16: 2.0**-24, torch.bfloat16: 0.0}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """empty() is filled with NaN: an element that no program writes fails every comparison."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def operands(shape, dtype, seed=0):
     """pred, ref, x_t, x_0, a, s as in training: levels from a clean to a noisy end, x_t = a x_0 + s noise."""
     rng = np.random.default_rng(seed)
@@ -137,15 +128,34 @@ def test_reference_is_the_definition():
         check(e, r, pred.grad, inputs, de)
 
 
+def test_public_function_runs_the_kernel(as_if_on_cuda):
+    """The CUDA branch hands every argument on, and refuses what the kernel would read as something else."""
+    inputs, de = operands(SHAPES["odd tail"], torch.bfloat16), upstream(3)
+    pred = inputs[0].clone().requires_grad_()
+    e, r = errors(pred, *inputs[1:])
+    e.backward(de)
+    for got, want in zip((e, r, pred.grad), run(inputs, de), strict=True):
+        assert torch.equal(got, want)
+    for k in range(4):
+        for uneven in (inputs[k].mT.contiguous().mT, inputs[k].contiguous(memory_format=torch.channels_last)):
+            with pytest.raises(ValueError, match=r"must be contiguous; call \.contiguous"):
+                errors(*inputs[:k], uneven, *inputs[k + 1 :])
+    for k in (4, 5):
+        with pytest.raises(ValueError, match=r"^a and s must be float32"):
+            errors(*inputs[:k], inputs[k].double(), *inputs[k + 1 :])
+
+
 def test_refuses():
     pred, ref, x_t, x_0, a, s = operands((2, 1, 3, 3), torch.float32)
-    for name, arguments in {
-        "ref": (pred, ref[:1], x_t, x_0, a, s),
-        "x_t": (pred, ref, x_t[:, :, :2], x_0, a, s),
-        "x_0": (pred, ref, x_t, x_0.flatten(1), a, s),
-        "a": (pred, ref, x_t, x_0, a[:1], s),
-        "s": (pred, ref, x_t, x_0, a, s[:, None]),
-    }.items():
+    for name, arguments in (
+        ("ref", (pred, ref[:1], x_t, x_0, a, s)),
+        ("ref", (pred, ref.to("meta"), x_t, x_0, a, s)),
+        ("x_t", (pred, ref, x_t[:, :, :2], x_0, a, s)),
+        ("x_0", (pred, ref, x_t, x_0.flatten(1), a, s)),
+        ("a", (pred, ref, x_t, x_0, a[:1], s)),
+        ("s", (pred, ref, x_t, x_0, a, s[:, None])),
+        ("s", (pred, ref, x_t, x_0, a, s.to("meta"))),
+    ):
         with pytest.raises(ValueError, match=f"^{name} is "):
             errors(*arguments)
 
@@ -172,3 +182,17 @@ def test_compiles_whole():
         value.backward()
         both.append((value.detach(), pred.grad))
     torch.testing.assert_close(both[1], both[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_beyond_two_to_the_31():
+    """2^31 + 131072 elements in each of four bf16 tensors, 20 GiB with dpred: a few images, as they are alone."""
+    images = [torch.randn(131080, 4, 64, 64, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
+    a, s, de = (0.1 + torch.rand(131080, device="cuda") for _ in range(3))
+    some = torch.tensor([0, 1, 65535, 65536, 131071, 131072, 131079], device="cuda")
+    few = run([x[some] for x in (*images, a, s)], de[some])
+    pred = images[0].requires_grad_()
+    e, r = _errors(pred, *images[1:], a, s)
+    e.backward(de)
+    for got, want in zip((e, r, pred.grad), few, strict=True):
+        assert torch.equal(got[some], want)
