@@ -168,7 +168,8 @@ def convert(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m inpo_fast.export", description=__doc__.splitlines()[0])
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m inpo_fast.export", description=about, allow_abbrev=False)
     parser.add_argument("--model", type=Path, help="a diffusers folder; with --lora the one that it belongs to")
     parser.add_argument("--lora", type=Path, help="a LoRA that a run saved: its folder or file")
     parser.add_argument("--output", type=Path, required=True, help="FILE.safetensors")
