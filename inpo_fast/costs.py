@@ -48,6 +48,7 @@ def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bo
         kept = _Kept(unet)
         with FlopCounterMode(display=False) as forward, kept.watching():
             answer = _ask(unet, side, tokens)
+        forward = _by_class(forward, unet)
         activations = kept.bytes
         if checkpointing:
             largest = kept.largest_block
@@ -58,7 +59,7 @@ def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bo
             activations = kept.bytes + largest
         with FlopCounterMode(display=False) as backward:
             answer.backward(torch.empty_like(answer))
-    return Passes(parameters, _by_class(forward), _by_class(backward), activations)
+    return Passes(parameters, forward, _by_class(backward, unet), activations)
 
 
 def _ask(unet: torch.nn.Module, side: int, tokens: int) -> torch.Tensor:
@@ -107,7 +108,7 @@ def vae_encode_flop(vae: torch.nn.Module, pixels: int) -> int:
     """FLOPs of encoding one image. vae: an AutoencoderKL on the meta device."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae.encode(torch.empty(1, 3, pixels, pixels, dtype=next(vae.parameters()).dtype, device="meta"))
-    return sum(_by_class(counter).values())
+    return counter.get_total_flops()
 
 
 class _Kept:
@@ -161,10 +162,22 @@ def _fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
-def _by_class(counter: FlopCounterMode) -> dict[str, int]:
+def _by_class(counter: FlopCounterMode, module: torch.nn.Module) -> dict[str, int]:
+    """FLOPs of conv 3x3, conv 1x1, linear and attention."""
     out: dict[str, int] = {}
     for operation, flop in counter.get_flop_counts()["Global"].items():
         name = str(operation)
         kind = "attention" if "attention" in name else CLASSES.get(name, name)
         out[kind] = out.get(kind, 0) + flop
-    return out
+    pointwise = {
+        name for name, m in module.named_modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)
+    }
+    small = sum(
+        sum(counts.values())
+        for name, counts in counter.get_flop_counts().items()
+        if name.partition(".")[2].removesuffix(".base_layer") in pointwise
+    )
+    all_convolutions = out.pop("conv", 0)
+    if not small:  # the backward pass does not say which module a convolution belongs to
+        return {"conv": all_convolutions} | out
+    return {"conv 3x3": all_convolutions - small, "conv 1x1": small} | out
