@@ -1,4 +1,4 @@
-"""Names for the parts of a step, for whoever watches: a stopwatch, or torch's profiler. Nobody watching costs nothing."""
+"""Names for the parts of a step, for a stopwatch and torch's profiler. Where nobody watches they cost nothing."""
 
 import time
 from collections import defaultdict

@@ -53,6 +53,7 @@ class Plan:
     micro_batches: int
     evaluations: float  # of the inversion, mean per image
     flop: dict[str, float]
+    forward: dict[str, int]  # FLOPs of one image through the UNet, by class
     gpu_hours: float
 
     def peak(self, micro_batch: int) -> int:
@@ -93,6 +94,7 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
         micro_batches=micro_batches,
         evaluations=evaluations,
         flop=flop,
+        forward=passes.forward,
         gpu_hours=sum(flop.values()) * pairs / (config.plan.tflops * 1e12) / 3600,
     )
 

@@ -18,6 +18,7 @@ from inpo_fast.inversion import Eps, InversionConfig, invert
 from inpo_fast.metrics import Tally
 from inpo_fast.models import Conditioning, Models, Text
 from inpo_fast.objectives import Method, ObjectiveConfig
+from inpo_fast.phases import phase
 from inpo_fast.schedule import plan, snap
 
 SIDES = {"inpo": 2, "dpo": 2, "sft": 1}  # winner and loser, or the winner only
@@ -169,7 +170,7 @@ def train_step(
     weights.zero()
     tally, logits = Tally(models.device), []
     if window is not None:
-        with _fits("inversion.batch", recipe.inversion.batch):
+        with _fits("inversion.batch", recipe.inversion.batch), phase("invert"):
             x_t, spent = noise_window(window, models, recipe)
         tally.add("unet_evaluations", spent, total=True)
         for lo in range(0, len(window.items), recipe.micro_batch):
@@ -177,8 +178,9 @@ def train_step(
             weight = loss_scale / pairs_per_step
             with _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
                 prediction, found = micro_step(window, x_t, pairs, models, recipe, tally, weight)
-                prediction.backward(found.dpred)
-            weights.accumulate()
+                with phase("backward"):
+                    prediction.backward(found.dpred)
+                    weights.accumulate()
             logits.append(found.logit)
     tally.reduce()
     gradients = weights.gradients
@@ -217,9 +219,10 @@ def micro_step(
 
     arguments = window.conditional.arguments(here)
     time = t.to(models.device)
-    with torch.no_grad():
+    with torch.no_grad(), phase("reference"):
         reference = models.eps(models.predict("reference", x_t, time, arguments), x_t, a_t, s_t)
-    prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
+    with phase("forward"):
+        prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
 
     weights = torch.full((len(pairs),), weight, device=models.device)
     found = obj.evaluate(

@@ -1,0 +1,269 @@
+"""Where the time of a step goes, and how far each part is from the least it could take.
+
+    python -m inpo_fast.profile --config configs/sd15.yaml [--ceiling 790] [--price 2.5] [--json FILE] [--trace FILE]
+    python -m inpo_fast.profile --config configs/sd15.yaml --dry-run      # work and floors only; no weights, no GPU
+
+Runs a few windows of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
+step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (costs.py); the floor
+of a phase is its matrix work at --ceiling, which is what the machine's own matrix product reaches, not the datasheet's.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from inpo_fast import distributed, draws
+from inpo_fast.config import RunConfig, parse
+from inpo_fast.data.images import View
+from inpo_fast.data.sources import open_source
+from inpo_fast.data.windows import Item, Windows
+from inpo_fast.files import write_text
+from inpo_fast.models import Models, open_pipeline, quiet_libraries
+from inpo_fast.objectives import label
+from inpo_fast.optim import make_optimizer
+from inpo_fast.phases import NAMES, Stopwatch, phase
+from inpo_fast.plan import Plan, make_plan
+from inpo_fast.refusal import Refusal, run_or_refuse
+from inpo_fast.step import Recipe, make_window, train_step
+
+PAPER = {(859_520_964, 10): 57.6, (859_520_964, 30): 136.0}  # (parameters of SD1.5, n): GPU-hours on an H800
+WORK = {  # phase -> lines of Plan.flop
+    "encode": ("VAE encoding",),
+    "invert": ("inversion",),
+    "reference": ("reference",),
+    "forward": ("policy forward",),
+    "backward": ("policy backward",),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of all timed windows. seconds: by phase; wall: of everything; joules: None where NVML does not tell."""
+
+    pairs: int
+    seconds: dict[str, float]
+    wall: float
+    joules: float | None
+    memory: int | None  # peak bytes on the GPU
+    device: str
+
+
+def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, trace: Path | None) -> Measured:
+    """One window to warm up, then `windows` of `pairs` pairs each."""
+    config = replace(config, train=replace(config.train, pairs_per_step=pairs))
+    models = Models(open_pipeline(config.models), device, config.models)
+    optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
+    recipe = Recipe(
+        config.method, config.objective, config.inversion, config.train.micro_batch, config.data.vae_sample, config.seed
+    )
+    empty, watch = models.encode_empty(), Stopwatch(device)
+    steps = _windows(config, models, windows + 1)
+
+    def step(items: list[Item]) -> None:
+        with phase("encode"):
+            window = make_window(items, models, recipe, empty)
+        tally, _ = train_step(window, models, recipe, pairs, config.optim.clip)
+        with phase("optimizer"):
+            optimizer.step()
+            models.weights.refresh()
+        tally.values()
+
+    step(next(steps))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    energy, begun = _joules(device), time.perf_counter()
+    with watch.running(), _tracing(trace):
+        for _ in range(windows):
+            with phase("data"):
+                items = next(steps)
+            step(items)
+        seconds = watch.seconds()
+    wall, after = time.perf_counter() - begun, _joules(device)
+    cuda = device.type == "cuda"
+    return Measured(
+        pairs=windows * pairs,
+        seconds={name: seconds.get(name, 0.0) for name in NAMES},
+        wall=wall,
+        joules=None if energy is None or after is None else after - energy,
+        memory=torch.cuda.max_memory_allocated(device) if cuda else None,
+        device=torch.cuda.get_device_name(device) if cuda else "cpu",
+    )
+
+
+def _windows(config: RunConfig, models: Models, count: int):
+    resolution = config.data.resolution or models.resolution
+    if config.data.source:
+        source = open_source(config.data.source, config.data.format)
+        reader = Windows(source, config.data, resolution=resolution, seed=config.seed, rank=0, world=1)
+        yield from reader.steps(0, count, config.train.pairs_per_step)
+        return
+    for number in range(count):
+        yield [
+            _random_pair(number * config.train.pairs_per_step + i, resolution)
+            for i in range(config.train.pairs_per_step)
+        ]
+
+
+def _random_pair(position: int, side: int) -> Item:
+    rng = np.random.default_rng(draws.hash_key("profile", position))
+    views = [View(rng.integers(0, 256, (side, side, 3), np.uint8), (side, side), (0, 0)) for _ in range(2)]
+    return Item(position, f"random {position}", f"a picture with number {position}", *views)
+
+
+@contextlib.contextmanager
+def _tracing(path: Path | None):
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile() as profiler:
+        yield
+    profiler.export_chrome_trace(str(path))
+
+
+def _joules(device: torch.device) -> float | None:
+    """Energy that the GPU has used since its driver was loaded."""
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(uuid)) / 1000
+    except pynvml.NVMLError:
+        return None
+
+
+def summary(config: RunConfig, plan: Plan, ceiling: float, price: float | None, measured: Measured | None) -> dict:
+    """Everything in plain numbers, for --json and for the table."""
+    recipe_pairs = config.train.steps * config.train.pairs_per_step
+    pair_flop = sum(plan.flop.values())
+    sides = 1 if config.method == "sft" else 2
+    out = {
+        "variant": label(config.method, config.objective, config.inversion),
+        "n": config.inversion.steps,
+        "grid": config.inversion.grid,
+        "precision": config.models.precision,
+        "inversion_evaluations": plan.evaluations,
+        "forward_tflop": plan.flop["policy forward"] / sides / 1e12,
+        "backward_tflop": plan.flop["policy backward"] / sides / 1e12,
+        "forward_tflop_by_class": {kind: flop / 1e12 for kind, flop in plan.forward.items()},
+        "pair_tflop": pair_flop / 1e12,
+        "ceiling_tflops": ceiling,
+        "recipe_pairs": recipe_pairs,
+        "floor_gpu_hours": pair_flop * recipe_pairs / (ceiling * 1e12) / 3600,
+        "paper_gpu_hours": PAPER.get((plan.parameters, config.inversion.steps)),
+        "phases": {},
+        "gpu_hours_recipe": None,
+    }
+    for name in NAMES:
+        flop = sum(plan.flop[line] for line in WORK.get(name, ()))
+        row = {"tflop_per_pair": flop / 1e12, "floor_s_per_pair": flop / (ceiling * 1e12)}
+        if measured is not None:
+            seconds = measured.seconds[name] / measured.pairs
+            row |= {"s_per_pair": seconds, "share_of_time": measured.seconds[name] / measured.wall}
+            if flop and seconds:
+                row |= {"tflops": flop / seconds / 1e12, "share_of_ceiling": flop / seconds / (ceiling * 1e12)}
+        out["phases"][name] = row
+    if measured is not None:
+        hours = measured.wall / measured.pairs * recipe_pairs / 3600
+        out |= {
+            "device": measured.device,
+            "pairs_measured": measured.pairs,
+            "pairs_per_second": measured.pairs / measured.wall,
+            "gpu_hours_recipe": hours,
+            "peak_memory_gib": None if measured.memory is None else measured.memory / 2**30,
+            "kwh_recipe": None if measured.joules is None else measured.joules / measured.pairs * recipe_pairs / 3.6e6,
+        }
+    if price is not None:
+        out["cost_at_floor"] = out["floor_gpu_hours"] * price
+        out["cost"] = None if measured is None else out["gpu_hours_recipe"] * price
+    return out
+
+
+def show(result: dict, console: Console) -> None:
+    console.print(
+        f"[bold]{result['variant']}[/bold], n = {result['n']}, grid {result['grid']}, {result['precision']}, "
+        f"{result['inversion_evaluations']:.2f} evaluations per image"
+    )
+    unit, scale = ("TFLOP", 1) if result["forward_tflop"] > 0.01 else ("GFLOP", 1000)
+    classes = ", ".join(f"{kind} {scale * flop:.3f}" for kind, flop in result["forward_tflop_by_class"].items())
+    forward, backward = scale * result["forward_tflop"], scale * result["backward_tflop"]
+    console.print(f"one image: forward {forward:.3f} {unit} ({classes}), backward {backward:.3f}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    measured = result["gpu_hours_recipe"] is not None
+    headings = ["phase", f"{unit} / pair", f"floor ms at {result['ceiling_tflops']:g}"]
+    headings += ["measured ms", "share of time", f"{unit}/s", "of ceiling"] if measured else []
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for name, row in result["phases"].items():
+        cells = [name, f"{scale * row['tflop_per_pair']:.2f}", f"{1000 * row['floor_s_per_pair']:.2f}"]
+        if measured:
+            cells += [f"{1000 * row['s_per_pair']:.2f}", f"{row['share_of_time']:.0%}"]
+            cells += [f"{scale * row['tflops']:.1f}", f"{row['share_of_ceiling']:.1%}"] if "tflops" in row else ["", ""]
+        table.add_row(*cells)
+    console.print(table)
+    floor = f"floor {result['floor_gpu_hours']:.2f} GPU-hours for {result['recipe_pairs']:,} pairs (matrix work only)"
+    paper = result["paper_gpu_hours"]
+    console.print(floor + (f"; the paper: {paper} on an H800" if paper else ""))
+    if measured:
+        extra = [f"{result['pairs_per_second']:.2f} pairs/s on {result['device']}"]
+        if result["peak_memory_gib"] is not None:
+            extra.append(f"peak {result['peak_memory_gib']:.1f} GiB")
+        if result["kwh_recipe"] is not None:
+            extra.append(f"{result['kwh_recipe']:.1f} kWh for the recipe")
+        console.print(f"measured {result['gpu_hours_recipe']:.2f} hours for the recipe; " + ", ".join(extra))
+    for key, what in (("cost_at_floor", "at the floor"), ("cost", "as measured")):
+        if result.get(key) is not None:
+            console.print(f"cost of the recipe {what}: {result[key]:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m inpo_fast.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All keys of the trainer's configuration may follow: python -m inpo_fast.train --help",
+    )
+    parser.add_argument(
+        "--ceiling", type=float, default=790.0, help="TFLOP/s of a large bf16 matrix product (H200: 790)"
+    )
+    parser.add_argument("--price", type=float, help="of one GPU-hour, in any currency")
+    parser.add_argument("--windows", type=int, default=3, help="timed windows, after one to warm up (default 3)")
+    parser.add_argument("--pairs", type=int, help="pairs of a window; default: the recipe's, at most 128")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--trace", type=Path, help="write a chrome trace of the timed windows there")
+    own, rest = parser.parse_known_args()
+    if own.windows < 1 or (own.pairs is not None and own.pairs < 1) or own.ceiling <= 0:
+        raise Refusal("--windows, --pairs and --ceiling must be positive")
+    config = parse("python -m inpo_fast.profile", rest)
+    quiet_libraries()
+    console = Console()
+    plan, measured = make_plan(config, 1), None
+    if not config.dry_run:
+        _, world, device = distributed.start()
+        if world > 1:
+            raise Refusal("inpo_fast.profile times one GPU: start it without torchrun")
+        if device.type != "cuda":
+            console.print("[yellow]no GPU: the times below are the CPU's[/yellow]")
+        pairs = own.pairs or min(config.train.pairs_per_step, 128)
+        pairs -= pairs % min(pairs, config.train.micro_batch)
+        measured = measure(config, device, own.windows, pairs, own.trace)
+    result = summary(config, plan, own.ceiling, own.price, measured)
+    result |= {"command": " ".join(["python -m inpo_fast.profile", *sys.argv[1:]]), "plan": asdict(plan)}
+    show(result, console)
+    if own.json:
+        write_text(own.json, json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    run_or_refuse("python -m inpo_fast.profile", main)
