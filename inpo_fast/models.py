@@ -59,9 +59,9 @@ class ModelsConfig:
     precision: Precision = "fp32"
     """What the UNets compute in. bf16 and fp16 keep fp32 masters, gradient sums, schedule and losses."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    fast: Fast = "auto"
+    fast: Fast = "off"
     """fused: channels_last and our kernels inside the UNets. compiled: torch.compile. off: diffusers as it is.
-    auto: fused on a GPU, off elsewhere."""
+    auto: fused on a GPU, off elsewhere. Not the default before it was measured on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     micro_conditioning: Literal["image", "published"] = "image"

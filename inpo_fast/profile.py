@@ -80,14 +80,14 @@ def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, t
     step(next(steps))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    energy, begun = _joules(device), time.perf_counter()
     with watch.running(), _tracing(trace):
+        energy, begun = _joules(device), time.perf_counter()
         for _ in range(windows):
             with phase("data"):
                 items = next(steps)
             step(items)
-        seconds = watch.seconds()
-    wall, after = time.perf_counter() - begun, _joules(device)
+        seconds = watch.seconds()  # waits for the device
+        wall, after = time.perf_counter() - begun, _joules(device)
     cuda = device.type == "cuda"
     return Measured(
         pairs=windows * pairs,
