@@ -129,7 +129,6 @@ def _kept(config: RunConfig, shapes: Shapes, passes: Passes, trained: list[torch
     kept["reference"] = width * passes.parameters if full else 0  # LoRA: the policy with its adapter off
     if width < 4:
         kept["fp32 masters"] = 4 * count
-        kept["gradients"] = width * count
     kept["gradient sums, fp32"] = 4 * count
     kept[f"optimizer ({config.optim.kind})"] = sum(_state_bytes(p, config.optim.kind) for p in trained)
     if config.optim.average != "none":

@@ -180,7 +180,6 @@ def train_step(
                 prediction, found = micro_step(window, x_t, pairs, models, recipe, tally, weight)
                 with phase("backward"):
                     prediction.backward(found.dpred)
-                    weights.accumulate()
             logits.append(found.logit)
     tally.reduce()
     gradients = weights.gradients

@@ -12,6 +12,12 @@ import torch
 from inpo_kernels.refresh import refresh_
 
 
+def _add_to(master: torch.nn.Parameter, working: torch.nn.Parameter) -> None:
+    """During the backward pass, as soon as a narrow gradient is whole: never more than one of them is held."""
+    master.grad.add_(working.grad)
+    working.grad = None
+
+
 class Weights:
     """names, working (the model's own parameters), masters (fp32 leaves with `.grad`): lists of equal length."""
 
@@ -30,6 +36,8 @@ class Weights:
                 for p, value in zip(self.working, values, strict=True)
             ]
             self.refresh()
+            for parameter, master in zip(self.working, self.masters, strict=True):
+                parameter.register_post_accumulate_grad_hook(lambda p, master=master: _add_to(master, p))
 
     @property
     def gradients(self) -> list[torch.Tensor]:
@@ -40,19 +48,8 @@ class Weights:
         return [master.grad for master in self.masters]
 
     def zero(self) -> None:
+        """Before the first backward pass of a step: they add to these sums."""
         torch._foreach_zero_(self.gradients)
-        if not self.shared:
-            for parameter in self.working:
-                parameter.grad = None
-
-    def accumulate(self) -> None:
-        """After each backward pass: what the working copies received goes into the fp32 sums."""
-        if self.shared:
-            return
-        for parameter, total in zip(self.working, self.gradients, strict=True):
-            if parameter.grad is not None:
-                total.add_(parameter.grad)
-                parameter.grad = None
 
     @torch.no_grad()
     def refresh(self) -> None:
