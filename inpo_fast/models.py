@@ -60,8 +60,9 @@ class ModelsConfig:
     """What the UNets compute in. bf16 and fp16 keep fp32 masters, gradient sums, schedule and losses."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     fast: Fast = "off"
-    """fused: channels_last and our kernels inside the UNets. compiled: torch.compile. off: diffusers as it is.
-    auto: fused on a GPU, off elsewhere. Not the default before it was measured on a GPU."""
+    """fused: channels_last and our kernels inside the UNets. compiled: torch.compile, fp32 only (its bf16 gradients
+    were wrong when compared). off: diffusers as it is. auto: fused on a GPU, off elsewhere. Neither is the default
+    before it was measured on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     micro_conditioning: Literal["image", "published"] = "image"
@@ -219,6 +220,11 @@ class Models:
             pipeline.unet = self.reference = copy.deepcopy(self.policy).requires_grad_(False)
             self.adapters = []
         how = resolve(config.fast, device)
+        if how == "compiled" and self.dtype != torch.float32:
+            raise Refusal(
+                f"models.fast=compiled with models.precision={config.precision}: torch 2.13's compiled bf16 gradients "
+                "differ from the plain ones by half their size (LOG.md); take models.fast=fused, or fp32"
+            )
         make_fast(self.policy, how)
         if self.reference is not self.policy:
             make_fast(self.reference, how)
