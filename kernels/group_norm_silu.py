@@ -90,6 +90,18 @@ def _merge(
 
 
 @triton.jit
+def _per_channel(p_w, p_b, p_temb, p_mean, p_rstd, o_image, o_g, o_c, m_c, TEMB: tl.constexpr):
+    """x_hat = (x - mean) rstd and z = x_hat w + bias of each channel: the embedding only moves the mean."""
+    mean = tl.load(p_mean + o_g, mask=m_c, other=0.0)
+    if TEMB:
+        mean -= tl.load(p_temb + o_image + o_c, mask=m_c, other=0.0).to(tl.float32)
+    rstd = tl.load(p_rstd + o_g, mask=m_c, other=0.0)
+    w = tl.load(p_w + o_c, mask=m_c, other=0.0).to(tl.float32)
+    bias = tl.load(p_b + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return mean, rstd, w, bias
+
+
+@triton.jit
 def _apply(
     p_x, p_w, p_b, p_temb, p_mean, p_rstd, p_y, pixels, C, groups,
     SILU: tl.constexpr, TEMB: tl.constexpr, WIDTH: tl.constexpr,
@@ -99,11 +111,8 @@ def _apply(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_g = i_n * groups + o_c // WIDTH
-    mean = tl.load(p_mean + o_g, mask=m_c, other=0.0)
-    if TEMB:
-        mean -= tl.load(p_temb + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-    scale = tl.load(p_rstd + o_g, mask=m_c, other=0.0) * tl.load(p_w + o_c, mask=m_c, other=0.0).to(tl.float32)
-    bias = tl.load(p_b + o_c, mask=m_c, other=0.0).to(tl.float32)
+    mean, rstd, w, bias = _per_channel(p_w, p_b, p_temb, p_mean, p_rstd, i_n * C, o_g, o_c, m_c, TEMB)
+    scale = rstd * w
     for lo in range(0, ROWS, BLOCK_P):
         o_p = i_k * ROWS + lo + tl.arange(0, BLOCK_P)
         m = (o_p < pixels)[:, None] & m_c[None, :]
@@ -136,12 +145,7 @@ def _sums_backward(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_g = i_n * groups + o_c // WIDTH
-    mean = tl.load(p_mean + o_g, mask=m_c, other=0.0)
-    if TEMB:
-        mean -= tl.load(p_temb + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-    rstd = tl.load(p_rstd + o_g, mask=m_c, other=0.0)
-    w = tl.load(p_w + o_c, mask=m_c, other=0.0).to(tl.float32)
-    bias = tl.load(p_b + o_c, mask=m_c, other=0.0).to(tl.float32)
+    mean, rstd, w, bias = _per_channel(p_w, p_b, p_temb, p_mean, p_rstd, i_n * C, o_g, o_c, m_c, TEMB)
     b_dz = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_dzx = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_xhat = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -198,12 +202,7 @@ def _apply_backward(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_g = i_n * groups + o_c // WIDTH
-    mean = tl.load(p_mean + o_g, mask=m_c, other=0.0)
-    if TEMB:
-        mean -= tl.load(p_temb + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-    rstd = tl.load(p_rstd + o_g, mask=m_c, other=0.0)
-    w = tl.load(p_w + o_c, mask=m_c, other=0.0).to(tl.float32)
-    bias = tl.load(p_b + o_c, mask=m_c, other=0.0).to(tl.float32)
+    mean, rstd, w, bias = _per_channel(p_w, p_b, p_temb, p_mean, p_rstd, i_n * C, o_g, o_c, m_c, TEMB)
     group_dz = tl.load(p_group_dz + o_g, mask=m_c, other=0.0)
     group_dzx = tl.load(p_group_dzx + o_g, mask=m_c, other=0.0)
     for lo in range(0, ROWS, BLOCK_P):
