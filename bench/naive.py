@@ -49,7 +49,7 @@ def naive_step(
                         for side, view in enumerate((item.winner, item.loser))
                     ]
                 )
-                text = models.encode_prompts([item.prompt]).hidden.repeat(2, 1, 1)
+                text = _text(item.prompt, models)
                 t = torch.tensor([draws.integer(0, 999, "t", seed, item.position)], device=device)
                 noisy = latents.clone()
                 for s in inverse.timesteps[inverse.timesteps < t[0]]:
@@ -71,6 +71,12 @@ def naive_step(
         seen["ref_mse"] += r.mean().item() / len(items)
         seen["unet_evaluations"] += 4
     return seen
+
+
+def _text(prompt: str, models: Models) -> torch.Tensor:
+    """By the pipeline's own method, once for each pair."""
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    return models.pipeline.encode_prompt([prompt], models.device, **options)[0].repeat(2, 1, 1)
 
 
 def _latent(pixels, models: Models, key: draws.Key) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""x_0 -> x_t for all images of an optimizer step at once: the wavefront.
+"""x_0 -> x_t for all images of an optimizer step at once, in slots.
 
-Inside one optimizer step the weights do not change, so inverting the whole window first, in large
-batches of mixed timesteps, is the same computation as inverting one pair at a time. Samples are
-sorted by how many evaluations they need; step j advances the first of them that need more than j.
+Inside one optimizer step the weights do not change, so inverting the whole window first, in large batches of mixed
+timesteps, is the same computation as inverting one pair at a time. Every UNet evaluation advances the samples that
+have the most steps left, each by its own step: no slot of a batch waits for the slowest of its neighbours.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 from inpo_kernels.ddim_step import ddim_step_
 
 from inpo_fast.schedule import Climb, EvaluateAt, Grid
+from inpo_fast.transfer import to_device
 
 # eps(x, time, rows): noise prediction for samples x (B, C, H, W) told time (B,), with the conditioning of
 # the window's rows (B,) int64.
@@ -42,6 +43,42 @@ class InversionConfig:
     """Images per UNet evaluation. No effect on the result beyond rounding."""
 
 
+def fill_slots(evaluations: torch.Tensor, batch: int) -> list[torch.Tensor]:
+    """The samples (<= batch,) int64 that each UNet evaluation of a window advances by one step, longest first.
+
+    evaluations: (M,) how many steps each sample takes. The number of calls is the least possible one (`slots`).
+    """
+    left = evaluations.clone()
+    calls, width = slots(evaluations, batch)
+    out = []
+    for _ in range(calls):
+        first = torch.argsort(left, descending=True, stable=True)[:width]
+        chosen = first[left[first] > 0]
+        left[chosen] -= 1
+        out.append(chosen)
+    return out
+
+
+def slots(evaluations: torch.Tensor, batch: int) -> tuple[int, int]:
+    """How many calls a window needs, and how many samples the widest of them advances.
+
+    No order can do with fewer calls than the longest sample has steps, nor than all steps fill batches; longest first
+    needs no more (McNaughton 1959, for steps of unit length). The work is spread evenly over the calls, instead of
+    ending with one that is almost empty.
+    """
+    if not len(evaluations):
+        return 0, batch
+    total = int(evaluations.sum())
+    calls = max(int(evaluations.max()), -(-total // batch))
+    return calls, -(-total // calls) if calls else batch
+
+
+def utilisation(evaluations: torch.Tensor, batch: int) -> float:
+    """Share of a window's slots, calls times width, that hold a sample."""
+    calls, width = slots(evaluations, batch)
+    return int(evaluations.sum()) / (calls * width) if calls else 1.0
+
+
 @torch.no_grad()
 def invert(
     eps: Eps,
@@ -66,27 +103,33 @@ def invert(
     both = guidance not in (0.0, 1.0)
     first = conditional if guidance == 1.0 else eps
     device = x_0.device
-    order = torch.argsort(climb.evaluations, descending=True, stable=True)  # on the CPU: costs no device sync
-    needed = climb.evaluations[order]
     wide = torch.float64 if x_0.dtype == torch.float64 else torch.float32
-    x = x_0.to(wide)[order.to(device)].contiguous()  # latents may be channels_last
-    p, q, sigma = (c[order].to(device, wide) for c in (climb.p, climb.q, climb.sigma))
-    times, rows = climb.times[order].to(device), order.to(device)
-    keys = torch.tensor(noise_keys)[order].to(device) if noisy else None
+    x = x_0.to(wide, copy=True, memory_format=torch.contiguous_format)  # latents may be channels_last
 
-    spent = 0
-    for j in range(int(needed.max()) if len(needed) else 0):
-        active = int((needed > j).sum())
-        for lo in range(0, active, batch):
-            part = slice(lo, min(lo + batch, active))
-            asked = x[part], times[part, j], rows[part]
-            options = {}
-            if both:
-                options |= {"conditional": conditional(*asked), "guidance": guidance}
-            if noisy:
-                options |= {"sigma": sigma[part, j], "keys": keys[part], "steps": torch.full_like(keys[part], j)}
-            ddim_step_(x[part], first(*asked), p[part, j], q[part, j], **options)
-        spent += active * (2 if both else 1)
-    x_t = torch.empty_like(x)
-    x_t[rows] = x
-    return x_t, spent
+    # the whole window's bookkeeping on the CPU, then one upload of each column: no evaluation waits for the host
+    calls = fill_slots(climb.evaluations, batch)
+    rows = torch.cat(calls) if calls else torch.zeros(0, dtype=torch.int64)
+    step = _times_seen(rows)
+    at = (rows, step)
+    columns = [rows, climb.times[at], climb.p[at].to(wide), climb.q[at].to(wide)]
+    if noisy:
+        columns += [climb.sigma[at].to(wide), torch.tensor(noise_keys)[rows], step]
+    sizes = [len(call) for call in calls]
+    for part in zip(*(to_device(column, device).split(sizes) for column in columns), strict=True):
+        here, time, p, q, *noise = part
+        asked = x[here], time, here
+        options = dict(zip(("sigma", "keys", "steps"), noise, strict=False))
+        if both:
+            options |= {"conditional": conditional(*asked), "guidance": guidance}
+        ddim_step_(x, first(*asked), p, q, rows=here, **options)
+    return x, len(rows) * (2 if both else 1)
+
+
+def _times_seen(rows: torch.Tensor) -> torch.Tensor:
+    """How often each entry of rows (N,) stood there before."""
+    order = torch.argsort(rows, stable=True)
+    counts = torch.bincount(rows)
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    out = torch.empty_like(rows)
+    out[order] = torch.arange(len(rows)) - starts
+    return out

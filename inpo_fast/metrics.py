@@ -22,10 +22,12 @@ class Tally:
 
     @torch.no_grad()
     def add(self, name: str, value: torch.Tensor | float, total: bool = False) -> None:
-        """Adds all elements of a tensor to a mean; total=True adds a number to a total instead."""
+        """Adds all elements of a tensor, or one number, to a mean; total=True adds a number to a total instead."""
         cell = self.cells[name]
         if total:
             cell[0] += float(value)
+        elif not isinstance(value, torch.Tensor):
+            cell += torch.tensor([value, 1.0], dtype=torch.float64).to(cell.device, non_blocking=True)
         else:
             cell[0] += value.detach().double().sum()
             cell[1] += value.numel()
@@ -41,7 +43,7 @@ class Tally:
     def observe(self, *, loss, logit, image, tau_rms, t, T, sides, contrast) -> None:
         """Everything worth watching of a micro-batch of B pairs; images are (S B), winners first.
 
-        image: (S B, 7), the means over elements that `inpo_kernels.inpo_loss.COLUMNS` names. tau_rms: (S B,).
+        image: (S B, 7), the means over elements that `inpo_kernels.inpo_loss.COLUMNS` names. tau_rms: (S B,). t: (B,).
         eps_scale is <eps_theta, eps_ref> / <eps_ref, eps_ref>; tau_residual is the same of tau - eps_ref, for
         winners and losers apart: where they differ the loss rewards changing the amplitude of the noise.
         """
@@ -51,9 +53,9 @@ class Tally:
             self.add("margin", logit)
             bucket = t * BUCKETS // T
             for b in range(BUCKETS):
-                chosen = torch.nonzero(bucket == b)[:, 0]  # t lies on the host: no device sync
-                if len(chosen):
-                    self.add(f"margin_t{b}", logit[chosen.to(logit.device)])
+                chosen = bucket == b  # a mask: picking them out would make the host wait
+                margin = torch.where(chosen, logit.detach().double(), 0.0)
+                self.cells[f"margin_t{b}"] += torch.stack([margin.sum(), chosen.double().sum()])
         e, r, _, energy, pred_ref, tau_ref, _ = image.unbind(1)
         along = (tau_ref - energy) / energy
         for number, side in enumerate(("winner", "loser")[:sides]):
@@ -99,6 +101,7 @@ NAMES = (
     "tau_residual_loser",
     "eps_scale",
     "loser_gate",
+    "slot_utilisation",
     "grad_norm",
     *TOTALS,
 )  # fixed, so that processes without a usable pair reduce the same table

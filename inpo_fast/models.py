@@ -23,6 +23,7 @@ from inpo_fast.architectures import Architecture, random_pipeline
 from inpo_fast.fast_unet import Fast, inverting, make_fast, resolve
 from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import Schedule
+from inpo_fast.transfer import to_device
 from inpo_fast.weights import Weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -217,7 +218,9 @@ class Models:
         else:
             masters = dict(pipeline.unet.named_parameters()) if self.dtype != torch.float32 else None
             self.policy = copy.deepcopy(pipeline.unet).to(device, self.dtype).requires_grad_(True)
-            pipeline.unet = self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+            # Its parameters keep requires_grad, though nothing ever asks for their gradient: torch's linear layers look
+            # at that flag to choose between mm and bmm, and the two round differently (SDXL's proj_in, in bf16).
+            pipeline.unet = self.reference = copy.deepcopy(self.policy)
             self.adapters = []
         how = resolve(config.fast, device)
         if how == "compiled" and self.dtype != torch.float32:
@@ -285,11 +288,28 @@ class Models:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """Embeddings of (unique) prompts, by the pipeline's own method."""
-        out = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return Text(out[0], out[2]) if self.is_xl else Text(out[0])
+        """Embeddings of (unique) prompts: the numbers of the pipeline's own `encode_prompt`, which would wait for the
+        device."""
+        hidden, pooled = [], None
+        for part in ("", "_2") if self.is_xl else ("",):
+            tokenizer = getattr(self.pipeline, f"tokenizer{part}")
+            encoder = getattr(self.pipeline, f"text_encoder{part}")
+            tokens = tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            masked = getattr(encoder.config, "use_attention_mask", False)
+            out = encoder(
+                to_device(tokens.input_ids, self.device),
+                attention_mask=to_device(tokens.attention_mask, self.device) if masked else None,
+                output_hidden_states=self.is_xl,
+            )
+            pooled = out[0]  # SDXL: of the second encoder
+            hidden.append(out.hidden_states[-2] if self.is_xl else out[0])
+        return Text(torch.cat(hidden, -1), pooled) if self.is_xl else Text(hidden[0])
 
     @torch.no_grad()
     def encode_empty(self) -> Text:

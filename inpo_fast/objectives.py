@@ -112,7 +112,8 @@ def evaluate(
     if fused and method != "sft":
         mu = config.winner_preserving
         return inpo_loss(pred, ref, x_t, x_0, a_t, s_t, beta=config.beta, mu=mu, weight=weight)
-    pred, ref = pred.detach().contiguous().requires_grad_(), ref.detach().contiguous()
+    pred, ref, x_t, x_0 = (x.detach().contiguous() for x in (pred, ref, x_t, x_0))
+    pred.requires_grad_()
     e, r = errors(pred, ref, x_t, x_0, a_t, s_t)
     tau = target(x_t, x_0, a_t, s_t)
     gate, residual = torch.ones_like(weight), pred.detach() - tau

@@ -14,12 +14,13 @@ from inpo_kernels.inpo_loss import COLUMNS, Objective
 from inpo_fast import distributed, draws
 from inpo_fast import objectives as obj
 from inpo_fast.data.windows import Item
-from inpo_fast.inversion import Eps, InversionConfig, invert
+from inpo_fast.inversion import Eps, InversionConfig, invert, utilisation
 from inpo_fast.metrics import Tally
 from inpo_fast.models import Conditioning, Models, Text
 from inpo_fast.objectives import Method, ObjectiveConfig
 from inpo_fast.phases import phase
 from inpo_fast.schedule import plan, snap
+from inpo_fast.transfer import to_device
 
 SIDES = {"inpo": 2, "dpo": 2, "sft": 1}  # winner and loser, or the winner only
 
@@ -41,13 +42,16 @@ class Recipe:
 class Window:
     """The pairs of one optimizer step on this rank, on the device.
 
-    x_0: (N, S, C, H, W) latents, S sides (winner first). t: (N,) on the CPU. Images of the conditioning are
-    numbered pair * S + side.
+    x_0: (N, S, C, H, W) latents, S sides (winner first). t: (N,) on the CPU; times (N, S), a and s (N, S), its copies
+    on the device, sqrt(abar_t) and sqrt(1 - abar_t). Images of the conditioning are numbered pair * S + side.
     """
 
     items: list[Item]
     x_0: torch.Tensor
     t: torch.Tensor
+    times: torch.Tensor
+    a: torch.Tensor
+    s: torch.Tensor
     conditional: Conditioning
     unconditional: Conditioning
     keys: list[draws.Key] = field(default_factory=list)  # (seed, position, side) of each image
@@ -61,28 +65,33 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, 
     keys: list[draws.Key] = [(recipe.seed, item.position, side) for item in items for side in range(sides)]
     latents = []
     for lo in range(0, len(views), chunk):
-        pixels = torch.from_numpy(np.stack([view.pixels for view in views[lo : lo + chunk]])).to(models.device)
-        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(np.stack([view.pixels for view in views[lo : lo + chunk]]))
+        pixels = to_device(pixels, models.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         side = models.reference.config.sample_size * pixels.shape[-1] // models.resolution
         shape = (models.reference.config.in_channels, side, side)
         noise = draws.normals(shape, [("vae", *key) for key in keys[lo : lo + chunk]]) if recipe.vae_sample else None
-        latents.append(models.encode_images(pixels, noise))
+        latents.append(models.encode_images(pixels, None if noise is None else to_device(noise, models.device)))
     prompts = list(dict.fromkeys(item.prompt for item in items))
-    row = torch.tensor([prompts.index(item.prompt) for item in items for _ in range(sides)], device=models.device)
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    row = to_device(torch.tensor([number[item.prompt] for item in items for _ in range(sides)]), models.device)
     time_ids = None
     if models.is_xl:
         target = views[0].pixels.shape[:2]
         published = models.config.micro_conditioning == "published"
         told = [(*target, 0, 0) if published else (*view.original, *view.crop) for view in views]
-        time_ids = torch.tensor([(*sizes, *target) for sizes in told], device=models.device).float()
+        time_ids = to_device(torch.tensor([(*sizes, *target) for sizes in told]).float(), models.device)
     span = recipe.objective.timesteps
     t = torch.tensor([draws.integer(span.min, span.max, "t", recipe.seed, item.position) for item in items])
     if recipe.inversion.grid == "snap" and uses_inversion(recipe):
         t = snap(t, recipe.inversion.steps, models.schedule.T)
+    times, a, s = (to_device(c[:, None].repeat(1, sides), models.device) for c in (t, *models.schedule.a_s(t)))
     return Window(
         items=items,
         x_0=torch.cat(latents).unflatten(0, (len(items), sides)),
         t=t,
+        times=times,
+        a=a,
+        s=s,
         conditional=Conditioning(models.encode_prompts(prompts), row, time_ids),
         unconditional=Conditioning(empty, torch.zeros_like(row), time_ids),
         keys=keys,
@@ -94,7 +103,9 @@ def uses_inversion(recipe: Recipe) -> bool:
 
 
 @torch.no_grad()
-def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.Tensor, int]:
+def noise_window(
+    window: Window, models: Models, recipe: Recipe, tally: Tally | None = None
+) -> tuple[torch.Tensor, int]:
     """x_t of every image of the window (N, S, C, H, W) in fp32, and the UNet evaluations spent on images."""
     flat = window.x_0.flatten(0, 1)
     sides = window.x_0.shape[1]
@@ -102,8 +113,8 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
     if not uses_inversion(recipe):
         # Diffusion-DPO: the same noise for both sides of a pair
         noise = draws.normals(flat.shape[1:], [("noise", *key[:2]) for key in window.keys])
-        a_t, s_t = (c.to(flat.device) for c in models.schedule.a_s(t))
-        return obj.noised(flat, noise.to(flat.device), a_t, s_t).unflatten(0, window.x_0.shape[:2]), 0
+        noise = to_device(noise, flat.device)
+        return obj.noised(flat, noise, window.a.flatten(), window.s.flatten()).unflatten(0, window.x_0.shape[:2]), 0
     how = recipe.inversion
 
     def eps_with(conditioning: Conditioning) -> Eps:
@@ -118,6 +129,8 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
         eta=how.eta,
         predicts_v=models.predicts_v,
     )
+    if tally is not None:
+        tally.add("slot_utilisation", utilisation(climb.evaluations, how.batch))
     with models.inverting(how.model):
         x_t, spent = invert(
             eps_with(window.unconditional),
@@ -171,10 +184,10 @@ def train_step(
     tally, logits = Tally(models.device), []
     if window is not None:
         with _fits("inversion.batch", recipe.inversion.batch), phase("invert"):
-            x_t, spent = noise_window(window, models, recipe)
+            x_t, spent = noise_window(window, models, recipe, tally)
         tally.add("unet_evaluations", spent, total=True)
         for lo in range(0, len(window.items), recipe.micro_batch):
-            pairs = torch.arange(lo, min(lo + recipe.micro_batch, len(window.items)))
+            pairs = slice(lo, min(lo + recipe.micro_batch, len(window.items)))
             weight = loss_scale / pairs_per_step
             with _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
                 prediction, found = micro_step(window, x_t, pairs, models, recipe, tally, weight)
@@ -194,7 +207,7 @@ def train_step(
 def micro_step(
     window: Window,
     x_t: torch.Tensor,
-    pairs: torch.Tensor,
+    pairs: slice,
     models: Models,
     recipe: Recipe,
     tally: Tally,
@@ -205,25 +218,24 @@ def micro_step(
     weight: of each pair's loss in the gradient. Metrics go into the tally.
     """
     sides = window.x_0.shape[1]
-    images = torch.cat([pairs * sides + side for side in range(sides)])  # winners first, losers second
-    here = images.to(models.device)
-    x_0, x_t = window.x_0.flatten(0, 1)[here], x_t.flatten(0, 1)[here]
-    t = window.t[pairs].repeat(sides)
-    a_t, s_t = (c.to(models.device) for c in models.schedule.a_s(t))
+    images = torch.arange(len(window.items) * sides, device=models.device).view(-1, sides)
+    # winners first, losers second; slices, as an index from the host would have to wait for the device
+    images, x_0, x_t, time, a_t, s_t = (
+        v[pairs].transpose(0, 1).flatten(0, 1) for v in (images, window.x_0, x_t, window.times, window.a, window.s)
+    )
     amplitude = None
     if recipe.objective.tau_norm == "rms" and uses_inversion(recipe):
         tau = obj.target(x_t, x_0, a_t, s_t)
         amplitude = obj.rms(tau)
         x_t = obj.noised(x_0, obj.normalise(tau), a_t, s_t)
 
-    arguments = window.conditional.arguments(here)
-    time = t.to(models.device)
+    arguments = window.conditional.arguments(images)
     with torch.no_grad(), phase("reference"):
         reference = models.eps(models.predict("reference", x_t, time, arguments), x_t, a_t, s_t)
     with phase("forward"):
         prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
 
-    weights = torch.full((len(pairs),), weight, device=models.device)
+    weights = torch.full((len(images) // sides,), weight, device=models.device)
     found = obj.evaluate(
         recipe.method, recipe.objective, prediction, reference, x_t, x_0, a_t, s_t, weights, fused=recipe.fused_loss
     )
@@ -234,7 +246,7 @@ def micro_step(
         logit=found.logit,
         image=found.image,
         tau_rms=found.image[:, COLUMNS.index("tau_square")].sqrt() if amplitude is None else amplitude,
-        t=window.t[pairs],
+        t=window.times[pairs, 0],
         T=models.schedule.T,
         sides=sides,
         contrast=recipe.method != "sft",

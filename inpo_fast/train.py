@@ -20,7 +20,7 @@ from rich.logging import RichHandler
 from inpo_fast import checkpoint, distributed
 from inpo_fast.config import RunConfig, parse, split_batch
 from inpo_fast.data.sources import Source, open_source
-from inpo_fast.data.windows import Windows
+from inpo_fast.data.windows import Item, Windows
 from inpo_fast.evaluate import evaluate, open_inputs, verdict
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import detach_policy, output_pipeline
@@ -33,7 +33,7 @@ from inpo_fast.plan import make_plan, show
 from inpo_fast.progress import StepProgress
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.run_folder import RunFolder
-from inpo_fast.step import Recipe, TooLarge, make_window, train_step
+from inpo_fast.step import Recipe, TooLarge, Window, make_window, train_step
 from inpo_fast.trackers import Tracker
 from inpo_fast.watch import Watch
 
@@ -105,13 +105,19 @@ def train(run: Run, console: Console) -> None:
             tracker = closing.enter_context(contextlib.closing(Tracker(run.folder.path / "tensorboard", run.done)))
         progress = closing.enter_context(StepProgress(console, steps, run.done, run.variant, shown=run.rank == 0))
         watch = Watch(expects_noise=config.objective.tau_norm == "none")
-        begun = time.perf_counter()
-        for step, items in enumerate(windows.steps(run.done, steps, config.train.pairs_per_step), run.done):
+        reader = windows.steps(run.done, steps, config.train.pairs_per_step)
+
+        def next_window() -> tuple[list[Item], Window | None]:
+            items = next(reader, [])
+            return items, make_window(items, models, recipe, empty) if items else None
+
+        begun, ahead = time.perf_counter(), next_window()
+        for step in range(run.done, steps):
             # ---- the single training step -------------------------------------------------------
+            items, window = ahead
             lr = lr_at(step, steps, config.optim)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            window = make_window(items, models, recipe, empty) if items else None
             scale = run.loss_scale.value if run.loss_scale else 1.0
             while True:
                 try:
@@ -122,7 +128,8 @@ def train(run: Run, console: Console) -> None:
                 except TooLarge as problem:  # nothing was reduced yet: the step is repeated with the same result
                     recipe = _halved(recipe, problem)
                     progress.say(f"warning: out of memory; {problem.key} is now {problem.size // 2} on this process")
-            values = tally.values()  # the step's one copy to the host
+            ahead = next_window()  # sent to the device while it still computes this step
+            values = tally.values()  # the step's one copy to the host: waits for the device
             overflow = run.loss_scale is not None and not math.isfinite(values["grad_norm"])
             if run.loss_scale:
                 values["loss_scale"] = scale

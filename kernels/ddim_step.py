@@ -137,10 +137,15 @@ def ddim_step_(
         if c is not None and c.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, got {c.dtype}")
     if not x.is_cuda:
+        if rows is None:
+            rows = torch.arange(len(eps))
+        used = torch.nonzero(rows >= 0)[:, 0]  # only these are computed and written: a window has many more
+        part = lambda v: None if v is None else v[used]  # noqa: E731
         moved = ddim_step_reference(
-            x, eps, p, q, rows=rows, conditional=conditional, guidance=guidance, sigma=sigma, keys=keys, steps=steps
-        )
-        return x.copy_(moved)
+            x[rows[used]], eps[used], p[used], q[used], conditional=part(conditional), guidance=guidance,
+            sigma=part(sigma), keys=part(keys), steps=part(steps),
+        )  # fmt: skip
+        return x.index_copy_(0, rows[used], moved)
     for name, c in (("x", x), ("p", p), ("q", q), ("sigma", sigma)):
         if c is not None and c.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {c.dtype}")
