@@ -184,6 +184,8 @@ def check(config: RunConfig) -> None:
     for good, key, value, need in rules:
         if not good:
             raise Refusal(f"{key}={value}: must be {need}")
+    if config.inversion.fp8 and config.models.fast == "off":
+        raise Refusal("inversion.fp8=true needs models.fast=fused or compiled")
     if config.method == "sft" and mu is not None:
         raise Refusal("objective.winner_preserving needs a loser; method=sft has none")
 

@@ -2,8 +2,10 @@
 
 fused: channels_last from the first convolution to the last, and the hot parts of diffusers' modules on our kernels:
 GroupNorm + SiLU with the time embedding added inside, LayerNorm with the residual, GEGLU, 1x1 convolutions as matrix
-products. compiled: torch.compile of the whole forward. The parameters stay the module's own: what is saved, trained or
-adapted does not change. What a module does that this file does not know, it leaves alone.
+products, attention with a chosen back end. compiled: the same, and the inversion's evaluations under torch.compile.
+The predictions that the loss compares are never compiled: with and without a gradient the compiler makes two graphs
+that round differently. The parameters stay the module's own: what is saved, trained or adapted does not change. What a
+module does that this file does not know, it leaves alone.
 """
 
 import types
@@ -25,6 +27,11 @@ from inpo_kernels.layer_norm import layer_norm
 from inpo_kernels.linear_geglu import linear_geglu
 from torch import nn
 
+from inpo_fast import attention
+from inpo_fast.attention import AttentionBackend
+from inpo_fast.fp8 import Fp8Weights, eligible
+from inpo_fast.refusal import Refusal
+
 Fast = Literal["off", "fused", "compiled", "auto"]
 INDEXABLE = 2**31 - 1  # elements that torch's channels_last upsampling can address (pytorch issue 141831)
 
@@ -32,7 +39,15 @@ INDEXABLE = 2**31 - 1  # elements that torch's channels_last upsampling can addr
 class Mode:
     """What the fused modules of one UNet look at while they run."""
 
-    inversion = False  # nothing here is compared with the policy's prediction: other rounding is allowed
+    def __init__(self, compiles: bool = False, graphs: bool = False):
+        self.compiles, self.graphs = compiles, graphs
+        self.inversion = False  # nothing here is compared with the policy's prediction: other rounding is allowed
+        self.fp8: Fp8Weights | None = None  # within an inversion that wants it
+        self.narrow: Fp8Weights | None = None  # its weights, kept for the next one
+        self.compiled: Callable | None = None
+
+    def __deepcopy__(self, memo) -> "Mode":
+        return Mode(self.compiles, self.graphs)  # another UNet's: neither its code nor its weights
 
 
 def resolve(how: Fast, device: torch.device) -> Fast:
@@ -40,23 +55,31 @@ def resolve(how: Fast, device: torch.device) -> Fast:
     return how if how != "auto" else "fused" if device.type == "cuda" else "off"
 
 
-def make_fast(unet: UNet2DConditionModel, how: Fast) -> None:
+def make_fast(
+    unet: UNet2DConditionModel, how: Fast, backend: AttentionBackend = "auto", cuda_graphs: bool = False
+) -> None:
     """In place; before parameters are copied or optimized, because their layout in memory changes."""
     if how == "off":
         return
     unet.to(memory_format=torch.channels_last)
-    if how == "compiled":
-        unet.forward = torch.compile(unet.forward, dynamic=False)
-        return
-    unet.fast_mode = Mode()
+    attention.use(unet, backend, unet.device)
+    unet.fast_mode = Mode(compiles=how == "compiled", graphs=cuda_graphs)
     for module in unet.modules():
         for name, function in _replacements(module).items():
             setattr(module, name, types.MethodType(function, module))
-        if isinstance(module, GEGLU):
+        if isinstance(module, BasicTransformerBlock | GEGLU):
             module.fast_mode = unet.fast_mode
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            for layer in block.modules():
+                if eligible(layer):
+                    layer.fast_mode = unet.fast_mode
+                    layer.forward = types.MethodType(_linear, layer)
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
         unet.conv_norm_out.forward = types.MethodType(_norm_silu, unet.conv_norm_out)
         unet.conv_act.forward = types.MethodType(lambda self, x: x, unet.conv_act)
+    if how == "compiled":
+        unet.forward = types.MethodType(_forward, unet)
 
 
 def undo(unet: UNet2DConditionModel) -> None:
@@ -64,21 +87,65 @@ def undo(unet: UNet2DConditionModel) -> None:
     for module in unet.modules():
         for name in ("forward", "_operate_on_continuous_inputs", "_get_output_for_continuous_inputs", "fast_mode"):
             module.__dict__.pop(name, None)
+        if isinstance(getattr(module, "processor", None), attention.Processor):
+            module.set_processor(attention.AttnProcessor2_0())
+
+
+def is_fast(unet: UNet2DConditionModel) -> bool:
+    return hasattr(unet, "fast_mode")
+
+
+def wants_fixed_batch(unet: UNet2DConditionModel) -> bool:
+    """Every other batch size would be compiled anew."""
+    return is_fast(unet) and unet.fast_mode.compiles
 
 
 @contextmanager
-def inverting(unet: UNet2DConditionModel) -> Iterator[None]:
+def inverting(unet: UNet2DConditionModel, fp8: bool = False) -> Iterator[None]:
     """Within the block predictions need not round as the policy's and the reference's do: projection and GEGLU are one
-    kernel."""
+    kernel, and with fp8 the transformers' linear layers keep 4 bits of the weights that are there now."""
     mode = getattr(unet, "fast_mode", None)
     if mode is None:
+        if fp8:
+            raise Refusal("inversion.fp8 needs models.fast=fused or compiled")
         yield
         return
     mode.inversion = True
+    if fp8:
+        if mode.narrow is None:
+            layers = (module for module in unet.modules() if "fast_mode" in module.__dict__ and eligible(module))
+            mode.narrow = Fp8Weights(layers)
+        mode.narrow.refresh()
+        mode.fp8 = mode.narrow
     try:
         yield
     finally:
-        mode.inversion = False
+        mode.inversion, mode.fp8 = False, None
+
+
+def _forward(self: UNet2DConditionModel, *args, **kwargs):
+    mode = self.fast_mode
+    if not mode.inversion or torch.is_grad_enabled():
+        return type(self).forward(self, *args, **kwargs)
+    if mode.compiled is None:
+        # no freezing: the weights are the graph's inputs, and what the optimizer writes into them is seen
+        mode.compiled = torch.compile(
+            types.MethodType(type(self).forward, self),
+            fullgraph=True,  # a break would be slow in silence
+            dynamic=False,
+            mode="reduce-overhead" if mode.graphs else None,
+        )
+    out = mode.compiled(*args, **kwargs)
+    if mode.graphs:
+        out.sample = out.sample.clone()  # the graph writes the next answer to the same place
+    return out
+
+
+def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    narrow = self.fast_mode.fp8
+    if narrow is None or torch.is_grad_enabled():
+        return F.linear(x, self.weight, self.bias)
+    return narrow.linear(self, x)
 
 
 def _replacements(module: nn.Module) -> dict[str, Callable]:
@@ -181,7 +248,8 @@ def _layer_norm(norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor | No
 
 def _geglu(self: GEGLU, hidden_states: torch.Tensor, *_, **__) -> torch.Tensor:
     # policy and reference must round alike, so the single kernel, which has no gradient, is the inversion's alone
-    if self.fast_mode.inversion and not torch.is_grad_enabled() and type(self.proj) is nn.Linear:
+    mode, plain = self.fast_mode, type(self.proj) is nn.Linear
+    if mode.inversion and mode.fp8 is None and plain and not torch.is_grad_enabled():
         return linear_geglu(hidden_states, self.proj.weight, self.proj.bias)
     return geglu(self.proj(hidden_states))
 

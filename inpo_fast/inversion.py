@@ -39,6 +39,8 @@ class InversionConfig:
     """Noise added per step, eta * sigma_ddim. The paper: none; the published script: 0.1."""
     estimator: Literal["ddim", "random"] = "ddim"
     """How delta_t is estimated: DDIM inversion, or i.i.d. Gaussian noise (= Diffusion-DPO's choice)."""
+    fp8: bool = False
+    """Linear layers of the inversion in fp8 (needs models.fast). x_t moves a little: a variant and labelled so."""
     batch: int = 64
     """Images per UNet evaluation. No effect on the result beyond rounding."""
 
@@ -86,6 +88,7 @@ def invert(
     climb: Climb,
     *,
     batch: int,
+    pad: bool = False,
     conditional: Eps | None = None,
     guidance: float = 0.0,
     noise_keys: list[int] | None = None,
@@ -94,6 +97,7 @@ def invert(
 
     guidance 0 asks eps (the empty prompt), 1 asks conditional, anything else both.
     x_0: (M, C, H, W), any float dtype; the climb's coefficients are applied in fp32 (float64 stays float64).
+    pad: every call has min(batch, M) samples; empty slots ask about sample 0 and move nobody.
     noise_keys: (M,) 63-bit keys of the per-step noise, required when the climb has sigma > 0.
     Returns x_t (M, C, H, W) in fp32 or float64, and the number of image evaluations spent.
     """
@@ -108,21 +112,29 @@ def invert(
 
     # the whole window's bookkeeping on the CPU, then one upload of each column: no evaluation waits for the host
     calls = fill_slots(climb.evaluations, batch)
-    rows = torch.cat(calls) if calls else torch.zeros(0, dtype=torch.int64)
-    step = _times_seen(rows)
+    moved = torch.cat(calls) if calls else torch.zeros(0, dtype=torch.int64)
+    spent = len(moved) * (2 if both else 1)
+    step = _times_seen(moved)
+    if pad:
+        sizes = [min(batch, len(x))] * len(calls)
+        at = torch.cat([i * sizes[0] + torch.arange(len(call)) for i, call in enumerate(calls)]) if calls else moved
+        fill = lambda column, empty: torch.full((sum(sizes),), empty).index_copy(0, at, column)  # noqa: E731
+        moved, step = fill(moved, -1), fill(step, 0)
+    else:
+        sizes = [len(call) for call in calls]
+    rows = moved.clamp_min(0)
     at = (rows, step)
-    columns = [rows, climb.times[at], climb.p[at].to(wide), climb.q[at].to(wide)]
+    columns = [moved, rows, climb.times[at], climb.p[at].to(wide), climb.q[at].to(wide)]
     if noisy:
         columns += [climb.sigma[at].to(wide), torch.tensor(noise_keys)[rows], step]
-    sizes = [len(call) for call in calls]
     for part in zip(*(to_device(column, device).split(sizes) for column in columns), strict=True):
-        here, time, p, q, *noise = part
+        target, here, time, p, q, *noise = part
         asked = x[here], time, here
         options = dict(zip(("sigma", "keys", "steps"), noise, strict=False))
         if both:
             options |= {"conditional": conditional(*asked), "guidance": guidance}
-        ddim_step_(x, first(*asked), p, q, rows=here, **options)
-    return x, len(rows) * (2 if both else 1)
+        ddim_step_(x, first(*asked), p, q, rows=target, **options)
+    return x, spent
 
 
 def _times_seen(rows: torch.Tensor) -> torch.Tensor:

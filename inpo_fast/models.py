@@ -20,6 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 
 from inpo_fast.architectures import Architecture, random_pipeline
+from inpo_fast.attention import AttentionBackend
 from inpo_fast.fast_unet import Fast, inverting, make_fast, resolve
 from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import Schedule
@@ -61,9 +62,14 @@ class ModelsConfig:
     """What the UNets compute in. bf16 and fp16 keep fp32 masters, gradient sums, schedule and losses."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     fast: Fast = "off"
-    """fused: channels_last and our kernels inside the UNets. compiled: torch.compile, fp32 only (its bf16 gradients
-    were wrong when compared). off: diffusers as it is. auto: fused on a GPU, off elsewhere. Neither is the default
-    before it was measured on a GPU."""
+    """fused: channels_last and our kernels inside the UNets. compiled: the inversion also under torch.compile, in
+    calls of one size (inversion.batch). off: diffusers as it is. auto: fused on a GPU, off elsewhere. None is the
+    default before it was measured on a GPU."""
+    attention: AttentionBackend = "auto"
+    """The attention kernel of a fused UNet. auto: by size of the heads, from a measured table; torch where it has no
+    entry."""
+    cuda_graphs: bool = False
+    """With fast=compiled: replay the inversion's evaluation as a CUDA graph (small models and batches)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     micro_conditioning: Literal["image", "published"] = "image"
@@ -90,10 +96,14 @@ class Conditioning:
     row: torch.Tensor
     time_ids: torch.Tensor | None = None
 
-    def arguments(self, images: torch.Tensor) -> dict:
-        """Keyword arguments of the UNet for the given images (B,) of the window."""
+    def arguments(self, images: torch.Tensor, shared: bool = False) -> dict:
+        """Keyword arguments of the UNet for the given images (B,) of the window.
+
+        shared: where all images have one text, give its hidden states once, (1, L, C). A fast UNet understands that.
+        """
         rows = self.row[images]
-        out = {"encoder_hidden_states": self.text.hidden[rows]}
+        shared = shared and len(self.text.hidden) == 1
+        out = {"encoder_hidden_states": self.text.hidden if shared else self.text.hidden[rows]}
         if self.text.pooled is not None:
             out["added_cond_kwargs"] = {"text_embeds": self.text.pooled[rows], "time_ids": self.time_ids[images]}
         return out
@@ -223,14 +233,8 @@ class Models:
             pipeline.unet = self.reference = copy.deepcopy(self.policy)
             self.adapters = []
         how = resolve(config.fast, device)
-        if how == "compiled" and self.dtype != torch.float32:
-            raise Refusal(
-                f"models.fast=compiled with models.precision={config.precision}: torch 2.13's compiled bf16 gradients "
-                "differ from the plain ones by half their size (LOG.md); take models.fast=fused, or fp32"
-            )
-        make_fast(self.policy, how)
-        if self.reference is not self.policy:
-            make_fast(self.reference, how)
+        for unet in {id(unet): unet for unet in (self.policy, self.reference)}.values():
+            make_fast(unet, how, config.attention, config.cuda_graphs)
         trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
         self.weights = Weights(trained, masters)
         if config.gradient_checkpointing:
@@ -254,12 +258,14 @@ class Models:
         if who == "reference" and self.adapters:
             with self._base_only():
                 return self.reference(x.to(self.dtype), time, **arguments).sample
-        unet = self.policy if who == "policy" else self.reference
-        return unet(x.to(self.dtype), time, **arguments).sample
+        return self.unet(who)(x.to(self.dtype), time, **arguments).sample
 
-    def inverting(self, who: Who):
+    def inverting(self, who: Who, fp8: bool = False):
         """A context for predictions that only move the inversion: they need not round as those of the loss do."""
-        return inverting(self.policy if who == "policy" else self.reference)
+        return inverting(self.unet(who), fp8)
+
+    def unet(self, who: Who) -> UNet2DConditionModel:
+        return self.policy if who == "policy" else self.reference
 
     @contextmanager
     def _base_only(self):

@@ -148,6 +148,7 @@ def label(method: Method, objective: ObjectiveConfig, inversion) -> str:
         name += "" if inversion.evaluate_at == "source" else "-target"
         name += "" if inversion.guidance == 0 else f"-w{inversion.guidance:g}"
         name += "" if inversion.eta == 0 else f"-eta{inversion.eta:g}"
+        name += "-fp8" if inversion.fp8 else ""
     return name + ("" if objective.winner_preserving is None else "-wp")
 
 

@@ -14,6 +14,7 @@ from inpo_kernels.inpo_loss import COLUMNS, Objective
 from inpo_fast import distributed, draws
 from inpo_fast import objectives as obj
 from inpo_fast.data.windows import Item
+from inpo_fast.fast_unet import is_fast, wants_fixed_batch
 from inpo_fast.inversion import Eps, InversionConfig, invert, utilisation
 from inpo_fast.metrics import Tally
 from inpo_fast.models import Conditioning, Models, Text
@@ -117,8 +118,10 @@ def noise_window(
         return obj.noised(flat, noise, window.a.flatten(), window.s.flatten()).unflatten(0, window.x_0.shape[:2]), 0
     how = recipe.inversion
 
+    shares = is_fast(models.unet(how.model))
+
     def eps_with(conditioning: Conditioning) -> Eps:
-        return lambda x, time, rows: models.predict(how.model, x, time, conditioning.arguments(rows))
+        return lambda x, time, rows: models.predict(how.model, x, time, conditioning.arguments(rows, shares))
 
     climb = plan(
         models.schedule,
@@ -131,12 +134,13 @@ def noise_window(
     )
     if tally is not None:
         tally.add("slot_utilisation", utilisation(climb.evaluations, how.batch))
-    with models.inverting(how.model):
+    with models.inverting(how.model, how.fp8):
         x_t, spent = invert(
             eps_with(window.unconditional),
             flat,
             climb,
             batch=how.batch,
+            pad=wants_fixed_batch(models.unet(how.model)),
             conditional=eps_with(window.conditional),
             guidance=how.guidance,
             noise_keys=[draws.hash_key("eta", *key) for key in window.keys],

@@ -18,7 +18,6 @@ from inpo_fast.fast_unet import inverting, make_fast, undo
 from inpo_fast.inversion import InversionConfig
 from inpo_fast.models import LoraSettings, Models, ModelsConfig, add_adapter
 from inpo_fast.objectives import ObjectiveConfig
-from inpo_fast.refusal import Refusal
 from inpo_fast.step import Recipe, make_window, noise_window, train_step
 
 UNETS = {"sd": tiny_unet, "xl": lambda: tiny_xl().unet}
@@ -227,12 +226,6 @@ def test_the_same_loss_curve(items, pipeline):
 @pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
 def test_step_zero_is_exact_in_bf16(items, pipeline):
     curve(items, pipeline, "fused", "bf16", 1)
-
-
-def test_compiled_is_refused_where_its_gradients_are_wrong():
-    for precision in ("bf16", "fp16"):
-        with pytest.raises(Refusal, match=f"fast=compiled with models.precision={precision}"):
-            Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="x", fast="compiled", precision=precision))
 
 
 def test_x_t_of_a_fused_inversion(items):

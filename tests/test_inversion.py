@@ -213,6 +213,28 @@ def test_calls_are_full_and_counted(batch):
     assert invert(eps, x_0[:0], plan(SCHEDULE, t_MIXED[:0], steps=10), batch=batch)[1] == 0
 
 
+@pytest.mark.parametrize("guidance", [0.0, 7.5])
+def test_padded_calls(guidance):
+    """All of one size, the same result; slots that hold nobody are not counted and move nobody."""
+    climb, sizes = plan(SCHEDULE, t_MIXED, steps=10, eta=0.3), []
+    keys = [draws.hash_key(7, position, "eta") for position in EVERYONE]
+    eps, other = eps_of(C), eps_of(C.flip(0))
+
+    def seen(x, time, rows):
+        sizes.append(len(x))
+        return eps(x, time, rows)
+
+    how = {"conditional": other, "guidance": guidance, "noise_keys": keys}
+    want = invert(eps, x_0, climb, batch=4, **how)
+    got = invert(seen, x_0, climb, batch=4, pad=True, **how)
+    assert set(sizes) == {4} and got[1] == want[1]
+    torch.testing.assert_close(got[0], want[0], atol=1e-12, rtol=0)
+    sizes.clear()
+    invert(seen, x_0, climb, batch=64, pad=True, **how)
+    assert set(sizes) == {len(MIXED)}
+    assert invert(eps, x_0[:0], plan(SCHEDULE, t_MIXED[:0], steps=10), batch=4, pad=True)[1] == 0
+
+
 @given(st.lists(st.integers(0, 10), max_size=40), st.integers(1, 20))
 def test_slots(evaluations, batch):
     """Each sample as often as it needs, never twice in a call; the number of calls is the lower bound; the closed form
