@@ -1,11 +1,12 @@
-"""Everything that wants a GPU, in slices: tests of the kernels, their benchmarks, the step benchmark.
+"""Everything that wants a GPU, in slices: tests, the kernels' benchmarks, the step benchmark, the profile.
 
     python -m bench.gpu [--budget-minutes 8.5] [--output FOLDER] [--again] [--list] [--rehearse]
 
 Each task is a process with a time limit. One is started only while its limit fits into the budget; the next call,
 for the same state of the sources, goes on with what is left. FOLDER (bench/results/gpu-COMMIT) gets state.json,
 log.txt, the benchmarks' JSON lines and summary.md, as things happen. Needs Python, torch, triton, numpy, pytest and
-hypothesis; nothing has to be installed. Exit status 1: a task failed. 2: there is no GPU.
+hypothesis; what trains also needs diffusers and the rest, and is skipped, with the reason, where they are missing.
+Exit status 1: a task failed. 2: there is no GPU.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from bench import report, results
 from bench.clock import ceilings
 
 ROOT = results.ROOT
+TRAINER = ("tests/test_fast_unet.py", "tests/test_fast_inversion.py", "tests/test_syncs.py")
 UNFINISHED = ("running", "unfinished", "")  # a task that a killed run was at is begun again
 
 
@@ -46,7 +48,15 @@ def tasks(folder: Path, rehearse: bool) -> list[Task]:
     machine = (*python, "bench.results") if rehearse else (sys.executable, "-c", "import bench.gpu; bench.gpu.facts()")
     which = "not slow and not gpu" if rehearse else "gpu or not slow"
     timing = ("--benchmark-only", "--missing", "--results", os.path.relpath(folder, ROOT))
-    step = ("--pairs", "4", "--micro-batch", "2", "--repeats", "1") if rehearse else ()
+    where = os.path.relpath(folder, ROOT)
+    small = ("--pairs", "4", "--micro-batch", "2", "--repeats", "1") if rehearse else ("--results", where)
+    bf16 = ("--precision", "bf16", "--contenders", "naive,lockstep,plain,fused,compiled")
+    steps = {"step pocket": ()}
+    if not rehearse:
+        steps["step sd15"] = ("--model", "sd15", *bf16, "--pairs", "64", "--naive-pairs", "8", "--repeats", "3")
+        sizes = ("--pairs", "32", "--naive-pairs", "2", "--micro-batch", "4", "--inversion-batch", "32")
+        steps["step sdxl"] = ("--model", "sdxl", *bf16, *sizes, "--lockstep-batch", "4", "--repeats", "2")
+    profiles = {} if rehearse else {f"profile {name}": name for name in ("sd15", "sdxl")}
     names = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py"))
     files = {name: (*pytest, f"bench/{name}.py", *(("--check",) if rehearse else timing)) for name in names}
     return [
@@ -54,8 +64,27 @@ def tasks(folder: Path, rehearse: bool) -> list[Task]:
         Task("kernel tests", (*pytest, "tests/kernels", "--continue-on-collection-errors", "-m", which), 6),
         Task("values", (*pytest, "bench", "--check"), 4),
         *(Task(name, command, 3, resumes=True) for name, command in files.items()),
-        Task("training step", (*python, "bench.train_step", *step), 5, needs="bench.train_step", shown=5),
+        *(
+            Task(name, (*python, "bench.train_step", *more, *small), 8, needs="bench.train_step", shown=16)
+            for name, more in steps.items()
+        ),
+        Task("attention", (*python, "bench.attention", "--results", where), 3, needs="inpo_fast.attention", shown=5)
+        if not rehearse
+        else Task("attention", (*python, "compileall", "-q", "bench/attention.py"), 1),
+        Task("tests of the trainer", (*pytest, *TRAINER, "-m", which), 4, needs="inpo_fast.train"),
+        *(
+            Task(name, (*python, "inpo_fast.profile", *profile(config, folder)), 6, needs="inpo_fast.train", shown=20)
+            for name, config in profiles.items()
+        ),
     ]
+
+
+def profile(config: str, folder: Path) -> tuple[str, ...]:
+    """The recipe on random weights and pictures, on the kernels."""
+    name = str(folder / f"profile-{config}.json")
+    sizes = ("--pairs=64", "--train.micro_batch=16") if config == "sd15" else ("--pairs=16", "--train.micro_batch=4")
+    model = ("--models.base=", f"--models.random={config}", "--models.fast=fused", "--data.source=")
+    return (f"--config=configs/{config}.yaml", *model, *sizes, "--windows=2", "--json", name)
 
 
 def facts() -> None:

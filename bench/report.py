@@ -1,8 +1,8 @@
-"""The kernel benchmarks' results as a table, printed and written into README.md between two markers.
+"""The benchmarks' results as tables, printed and written into README.md, each between two markers.
 
     python -m bench.report [--results FOLDER] [--file README.md]
 
-Without the markers, or without results of a GPU, it says so.
+Without the markers, or without a GPU's results of the kernels, it says so.
 """
 
 import argparse
@@ -16,9 +16,27 @@ PROVIDERS = ("eager", "torch.compile", "ours")
 
 def table(lines: list[dict]) -> str:
     """Markdown: for each GPU the newest result of every case and provider. Results of the CPU are left out."""
-    found = list(results.newest([line for line in lines if line["gpu"]]).values())
+    found = list(results.newest([x for x in lines if x["gpu"] and "p50_ms" in x]).values())
     devices = sorted({line["device"] for line in found})
     return "\n\n".join(_of_device([x for x in found if x["device"] == name]) for name in devices) or NOT_MEASURED
+
+
+def steps_table(lines: list[dict]) -> str:
+    """Markdown: the newest optimizer step of every model, machine and contender."""
+    found = results.newest([line for line in lines if line["kernel"] == "train_step"])
+    head = ("model", "machine", "what ran", "pairs/s", "against the naive loop", "recipe, GPU-hours", "peak", "waits")
+    rows = [head, ["---"] * len(head)]
+    for _, x in sorted(found.items()):
+        low, high = x["ratio_range"]
+        ratio = "1" if x["provider"] == x["against"] else f"**{x['ratio']:.2f}x** ({low:.2f} to {high:.2f})"
+        gpu = "---"
+        if x["gpu"]:
+            gpu = (f"{x['gpu_hours_recipe']:.2f}", f"{x['peak_memory'] / 2**30:.1f} GiB", f"{x['host_waits']}")
+        commit = f"{x['commit']}{' with changes' if x['dirty'] else ''}"
+        what = f"{x['op']}, {x['shape']}, {x['dtype']}, {x['pairs']} pairs, micro-batch {x['micro_batch']}, {commit}"
+        machine = x["device"] if x["gpu"] else f"{x['device']}, {x['threads']} threads"
+        rows.append((what, machine, x["provider"], f"{x['pairs_s']:.3g}", ratio, *gpu))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _of_device(lines: list[dict]) -> str:
@@ -69,9 +87,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder with JSON lines")
     parser.add_argument("--file", type=Path, default=results.ROOT / "README.md")
     arguments = parser.parse_args()
-    text = table(results.load(arguments.results))
-    print(text)
-    write_between(arguments.file, "bench", text)
+    lines = results.load(arguments.results)
+    for name, text in (("bench", table(lines)), ("steps", steps_table(lines))):
+        print(text)
+        write_between(arguments.file, name, text)
 
 
 if __name__ == "__main__":
