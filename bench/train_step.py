@@ -85,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = Models(*_opened(asked, device))
-    _move(models)
+    move_policy(models)
     pixels = asked.resolution or models.resolution
     source = open_source(asked.source)
     items = next(Windows(source, DataConfig(), resolution=pixels, seed=SEED, rank=0, world=1).steps(0, 1, asked.pairs))
@@ -107,11 +107,11 @@ def _opened(asked: argparse.Namespace, device: torch.device):
     return open_pipeline(config), device, config
 
 
-def _move(models: Models) -> None:
+def move_policy(models: Models) -> None:
     """The policy must differ from the reference, or every logit is 0."""
     with torch.no_grad():
         for i, p in enumerate(models.parameters()):
-            noise = torch.empty_like(p, device="cpu").normal_(generator=torch.Generator().manual_seed(i))
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
             p.add_(0.01 * p.std().nan_to_num() * noise.to(p.device))
     models.weights.refresh()
 

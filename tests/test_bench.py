@@ -55,7 +55,7 @@ def test_it_refuses_to_time_a_wrong_gradient(command, capsys, monkeypatch):
 def test_lockstep_is_the_naive_loop(tmp_path, pipeline):
     """Whatever the batch; fp32, ten chained evaluations, sums in another order."""
     models = Models(pipeline(), torch.device("cpu"), ModelsConfig(base="x"))
-    train_step._move(models)
+    train_step.move_policy(models)
     source = open_source(save_pairs(tmp_path / "pairs.parquet"))
     items = next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 5))
     how = {"beta": 500.0, "inversion_steps": 10, "seed": 0}
