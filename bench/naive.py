@@ -42,30 +42,34 @@ def naive_step(
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
     inverse.set_timesteps(inversion_steps, device=device)
     alphas = scheduler.alphas_cumprod.to(device)
-    precision = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     seen = {"loss": 0.0, "implicit_accuracy": 0.0, "model_mse": 0.0, "ref_mse": 0.0, "unet_evaluations": 0.0}
+
+    def ask(unet, x, time, text) -> torch.Tensor:
+        # the script's launcher wraps each call by itself: the weights' casts are thrown away in between
+        with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
+            return unet(x, time, **text).sample.float()
+
     for item in items:
-        with precision:
-            with torch.no_grad():
-                latents = torch.cat(
-                    [
-                        _latent(view.pixels, models, (seed, item.position, side))
-                        for side, view in enumerate((item.winner, item.loser))
-                    ]
-                )
-                text = _condition([item], models)
-                t = torch.tensor([draws.integer(0, 999, "t", seed, item.position)], device=device)
-                noisy = latents.clone()
-                for s in inverse.timesteps[inverse.timesteps < t[0]]:
-                    predicted = models.policy(noisy, s.repeat(2), **text).sample
-                    noisy = inverse.step(predicted, s, noisy).prev_sample
-                    seen["unet_evaluations"] += 2
-                a, b = alphas[t[0]] ** 0.5, (1 - alphas[t[0]]) ** 0.5
-                tau = (noisy - a * latents) / b
-                reference = models.reference(noisy, t.repeat(2), **text).sample
-            predicted = models.policy(noisy, t.repeat(2), **text).sample
-        e = (predicted.float() - tau.float()).square().mean((1, 2, 3))
-        r = (reference.float() - tau.float()).square().mean((1, 2, 3))
+        with torch.no_grad():
+            latents = torch.cat(
+                [
+                    _latent(view.pixels, models, (seed, item.position, side))
+                    for side, view in enumerate((item.winner, item.loser))
+                ]
+            )
+            text = _condition([item], models)
+            t = torch.tensor([draws.integer(0, 999, "t", seed, item.position)], device=device)
+            noisy = latents.clone()
+            for s in inverse.timesteps[inverse.timesteps < t[0]]:
+                predicted = ask(models.policy, noisy, s.repeat(2), text)
+                noisy = inverse.step(predicted, s, noisy).prev_sample
+                seen["unet_evaluations"] += 2
+            a, b = alphas[t[0]] ** 0.5, (1 - alphas[t[0]]) ** 0.5
+            tau = (noisy - a * latents) / b
+            reference = ask(models.reference, noisy, t.repeat(2), text)
+        predicted = ask(models.policy, noisy, t.repeat(2), text)
+        e = (predicted - tau).square().mean((1, 2, 3))
+        r = (reference - tau).square().mean((1, 2, 3))
         inside = -0.5 * beta * ((e[0] - e[1]) - (r[0] - r[1]))
         loss = -F.logsigmoid(inside)
         (loss / len(items)).backward()
@@ -132,6 +136,6 @@ def _condition(items: list[Item], models: Models) -> dict:
 
 def _latent(pixels, models: Models, key: draws.Key) -> torch.Tensor:
     image = torch.from_numpy(pixels.copy()).to(models.device).permute(2, 0, 1)[None].float() / 127.5 - 1
-    posterior = models.vae.encode(image).latent_dist
-    noise = draws.normal(tuple(posterior.mean.shape[1:]), "vae", *key)[None].to(posterior.mean)
-    return (posterior.mean + posterior.std * noise) * models.vae.config.scaling_factor
+    posterior = models.vae.encode(image.to(models.vae.dtype)).latent_dist
+    noise = draws.normal(tuple(posterior.mean.shape[1:]), "vae", *key)[None].to(models.device)
+    return (posterior.mean.float() + posterior.std.float() * noise) * models.vae.config.scaling_factor

@@ -2,8 +2,25 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile with the tracing and without the C++ compiler, which takes a minute; counts the graphs."""
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **(how | {"backend": backend, "mode": None})))
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()

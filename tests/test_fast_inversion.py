@@ -54,22 +54,6 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """torch.compile with the tracing and without the C++ compiler, which takes a minute; counts the graphs."""
-    graphs = []
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph
-
-    plain = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **(how | {"backend": backend, "mode": None})))
-    torch._dynamo.reset()
-    yield graphs
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
 def test_compiled(traced, items, pipeline):
     """x_t as on the plain path, one graph whatever the timesteps, and new weights are seen by the old graph."""
