@@ -67,9 +67,14 @@ def logit(e_w: torch.Tensor, e_l: torch.Tensor, r_w: torch.Tensor, r_l: torch.Te
     return -0.5 * beta * ((e_w - e_l) - (r_w - r_l))
 
 
-def preference_loss(logit: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid(logit) of each pair, (B,): InPO Eq. 18, Diffusion-DPO (arXiv 2311.12908) Eq. 14."""
-    return -F.logsigmoid(logit)
+def preference_loss(logit: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+    """-log sigmoid(logit) of each pair, (B,): InPO Eq. 18, Diffusion-DPO (arXiv 2311.12908) Eq. 14.
+
+    label (B,): the probability that the winner is the better one; then the mean over both orders (cDPO, Eq. 3 of
+    Mitchell's note on DPO with noisy labels, 2023).
+    """
+    loss = -F.logsigmoid(logit)
+    return loss if label is None else label * loss - (1 - label) * F.logsigmoid(-logit)
 
 
 def loser_gate(residual_w: torch.Tensor, residual_l: torch.Tensor, mu: float) -> torch.Tensor:
@@ -101,17 +106,19 @@ def evaluate(
     a_t: torch.Tensor,
     s_t: torch.Tensor,
     weight: torch.Tensor,
+    label: torch.Tensor | None = None,
     fused: bool = True,
 ) -> Objective:
     """Loss, metrics and the gradient of sum(weight * loss) in pred's space; go on with `pred.backward(dpred)`.
 
-    pred, ref, x_t, x_0: (S B, C, H, W), S sides, winners first; a_t, s_t (S B,); weight (B,), fp32.
+    pred, ref, x_t, x_0: (S B, C, H, W), S sides, winners first; a_t, s_t (S B,); weight (B,), fp32; label (B,), the
+    probability that the winner is the better one (1 without it; sft does not look at it).
     fused: one kernel for everything where there is one (inpo, dpo); otherwise errors, the functions of this file
     and autograd. For `sft` the loss is the winner's error and the logit minus that.
     """
     if fused and method != "sft":
         mu = config.winner_preserving
-        return inpo_loss(pred, ref, x_t, x_0, a_t, s_t, beta=config.beta, mu=mu, weight=weight)
+        return inpo_loss(pred, ref, x_t, x_0, a_t, s_t, beta=config.beta, mu=mu, weight=weight, label=label)
     pred, ref, x_t, x_0 = (x.detach().contiguous() for x in (pred, ref, x_t, x_0))
     pred.requires_grad_()
     e, r = errors(pred, ref, x_t, x_0, a_t, s_t)
@@ -126,7 +133,7 @@ def evaluate(
             gate = loser_gate(*residual.chunk(2), config.winner_preserving)
             e_l = gate_gradient(e_l, gate)
         logits = logit(e_w, e_l, r_w, r_l, config.beta)
-        loss = preference_loss(logits)
+        loss = preference_loss(logits, label)
     (dpred,) = torch.autograd.grad((weight * loss).sum(), pred)
     with torch.no_grad():
         products = [(x * y).mean((1, 2, 3)) for x, y in ((tau, tau), (ref, ref), (pred, ref), (tau, ref))]

@@ -44,7 +44,8 @@ class Window:
     """The pairs of one optimizer step on this rank, on the device.
 
     x_0: (N, S, C, H, W) latents, S sides (winner first). t: (N,) on the CPU; times (N, S), a and s (N, S), its copies
-    on the device, sqrt(abar_t) and sqrt(1 - abar_t). Images of the conditioning are numbered pair * S + side.
+    on the device, sqrt(abar_t) and sqrt(1 - abar_t). label, weight: (N,) fp32, of the pairs. Images of the
+    conditioning are numbered pair * S + side.
     """
 
     items: list[Item]
@@ -53,6 +54,8 @@ class Window:
     times: torch.Tensor
     a: torch.Tensor
     s: torch.Tensor
+    label: torch.Tensor
+    weight: torch.Tensor
     conditional: Conditioning
     unconditional: Conditioning
     keys: list[draws.Key] = field(default_factory=list)  # (seed, position, side) of each image
@@ -93,6 +96,8 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, 
         times=times,
         a=a,
         s=s,
+        label=to_device(torch.tensor([item.label for item in items], dtype=torch.float32), models.device),
+        weight=to_device(torch.tensor([item.weight for item in items], dtype=torch.float32), models.device),
         conditional=Conditioning(models.encode_prompts(prompts), row, time_ids),
         unconditional=Conditioning(empty, torch.zeros_like(row), time_ids),
         keys=keys,
@@ -219,7 +224,7 @@ def micro_step(
 ) -> tuple[torch.Tensor, Objective]:
     """The policy's prediction, with its graph, for some pairs of the window, and the objective at it.
 
-    weight: of each pair's loss in the gradient. Metrics go into the tally.
+    weight: of each pair's loss in the gradient, times the pair's own. Metrics go into the tally.
     """
     sides = window.x_0.shape[1]
     images = torch.arange(len(window.items) * sides, device=models.device).view(-1, sides)
@@ -239,9 +244,18 @@ def micro_step(
     with phase("forward"):
         prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
 
-    weights = torch.full((len(images) // sides,), weight, device=models.device)
     found = obj.evaluate(
-        recipe.method, recipe.objective, prediction, reference, x_t, x_0, a_t, s_t, weights, fused=recipe.fused_loss
+        recipe.method,
+        recipe.objective,
+        prediction,
+        reference,
+        x_t,
+        x_0,
+        a_t,
+        s_t,
+        weight * window.weight[pairs],
+        window.label[pairs],
+        fused=recipe.fused_loss,
     )
     if recipe.objective.winner_preserving is not None and recipe.method != "sft":
         tally.add("loser_gate", found.gate)

@@ -158,5 +158,6 @@ def test_label_is_honest(name, method, objective, inversion):
 
 def test_defaults_are_the_papers():
     assert ObjectiveConfig() == ObjectiveConfig(2000.0, "none", None, obj.Timesteps(0, 999))
-    paper = SimpleNamespace(estimator="ddim", model="policy", grid="exact", evaluate_at="source", guidance=0, eta=0)
+    how = {"estimator": "ddim", "model": "policy", "grid": "exact", "evaluate_at": "source", "guidance": 0, "eta": 0}
+    paper = SimpleNamespace(**how, fp8=False)
     assert obj.label("inpo", ObjectiveConfig(), paper) == "inpo"

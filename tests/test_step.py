@@ -100,6 +100,30 @@ def test_the_fused_loss_is_the_plain_one(moved, method, changes):
     assert values == pytest.approx(plain_values, rel=1e-4, abs=250 * 2.0**-22) and values.keys() == plain_values.keys()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_labels_and_weights_of_pairs(moved, fused):
+    """An independent float64 slope: the gradient is linear in it, pair by pair. Weight 0 leaves a pair out."""
+    models, items = moved
+    recipe = replace(RECIPE, fused_loss=fused)
+    alone, logits = [], []
+    for item in items[:3]:
+        g, _, logit = gradient(models, [item], recipe)
+        alone.append(g)
+        logits.append(logit.double().item())
+    label, weight = (0.7, 1.0, 0.5), (1.0, 0.25, 2.0)
+    changed = [replace(x, label=p, weight=w) for x, p, w in zip(items[:3], label, weight, strict=True)]
+    got, values, _ = gradient(models, changed, recipe)
+    sigmoid = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
+    wanted, losses = 0.0, []
+    for g, z, p, w in zip(alone, logits, label, weight, strict=True):
+        wanted = wanted + g * w * (p * sigmoid(-z) - (1 - p) * sigmoid(z)) / sigmoid(-z) / 3
+        losses.append(-p * math.log(sigmoid(z)) - (1 - p) * math.log(sigmoid(-z)))
+    assert distance(got, wanted) < 1e-4
+    assert values["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+    silent = [replace(items[0], weight=0.0), *items[1:3]]
+    assert distance(gradient(models, silent, recipe)[0] * 3, (alone[1] + alone[2])) < 1e-4
+
+
 def test_swapping_winner_and_loser_negates_the_logit(moved):
     """Held on the noised window: the images keep their own draws, only their roles change."""
     models, items = moved

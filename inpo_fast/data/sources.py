@@ -24,12 +24,17 @@ Format = Literal["auto", "parquet", "folder"]
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: `winner` and `loser` are encoded images (PNG, JPEG, WebP …)."""
+    """A preference: `winner` and `loser` are encoded images (PNG, JPEG, WebP …).
+
+    label: how sure it is that the winner is the better one, 0.5 to 1. weight: of the pair in the loss.
+    """
 
     id: str
     prompt: str
     winner: bytes
     loser: bytes
+    label: float = 1.0
+    weight: float = 1.0
 
 
 class BadPair(Exception):

@@ -50,6 +50,8 @@ class Item:
     prompt: str
     winner: View
     loser: View
+    label: float = 1.0
+    weight: float = 1.0
 
 
 class Windows:
@@ -84,7 +86,8 @@ class Windows:
         except BadPair as problem:
             raise BadPair(f"{pair.id}: {problem}") from problem
         dropout = draws.uniform("prompt", *key) < self.config.prompt_dropout
-        return Item(position, pair.id, "" if dropout else pair.prompt, winner, loser)
+        prompt = "" if dropout else pair.prompt
+        return Item(position, pair.id, prompt, winner, loser, pair.label, pair.weight)
 
     def _view(self, encoded: bytes, key: draws.Key) -> View:
         return make_view(
