@@ -51,7 +51,7 @@ PARTS = {  # end of a key -> phases: everything in the loop; latents and text fr
     "_precomputed": tuple(name for name in NAMES if name != "encode"),
     "_policy_step": ("forward", "backward"),
 }
-FLOORS = {"floor": "matrix work", "roofline": "roofline", "fused_floor": "fused path"}
+FLOORS = {"floor": "matrix work", "roofline": "roofline", "fused_floor": "fused path as it is"}
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     """
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f"x is {tuple(x.shape)}, its last dimension must be even: hidden and gate")
-    if x.device.type not in ("cuda", "meta"):
+    if not (x.is_cuda or x.is_meta):
         return geglu_reference(x)
     if not x.is_contiguous():
         raise ValueError(f"x must be contiguous (strides {x.stride()}); call .contiguous() on it")

@@ -344,7 +344,7 @@ def group_norm_silu(
     for name, v, shape in (("weight", weight, x.shape[1:2]), ("bias", bias, x.shape[1:2]), ("temb", temb, x.shape[:2])):
         if v is not None and (v.shape != shape or v.device != x.device):
             raise ValueError(f"{name} is {tuple(v.shape)} on {v.device}, expected {tuple(shape)} on {x.device}")
-    if x.device.type not in ("cuda", "meta"):
+    if not (x.is_cuda or x.is_meta):
         return group_norm_silu_reference(x, weight, bias, groups, eps, silu, temb)
     if x.shape[1:].numel() >= 2**31:
         raise ValueError(f"an image of x {tuple(x.shape)} has 2^31 elements or more: kernels count in int32 there")

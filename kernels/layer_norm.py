@@ -190,7 +190,7 @@ def layer_norm(
             f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, "
             f"x {tuple(x.shape)} {x.dtype} on {x.device}"
         )
-    if x.device.type not in ("cuda", "meta"):
+    if not (x.is_cuda or x.is_meta):
         return layer_norm_reference(x, weight, bias, eps, residual)
     for name, v in (("x", x), ("residual", residual)):
         if v is not None and not v.is_contiguous():

@@ -109,7 +109,7 @@ def linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
             raise ValueError(f"{name} is {v.dtype} on {v.device}, x {x.dtype} on {x.device}")
     if torch.is_grad_enabled() and any(v.requires_grad for v in (x, weight, bias)):
         raise ValueError("linear_geglu has no gradient: call it under torch.no_grad(), or linear and geglu instead")
-    if x.device.type not in ("cuda", "meta"):
+    if not (x.is_cuda or x.is_meta):
         return linear_geglu_reference(x, weight, bias)
     for name, v in (("x", x), ("weight", weight), ("bias", bias)):
         if not v.is_contiguous():
