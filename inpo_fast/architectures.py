@@ -21,6 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 Architecture = Literal["sd15", "sdxl"]
 
+PUBLISHED: dict[str, Architecture] = {  # the hub ids of the shipped recipes: their shapes need no network
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
 UNETS = {
     "sd15": {
         "sample_size": 64,

@@ -1,10 +1,10 @@
-"""What a UNet, VAE and text encoder cost: parameters, FLOPs and saved activations, counted on the meta device.
+"""What a UNet, VAE and text encoder compute and keep: parameters, FLOPs, saved activations, on the meta device.
 
 Exact for the shapes that run (2 FLOPs a multiply-add; convolutions, matrix products and attention only). Nothing is
 loaded or computed: a model's configuration is enough.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,10 +44,10 @@ def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bo
     """unet: a UNet2DConditionModel on the meta device, in the dtype it computes in; side: of the latent; tokens: of the
     text embedding. checkpointing: blocks keep their inputs only, and one block at a time is computed again."""
     parameters = sum(p.numel() for p in unet.parameters())
-    with _fused_attention():
+    with fused_attention():
         kept = _Kept(unet)
         with FlopCounterMode(display=False) as forward, kept.watching():
-            answer = _ask(unet, side, tokens)
+            answer = ask_unet(unet, side, tokens)
         forward = _by_class(forward, unet)
         activations = kept.bytes
         if checkpointing:
@@ -55,15 +55,15 @@ def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bo
             unet.enable_gradient_checkpointing()
             kept = _Kept(unet)
             with kept.watching():
-                answer = _ask(unet, side, tokens)
+                answer = ask_unet(unet, side, tokens)
             activations = kept.bytes + largest
         with FlopCounterMode(display=False) as backward:
             answer.backward(torch.empty_like(answer))
     return Passes(parameters, forward, _by_class(backward, unet), activations)
 
 
-def _ask(unet: torch.nn.Module, side: int, tokens: int) -> torch.Tensor:
-    """One image through a meta UNet."""
+def ask_unet(unet: torch.nn.Module, side: int, tokens: int) -> torch.Tensor:
+    """One image through a meta UNet, as `unet_passes` describes it: the prediction (1, C, side, side)."""
     config, dtype = unet.config, unet.dtype
     sample = torch.empty(1, config.in_channels, side, side, dtype=dtype, device="meta")
     text = torch.empty(1, tokens, config.cross_attention_dim, dtype=dtype, device="meta")
@@ -97,18 +97,28 @@ def forward_bytes(unet: torch.nn.Module, side: int, tokens: int) -> int:
             handles.append(module.register_forward_hook(look))
     for block in unet.down_blocks:
         handles.append(block.register_forward_hook(skip))
-    with torch.no_grad(), _fused_attention():
-        _ask(unet, side, tokens)
+    with torch.no_grad(), fused_attention():
+        ask_unet(unet, side, tokens)
     for handle in handles:
         handle.remove()
     return (skips + 3 * largest) * unet.dtype.itemsize
 
 
-def vae_encode_flop(vae: torch.nn.Module, pixels: int) -> int:
-    """FLOPs of encoding one image. vae: an AutoencoderKL on the meta device."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae.encode(torch.empty(1, 3, pixels, pixels, dtype=next(vae.parameters()).dtype, device="meta"))
+def forward_flop(run: Callable[[], object]) -> int:
+    """FLOPs of a call without gradient on the meta device."""
+    with torch.no_grad(), fused_attention(), FlopCounterMode(display=False) as counter:
+        run()
     return counter.get_total_flops()
+
+
+def ask_vae(vae: torch.nn.Module, pixels: int) -> object:
+    """One image through the encoder of a meta AutoencoderKL."""
+    return vae.encode(torch.empty(1, 3, pixels, pixels, dtype=next(vae.parameters()).dtype, device="meta"))
+
+
+def ask_texts(encoders: Sequence[torch.nn.Module], tokens: int) -> object:
+    """One prompt through all text encoders of a model (CLIPTextModel on the meta device)."""
+    return [encoder(torch.zeros(1, tokens, dtype=torch.int64, device="meta")) for encoder in encoders]
 
 
 class _Kept:
@@ -149,7 +159,7 @@ class _Kept:
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """On the meta device torch would take the unfused attention, which no GPU runs: it keeps whole attention maps."""
 
     def fused(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **_):

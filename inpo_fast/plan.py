@@ -1,10 +1,11 @@
 """What a run will need, before it is started: `python -m inpo_fast.train --config … --dry-run`.
 
-Everything comes from shapes and counts (costs.py): memory of weights, states and activations, the window's arithmetic,
-FLOPs. Activations and states are exact for the tensors that torch keeps; workspace and the allocator's slack are not
-known beforehand and stand as RESERVE.
+Everything comes from shapes and counts (costs.py, work.py): memory of weights, states and activations, the window's
+arithmetic, FLOPs. Activations and states are exact for the tensors that torch keeps; workspace and the allocator's
+slack are not known beforehand and stand as RESERVE.
 """
 
+import os
 from dataclasses import dataclass
 from math import prod
 
@@ -14,16 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from inpo_fast.architectures import CLIP_L, OPENCLIP_G, make_tokenizer, make_unet, make_vae, text_config
+from inpo_fast.architectures import CLIP_L, OPENCLIP_G, PUBLISHED, make_tokenizer, make_unet, make_vae, text_config
 from inpo_fast.config import RunConfig, split_batch
-from inpo_fast.costs import Passes, forward_bytes, unet_passes, vae_encode_flop
+from inpo_fast.costs import Passes, forward_bytes, unet_passes
 from inpo_fast.models import DTYPES, ModelsConfig, add_adapter, opening
 from inpo_fast.objectives import label
 from inpo_fast.optim import lr_at
 from inpo_fast.refusal import Refusal
-from inpo_fast.schedule import Schedule
-from inpo_fast.schedule import plan as climb_plan
 from inpo_fast.step import SIDES
+from inpo_fast.work import Work, work_of_a_pair
 
 RESERVE = 2.0  # GiB: CUDA context, workspaces of cuDNN and cuBLAS
 GIB = 2**30
@@ -35,13 +35,13 @@ class Shapes:
 
     unet: torch.nn.Module
     vae: torch.nn.Module
-    text_parameters: int
+    texts: list[torch.nn.Module]
     tokens: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run on `gpus` GPUs. Bytes for one GPU; flop: of one pair, by phase."""
+    """Numbers of a run on `gpus` GPUs. Bytes are of one GPU."""
 
     gpus: int
     parameters: int
@@ -51,8 +51,7 @@ class Plan:
     activations: int  # bytes per pair of a micro-batch, while the policy runs
     pairs_per_gpu: int
     micro_batches: int
-    evaluations: float  # of the inversion, mean per image
-    flop: dict[str, float]
+    work: Work
     forward: dict[str, int]  # FLOPs of one image through the UNet, by class
     gpu_hours: float
 
@@ -70,7 +69,10 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
     """Refusal where the batch does not divide over the GPUs or the model's configuration cannot be read."""
     micro_batches = split_batch(config.train, gpus)
     shapes = open_shapes(config.models)
-    torch.nn.Module.to(shapes.unet, DTYPES[config.models.precision])
+    dtype = DTYPES[config.models.precision]
+    vae_dtype = torch.float32 if dtype == torch.float16 and not config.models.vae else dtype
+    for part, into in ((shapes.unet, dtype), (shapes.vae, vae_dtype), *((text, dtype) for text in shapes.texts)):
+        torch.nn.Module.to(part, into)
     if config.models.lora.rank:
         shapes.unet.requires_grad_(False)
         add_adapter(shapes.unet, config.models.lora)
@@ -81,7 +83,16 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
     kept = _kept(config, shapes, passes, trained)
     activations = SIDES[config.method] * passes.activations
     inversion = forward_bytes(shapes.unet, pixels // factor, shapes.tokens) * config.inversion.batch
-    flop, evaluations = _flop(config, passes, SIDES[config.method], vae_encode_flop(shapes.vae, pixels))
+    work = work_of_a_pair(
+        config,
+        passes,
+        shapes.unet,
+        shapes.vae,
+        shapes.texts,
+        pixels=pixels,
+        side=pixels // factor,
+        tokens=shapes.tokens,
+    )
     pairs = config.train.steps * config.train.pairs_per_step
     return Plan(
         gpus=gpus,
@@ -92,21 +103,20 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
         activations=activations,
         pairs_per_gpu=config.train.pairs_per_step // gpus,
         micro_batches=micro_batches,
-        evaluations=evaluations,
-        flop=flop,
+        work=work,
         forward=passes.forward,
-        gpu_hours=sum(flop.values()) * pairs / (config.plan.tflops * 1e12) / 3600,
+        gpu_hours=sum(work.flop.values()) * pairs / (config.plan.tflops * 1e12) / 3600,
     )
 
 
 def open_shapes(models: ModelsConfig) -> Shapes:
     """A model's parts on the meta device, from its configuration files alone."""
     with torch.device("meta"):
-        if models.random:
-            tokenizer = make_tokenizer()
-            texts = [text_config(tokenizer, shape) for shape in (CLIP_L, OPENCLIP_G)[: 1 + (models.random == "sdxl")]]
-            return Shapes(make_unet(models.random), make_vae(models.random), _parameters(texts), 77)
         base = models.base
+        if known := models.random or (None if os.path.isdir(base) else PUBLISHED.get(base)):
+            tokenizer = make_tokenizer()
+            texts = [text_config(tokenizer, shape) for shape in (CLIP_L, OPENCLIP_G)[: 1 + (known == "sdxl")]]
+            return Shapes(make_unet(known), make_vae(known), _encoders(texts), 77)
         if base.endswith(".safetensors"):
             raise Refusal("--dry-run reads a model's configuration: give a folder, a hub id or models.random=sd15|sdxl")
         with opening("models.base", base) as options:
@@ -114,17 +124,16 @@ def open_shapes(models: ModelsConfig) -> Shapes:
             vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base, subfolder="vae", **options))
             names = ["text_encoder", "text_encoder_2"][: 1 + (unet.config.addition_embed_type == "text_time")]
             texts = [CLIPTextConfig.from_pretrained(base, subfolder=name, **options) for name in names]
-        return Shapes(unet, vae, _parameters(texts), texts[0].max_position_embeddings)
+        return Shapes(unet, vae, _encoders(texts), texts[0].max_position_embeddings)
 
 
-def _parameters(texts: list[CLIPTextConfig]) -> int:
-    return sum(p.numel() for config in texts for p in CLIPTextModel(config).parameters())
+def _encoders(texts: list[CLIPTextConfig]) -> list[torch.nn.Module]:
+    return [CLIPTextModel(config) for config in texts]
 
 
 def _kept(config: RunConfig, shapes: Shapes, passes: Passes, trained: list[torch.nn.Parameter]) -> dict[str, int]:
     width, count = DTYPES[config.models.precision].itemsize, sum(p.numel() for p in trained)
     full = not config.models.lora.rank
-    vae_width = 4 if config.models.precision == "fp16" and not config.models.vae else width
     kept = {"policy": width * passes.parameters}
     kept["reference"] = width * passes.parameters if full else 0  # LoRA: the policy with its adapter off
     if width < 4:
@@ -133,8 +142,8 @@ def _kept(config: RunConfig, shapes: Shapes, passes: Passes, trained: list[torch
     kept[f"optimizer ({config.optim.kind})"] = sum(_state_bytes(p, config.optim.kind) for p in trained)
     if config.optim.average != "none":
         kept["averaged weights"] = 4 * count
-    kept["VAE"] = vae_width * sum(p.numel() for p in shapes.vae.parameters())
-    kept["text encoders"] = width * shapes.text_parameters
+    kept["VAE"] = sum(p.nbytes for p in shapes.vae.parameters())
+    kept["text encoders"] = sum(p.nbytes for text in shapes.texts for p in text.parameters())
     return kept
 
 
@@ -147,25 +156,6 @@ def _state_bytes(p: torch.Tensor, kind: str) -> int:
     if kind == "adafactor":  # one number for each row and each column
         return 4 * (n if p.ndim < 2 else prod(p.shape[:-1]) + prod(p.shape[:-2]) * p.shape[-1])
     return 8 * n
-
-
-def _flop(config: RunConfig, passes: Passes, sides: int, vae: int) -> tuple[dict[str, float], float]:
-    """FLOPs of one pair by phase, and the inversion's mean evaluations per image over all timesteps."""
-    inverts = config.method == "inpo" and config.inversion.estimator == "ddim"
-    span, how = config.objective.timesteps, config.inversion
-    t = torch.arange(span.min, span.max + 1)
-    schedule = Schedule(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
-    climb = climb_plan(schedule, t, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at)
-    evaluations = climb.evaluations.double().mean().item() if inverts else 0.0
-    asked = 1 if how.guidance in (0.0, 1.0) else 2
-    forward = sides * passes.forward_flop
-    return {
-        "VAE encoding": sides * float(vae),
-        "inversion": forward * evaluations * asked,
-        "reference": forward * (config.method != "sft"),
-        "policy forward": float(forward),
-        "policy backward": float(sides * passes.backward_flop),
-    }, evaluations
 
 
 def show(config: RunConfig, plan: Plan, console: Console) -> None:
@@ -195,7 +185,7 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     images = SIDES[config.method] * plan.pairs_per_gpu
     window.add_row(
         "inversion",
-        f"{images} images x {plan.evaluations:.2f} evaluations on average, {config.inversion.batch} at a time",
+        f"{images} images x {plan.work.evaluations:.2f} evaluations on average, {config.inversion.batch} at a time",
     )
     console.print(window)
 
@@ -222,8 +212,8 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
         )
 
     cost = _table("work of one pair", "TFLOP", "share")
-    total = sum(plan.flop.values())
-    for phase, flop in plan.flop.items():
+    total = sum(plan.work.flop.values())
+    for phase, flop in plan.work.flop.items():
         if flop:
             cost.add_row(phase, f"{flop / 1e12:.2f}", f"{flop / total:.0%}")
     cost.add_row("[bold]all[/bold]", f"[bold]{total / 1e12:.2f}[/bold]", "")

@@ -1,11 +1,14 @@
 """Where the time of a step goes, and how far each part is from the least it could take.
 
-    python -m inpo_fast.profile --config configs/sd15.yaml [--ceiling 790] [--price 2.5] [--json FILE] [--trace FILE]
+    python -m inpo_fast.profile --config configs/sd15.yaml [--ceiling 790] [--copy-ceiling 4.3] [--price 2.5]
+                                [--json FILE] [--trace FILE]
     python -m inpo_fast.profile --config configs/sd15.yaml --dry-run      # work and floors only; no weights, no GPU
 
 Runs a few windows of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
-step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (costs.py); the floor
+step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (work.py); the floor
 of a phase is its matrix work at --ceiling, which is what the machine's own matrix product reaches, not the datasheet's.
+The roofline adds, one after the other, the bytes of what no matrix product can do on the way, at --copy-ceiling; the
+fused path's floor the bytes of all that models.fast=fused does beside its matrix products. Both: work.py, traffic.py.
 """
 
 import argparse
@@ -36,13 +39,19 @@ from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.step import Recipe, make_window, train_step
 
 PAPER = {(859_520_964, 10): 57.6, (859_520_964, 30): 136.0}  # (parameters of SD1.5, n): GPU-hours on an H800
-WORK = {  # phase -> lines of Plan.flop
-    "encode": ("VAE encoding",),
+WORK = {  # phase -> lines of Work
+    "encode": ("VAE encoding", "text encoding"),
     "invert": ("inversion",),
     "reference": ("reference",),
     "forward": ("policy forward",),
     "backward": ("policy backward",),
 }
+PARTS = {  # end of a key -> phases: everything in the loop; latents and text from a cache; the policy's passes alone
+    "": NAMES,
+    "_precomputed": tuple(name for name in NAMES if name != "encode"),
+    "_policy_step": ("forward", "backward"),
+}
+FLOORS = {"floor": "matrix work", "roofline": "roofline", "fused_floor": "fused path as it is"}
 
 
 @dataclass(frozen=True)
@@ -143,37 +152,54 @@ def _joules(device: torch.device) -> float | None:
         return None
 
 
-def summary(config: RunConfig, plan: Plan, ceiling: float, price: float | None, measured: Measured | None) -> dict:
-    """Everything in plain numbers, for --json and for the table."""
+def summary(
+    config: RunConfig,
+    plan: Plan,
+    ceiling: float,
+    price: float | None,
+    measured: Measured | None,
+    copy_ceiling: float = 4.3,
+) -> dict:
+    """Everything in plain numbers, for --json and for the table. ceiling: TFLOP/s; copy_ceiling: TB/s, read + write."""
     recipe_pairs = config.train.steps * config.train.pairs_per_step
-    pair_flop = sum(plan.flop.values())
+    work = plan.work
     sides = 1 if config.method == "sft" else 2
     out = {
         "variant": label(config.method, config.objective, config.inversion),
         "n": config.inversion.steps,
         "grid": config.inversion.grid,
         "precision": config.models.precision,
-        "inversion_evaluations": plan.evaluations,
-        "forward_tflop": plan.flop["policy forward"] / sides / 1e12,
-        "backward_tflop": plan.flop["policy backward"] / sides / 1e12,
+        "inversion_evaluations": work.evaluations,
+        "forward_tflop": work.flop["policy forward"] / sides / 1e12,
+        "backward_tflop": work.flop["policy backward"] / sides / 1e12,
         "forward_tflop_by_class": {kind: flop / 1e12 for kind, flop in plan.forward.items()},
-        "pair_tflop": pair_flop / 1e12,
+        "pair_tflop": sum(work.flop.values()) / 1e12,
         "ceiling_tflops": ceiling,
+        "copy_ceiling_tbs": copy_ceiling,
         "recipe_pairs": recipe_pairs,
-        "floor_gpu_hours": pair_flop * recipe_pairs / (ceiling * 1e12) / 3600,
         "paper_gpu_hours": PAPER.get((plan.parameters, config.inversion.steps)),
         "phases": {},
         "gpu_hours_recipe": None,
     }
     for name in NAMES:
-        flop = sum(plan.flop[line] for line in WORK.get(name, ()))
-        row = {"tflop_per_pair": flop / 1e12, "floor_s_per_pair": flop / (ceiling * 1e12)}
+        flop, moved, fused = (
+            sum(of[line] for line in WORK.get(name, ())) for of in (work.flop, work.roofline_bytes, work.fused_bytes)
+        )
+        floor = flop / (ceiling * 1e12)
+        row = {"tflop_per_pair": flop / 1e12, "floor_s_per_pair": floor}
+        row |= {"bytes_per_pair": moved, "roofline_s_per_pair": floor + moved / (copy_ceiling * 1e12)}
+        row |= {"fused_bytes_per_pair": fused, "fused_floor_s_per_pair": floor + fused / (copy_ceiling * 1e12)}
         if measured is not None:
             seconds = measured.seconds[name] / measured.pairs
             row |= {"s_per_pair": seconds, "share_of_time": measured.seconds[name] / measured.wall}
             if flop and seconds:
-                row |= {"tflops": flop / seconds / 1e12, "share_of_ceiling": flop / seconds / (ceiling * 1e12)}
+                row |= {"tflops": flop / seconds / 1e12, "share_of_ceiling": floor / seconds}
+                row["share_of_roofline"] = row["roofline_s_per_pair"] / seconds
         out["phases"][name] = row
+    for floor in FLOORS:
+        for part, names in PARTS.items():
+            seconds = sum(out["phases"][name][f"{floor}_s_per_pair"] for name in names)
+            out[f"{floor}_gpu_hours{part}"] = seconds * recipe_pairs / 3600
     if measured is not None:
         hours = measured.wall / measured.pairs * recipe_pairs / 3600
         out |= {
@@ -201,20 +227,31 @@ def show(result: dict, console: Console) -> None:
     console.print(f"one image: forward {forward:.3f} {unit} ({classes}), backward {backward:.3f}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     measured = result["gpu_hours_recipe"] is not None
-    headings = ["phase", f"{unit} / pair", f"floor ms at {result['ceiling_tflops']:g}"]
-    headings += ["measured ms", "share of time", f"{unit}/s", "of ceiling"] if measured else []
+    headings = ["phase", f"{unit} / pair", f"ms at {result['ceiling_tflops']:g} TFLOP/s", "GB / pair"]
+    headings.append(f"roofline ms, {result['copy_ceiling_tbs']:g} TB/s")
+    headings += ["measured ms", "share of time", f"{unit}/s", "of ceiling", "of roofline"] if measured else []
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
     for name, row in result["phases"].items():
         cells = [name, f"{scale * row['tflop_per_pair']:.2f}", f"{1000 * row['floor_s_per_pair']:.2f}"]
+        cells += [f"{row['bytes_per_pair'] / 1e9:.2f}", f"{1000 * row['roofline_s_per_pair']:.2f}"]
         if measured:
             cells += [f"{1000 * row['s_per_pair']:.2f}", f"{row['share_of_time']:.0%}"]
-            cells += [f"{scale * row['tflops']:.1f}", f"{row['share_of_ceiling']:.1%}"] if "tflops" in row else ["", ""]
+            shares = [f"{row[key]:.1%}" for key in ("share_of_ceiling", "share_of_roofline") if key in row]
+            cells += [f"{scale * row['tflops']:.1f}", *shares] if shares else ["", "", ""]
         table.add_row(*cells)
     console.print(table)
-    floor = f"floor {result['floor_gpu_hours']:.2f} GPU-hours for {result['recipe_pairs']:,} pairs (matrix work only)"
     paper = result["paper_gpu_hours"]
-    console.print(floor + (f"; the paper: {paper} on an H800" if paper else ""))
+    console.print(
+        f"\nleast GPU-hours for {result['recipe_pairs']:,} pairs"
+        + (f"; the paper: {paper} on an H800" if paper else "")
+    )
+    hours = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(("", "VAE and text in the loop", "precomputed", "policy step alone")):
+        hours.add_column(heading, justify="right" if i else "left")
+    for floor, what in FLOORS.items():
+        hours.add_row(what, *(f"{result[f'{floor}_gpu_hours{part}']:.2f}" for part in PARTS))
+    console.print(hours)
     if measured:
         extra = [f"{result['pairs_per_second']:.2f} pairs/s on {result['device']}"]
         if result["peak_memory_gib"] is not None:
@@ -237,14 +274,17 @@ def main() -> None:
     parser.add_argument(
         "--ceiling", type=float, default=790.0, help="TFLOP/s of a large bf16 matrix product (H200: 790)"
     )
+    parser.add_argument(
+        "--copy-ceiling", type=float, default=4.3, help="TB/s of a device copy, read + write (H200: 4.3)"
+    )
     parser.add_argument("--price", type=float, help="of one GPU-hour, in any currency")
     parser.add_argument("--windows", type=int, default=3, help="timed windows, after one to warm up (default 3)")
     parser.add_argument("--pairs", type=int, help="pairs of a window; default: the recipe's, at most 128")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--trace", type=Path, help="write a chrome trace of the timed windows there")
     own, rest = parser.parse_known_args()
-    if own.windows < 1 or (own.pairs is not None and own.pairs < 1) or own.ceiling <= 0:
-        raise Refusal("--windows, --pairs and --ceiling must be positive")
+    if own.windows < 1 or (own.pairs is not None and own.pairs < 1) or min(own.ceiling, own.copy_ceiling) <= 0:
+        raise Refusal("--windows, --pairs, --ceiling and --copy-ceiling must be positive")
     config = parse("python -m inpo_fast.profile", rest)
     quiet_libraries()
     console = Console()
@@ -258,7 +298,7 @@ def main() -> None:
         pairs = own.pairs or min(config.train.pairs_per_step, 128)
         pairs -= pairs % min(pairs, config.train.micro_batch)
         measured = measure(config, device, own.windows, pairs, own.trace)
-    result = summary(config, plan, own.ceiling, own.price, measured)
+    result = summary(config, plan, own.ceiling, own.price, measured, own.copy_ceiling)
     result |= {"command": " ".join(["python -m inpo_fast.profile", *sys.argv[1:]]), "plan": asdict(plan)}
     show(result, console)
     if own.json:

@@ -100,13 +100,13 @@ _geglu.register_autograd(_backward, setup_context=_setup)
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """y (..., D) of x (..., 2 D): the kernel on CUDA, the reference elsewhere.
+    """y (..., D) of x (..., 2 D): the op on CUDA and meta tensors, the reference elsewhere.
 
     ValueError on wrong shapes, strides.
     """
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f"x is {tuple(x.shape)}, its last dimension must be even: hidden and gate")
-    if not x.is_cuda:
+    if not (x.is_cuda or x.is_meta):
         return geglu_reference(x)
     if not x.is_contiguous():
         raise ValueError(f"x must be contiguous (strides {x.stride()}); call .contiguous() on it")

@@ -335,7 +335,7 @@ def group_norm_silu(
     silu: bool = True,
     temb: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y (N, C, H, W): the kernel on CUDA, the reference elsewhere.
+    """y (N, C, H, W): the op on CUDA and meta tensors, the reference elsewhere.
 
     ValueError on wrong shapes, dtypes, devices, strides.
     """
@@ -344,7 +344,7 @@ def group_norm_silu(
     for name, v, shape in (("weight", weight, x.shape[1:2]), ("bias", bias, x.shape[1:2]), ("temb", temb, x.shape[:2])):
         if v is not None and (v.shape != shape or v.device != x.device):
             raise ValueError(f"{name} is {tuple(v.shape)} on {v.device}, expected {tuple(shape)} on {x.device}")
-    if not x.is_cuda:
+    if not (x.is_cuda or x.is_meta):
         return group_norm_silu_reference(x, weight, bias, groups, eps, silu, temb)
     if x.shape[1:].numel() >= 2**31:
         raise ValueError(f"an image of x {tuple(x.shape)} has 2^31 elements or more: kernels count in int32 there")

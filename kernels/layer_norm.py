@@ -178,7 +178,7 @@ def layer_norm(
     eps: float,
     residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and u = x + residual (x itself without one): the kernel on CUDA, the reference elsewhere.
+    """y and u = x + residual (x itself without one): the op on CUDA and meta tensors, the reference elsewhere.
 
     ValueError on wrong shapes, dtypes, devices, strides.
     """
@@ -190,7 +190,7 @@ def layer_norm(
             f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, "
             f"x {tuple(x.shape)} {x.dtype} on {x.device}"
         )
-    if not x.is_cuda:
+    if not (x.is_cuda or x.is_meta):
         return layer_norm_reference(x, weight, bias, eps, residual)
     for name, v in (("x", x), ("residual", residual)):
         if v is not None and not v.is_contiguous():

@@ -7,11 +7,13 @@ Shapes: x (..., K), weight (2 D, K), bias (2 D,), one floating dtype, contiguous
 """
 
 import os
+from math import prod
 
 import torch
 import triton
 import triton.language as tl
 from inpo_kernels.geglu import geglu_reference, normal_cdf
+from torch.utils.flop_counter import register_flop_formula
 
 # Triton's interpreter multiplies bf16 by its bit patterns: there the operands are widened first
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -88,9 +90,16 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], len(weight) // 2)
 
 
+@register_flop_formula(torch.ops.inpo.linear_geglu)
+def _flop(x_shape, weight_shape, bias_shape, out_shape=None) -> int:
+    return 2 * prod(x_shape) * weight_shape[0]  # torch's own counter then sees the product inside
+
+
 def linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """y (..., D): the kernel on CUDA, the reference elsewhere. ValueError on wrong shapes, dtypes, devices, strides,
-    and where a gradient would be asked for."""
+    """y (..., D): the op on CUDA and meta tensors, the reference elsewhere.
+
+    ValueError on wrong shapes, dtypes, devices, strides, and where a gradient would be asked for.
+    """
     if weight.ndim != 2 or len(weight) % 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight is {tuple(weight.shape)}, expected (2 D, K) with x (..., K), x is {tuple(x.shape)}")
     if bias.shape != weight.shape[:1]:
@@ -100,7 +109,7 @@ def linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
             raise ValueError(f"{name} is {v.dtype} on {v.device}, x {x.dtype} on {x.device}")
     if torch.is_grad_enabled() and any(v.requires_grad for v in (x, weight, bias)):
         raise ValueError("linear_geglu has no gradient: call it under torch.no_grad(), or linear and geglu instead")
-    if not x.is_cuda:
+    if not (x.is_cuda or x.is_meta):
         return linear_geglu_reference(x, weight, bias)
     for name, v in (("x", x), ("weight", weight), ("bias", bias)):
         if not v.is_contiguous():

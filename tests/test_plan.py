@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 from tiny_world import save_tiny_model
 
+from inpo_fast import plan
 from inpo_fast.architectures import make_unet, make_vae
 from inpo_fast.config import parse
-from inpo_fast.costs import unet_passes, vae_encode_flop
+from inpo_fast.costs import ask_vae, forward_flop, unet_passes
 from inpo_fast.models import Models, ModelsConfig, open_pipeline
 from inpo_fast.optim import OptimConfig, make_optimizer
 from inpo_fast.plan import GIB, make_plan, show
@@ -45,7 +46,7 @@ def test_counts(name, parameters, forward, backward, kept, vae):
     assert passes.forward_flop / 1e12 == pytest.approx(forward, rel=1e-3)
     assert passes.backward_flop / 1e12 == pytest.approx(backward, rel=1e-3)
     assert passes.activations == pytest.approx(kept, rel=0.01)
-    assert vae_encode_flop(encoder, 8 * unet.config.sample_size) / 1e12 == pytest.approx(vae, rel=1e-3)
+    assert forward_flop(lambda: ask_vae(encoder, 8 * unet.config.sample_size)) / 1e12 == pytest.approx(vae, rel=1e-3)
 
 
 def test_counted_activations_are_what_autograd_keeps(tmp_path):
@@ -104,18 +105,59 @@ def test_published_recipe(name, beta, optimizer, gpus):
     assert plan.gpu_hours == plan_of(f"{name}-published").gpu_hours  # GPU-hours do not depend on their number
 
 
+def clip_flop(layers: int, width: int, tokens: int = 77) -> int:
+    """By hand: four projections and a feed-forward of four times the width, two products of attention."""
+    return layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+
+
 def test_work_of_a_pair():
-    """From the counts of one image by hand: 2 E + 2 + 2 forwards, 2 backwards, 2 encodings."""
-    flop = plan_of("sd15").flop
+    """From the counts of one image by hand: 2 E + 2 + 2 forwards, 2 backwards, 2 encodings, one prompt."""
+    flop = plan_of("sd15").work.flop
     want = {"VAE encoding": 2 * 1.1167, "inversion": 2 * 5.5 * 0.8033, "reference": 2 * 0.8033}
-    want |= {"policy forward": 2 * 0.8033, "policy backward": 2 * 1.6665}
+    want |= {"policy forward": 2 * 0.8033, "policy backward": 2 * 1.6665, "text encoding": clip_flop(12, 768) / 1e12}
     assert {k: v / 1e12 for k, v in flop.items()} == pytest.approx(want, rel=1e-3)
-    cheaper = plan_of("sd15", "--method=dpo").flop
+    assert plan_of("sdxl").work.flop["text encoding"] == clip_flop(12, 768) + clip_flop(32, 1280)
+    cheaper = plan_of("sd15", "--method=dpo").work.flop
     assert cheaper == flop | {"inversion": 0.0}
-    guided = plan_of("sd15", "--inversion.guidance=5").flop
+    guided = plan_of("sd15", "--inversion.guidance=5").work.flop
     assert guided["inversion"] == pytest.approx(2 * flop["inversion"])
-    sft = plan_of("sd15", "--method=sft").flop
+    sft = plan_of("sd15", "--method=sft").work.flop
     assert sft["reference"] == 0 and sft["policy backward"] == pytest.approx(flop["policy backward"] / 2)
+
+
+def test_bytes_of_a_pair():
+    """From the bytes of one image (tests/test_traffic.py): as often as the FLOPs, each phase in its own convention."""
+    work = plan_of("sd15").work
+    assert work.roofline_bytes == pytest.approx(
+        {
+            "VAE encoding": 2 * 2505.0e6,
+            "text encoding": 43.54e6,
+            "inversion": 2 * 5.5 * 1063.7e6,
+            "reference": 2 * 1063.7e6,
+            "policy forward": 2 * 1063.7e6,
+            "policy backward": 2 * 1620.9e6,
+        },
+        rel=1e-3,
+    )
+    sums = 10 * 859_520_964 / 8  # of 8 pairs: a bf16 gradient read, an fp32 sum read and written
+    assert work.fused_bytes == pytest.approx(
+        {
+            "VAE encoding": 2 * 4795.4e6,
+            "text encoding": 54.90e6,
+            "inversion": 2 * 5.5 * 942.3e6,
+            "reference": 2 * 1219.5e6,
+            "policy forward": 2 * 1219.5e6,
+            "policy backward": 2 * 1910.7e6 + sums,
+        },
+        rel=1e-3,
+    )
+    wide = plan_of("sd15", "--models.precision=fp32").work
+    assert wide.roofline_bytes["policy forward"] == pytest.approx(2 * work.roofline_bytes["policy forward"], rel=1e-3)
+    assert wide.fused_bytes["policy backward"] == pytest.approx(2 * 2 * 1910.7e6 + 1.2 * sums, rel=1e-3)
+    half = plan_of("sd15", "--models.precision=fp16").work  # its VAE runs in fp32
+    assert half.roofline_bytes == work.roofline_bytes | {
+        "VAE encoding": pytest.approx(2 * work.roofline_bytes["VAE encoding"], rel=1e-3)
+    }
 
 
 def test_lora_and_checkpointing_save_what_they_say():
@@ -124,8 +166,10 @@ def test_lora_and_checkpointing_save_what_they_say():
     frugal = plan_of("sd15", "--models.gradient_checkpointing=true")
     assert frugal.activations < full.activations / 3
     # all but what lies outside of the blocks is computed once more
-    again = frugal.flop["policy backward"] - full.flop["policy backward"]
-    assert 0.6 < again / full.flop["policy forward"] < 1
+    again = frugal.work.flop["policy backward"] - full.work.flop["policy backward"]
+    assert 0.6 < again / full.work.flop["policy forward"] < 1
+    again = frugal.work.roofline_bytes["policy backward"] - full.work.roofline_bytes["policy backward"]
+    assert 0.6 < again / full.work.roofline_bytes["policy forward"] < 1
 
 
 def test_memory_table_of_the_recipes():
@@ -143,6 +187,21 @@ def table_line(name: str) -> str:
     micro_batch = config.train.micro_batch
     sizes = (sum(plan.kept.values()), plan.activations * micro_batch, plan.peak(micro_batch))
     return f"| {name} | {micro_batch} | " + " | ".join(f"{size / GIB:.1f}" for size in sizes) + f" | {fits} |"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_is_planned_without_a_network(name, tmp_path, monkeypatch):
+    """Its base is a hub id whose shapes are known here; a folder of that name goes before."""
+    monkeypatch.setattr(plan.UNet2DConditionModel, "load_config", None)  # calling it would fail
+    models = parse("test", ["--config", str(CONFIGS / f"{name}.yaml")]).models
+    shapes, known = plan.open_shapes(models), plan.open_shapes(recipe(name).models)
+    assert shapes.unet.config == known.unet.config and shapes.vae.config == known.vae.config
+    assert [text.config.to_dict() for text in shapes.texts] == [text.config.to_dict() for text in known.texts]
+    assert sum(p.numel() for p in shapes.unet.parameters()) == (859_520_964 if "sd15" in name else 2_567_463_684)
+    (tmp_path / models.base).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError):
+        plan.open_shapes(models)
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):
