@@ -144,16 +144,16 @@ def test_bytes_of_a_pair():
         {
             "VAE encoding": 2 * 4795.4e6,
             "text encoding": 54.90e6,
-            "inversion": 2 * 5.5 * 942.3e6,
-            "reference": 2 * 1219.5e6,
-            "policy forward": 2 * 1219.5e6,
-            "policy backward": 2 * 1910.7e6 + sums,
+            "inversion": 2 * 5.5 * 849.9e6,
+            "reference": 2 * 1127.1e6,
+            "policy forward": 2 * 1127.1e6,
+            "policy backward": 2 * 1818.3e6 + sums,
         },
         rel=1e-3,
     )
     wide = plan_of("sd15", "--models.precision=fp32").work
     assert wide.roofline_bytes["policy forward"] == pytest.approx(2 * work.roofline_bytes["policy forward"], rel=1e-3)
-    assert wide.fused_bytes["policy backward"] == pytest.approx(2 * 2 * 1910.7e6 + 1.2 * sums, rel=1e-3)
+    assert wide.fused_bytes["policy backward"] == pytest.approx(2 * 2 * 1818.3e6 + 1.2 * sums, rel=1e-3)
     half = plan_of("sd15", "--models.precision=fp16").work  # its VAE runs in fp32
     assert half.roofline_bytes == work.roofline_bytes | {
         "VAE encoding": pytest.approx(2 * work.roofline_bytes["VAE encoding"], rel=1e-3)
