@@ -100,6 +100,7 @@ NAMES = (
     "eps_scale",
     "loser_gate",
     "grad_norm",
+    "trajectories_hit",
     *TOTALS,
 )  # fixed, so that processes without a usable pair reduce the same table
 

@@ -6,6 +6,7 @@ micro-batch size nor on the number of processes beyond rounding.
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from inpo_fast.models import Conditioning, Models, Text
 from inpo_fast.objectives import Method, ObjectiveConfig
 from inpo_fast.phases import phase
 from inpo_fast.schedule import plan, snap
+from inpo_fast.trajectories import Held, Trajectories
 
 SIDES = {"inpo": 2, "dpo": 2, "sft": 1}  # winner and loser, or the winner only
 
@@ -35,6 +37,7 @@ class Recipe:
     vae_sample: bool
     seed: int
     fused_loss: bool = True  # False: the plain path, for comparison
+    trajectories: Trajectories | None = None  # of inversion.cache
 
 
 @dataclass
@@ -51,21 +54,27 @@ class Window:
     conditional: Conditioning
     unconditional: Conditioning
     keys: list[draws.Key] = field(default_factory=list)  # (seed, position, side) of each image
+    held: Held | None = None  # what inversion.cache knows of the images
 
 
 @torch.no_grad()
 def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, chunk: int = 32) -> Window:
-    """Latents, text and timesteps of decoded pairs. t depends on (seed, position) only, and is shared by the sides."""
+    """Latents, text and timesteps of decoded pairs. t depends on (seed, position) only (inversion.frozen: on the pair's
+    content), and is shared by the sides."""
+    chunk = min(chunk, recipe.inversion.batch)  # inversion.batch=1 means the VAE too: no batch rounds anything then
     sides = SIDES[recipe.method]
     views = [view for item in items for view in (item.winner, item.loser)[:sides]]
     keys: list[draws.Key] = [(recipe.seed, item.position, side) for item in items for side in range(sides)]
+    held = None if recipe.trajectories is None else recipe.trajectories.of(items, keys)
+    new = range(len(views)) if held is None else held.missing
     latents = []
-    for lo in range(0, len(views), chunk):
-        pixels = torch.from_numpy(np.stack([view.pixels for view in views[lo : lo + chunk]])).to(models.device)
+    for lo in range(0, len(new), chunk):
+        part = new[lo : lo + chunk]
+        pixels = torch.from_numpy(np.stack([views[i].pixels for i in part])).to(models.device)
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         side = models.reference.config.sample_size * pixels.shape[-1] // models.resolution
         shape = (models.reference.config.in_channels, side, side)
-        noise = draws.normals(shape, [("vae", *key) for key in keys[lo : lo + chunk]]) if recipe.vae_sample else None
+        noise = draws.normals(shape, [("vae", *keys[i]) for i in part]) if recipe.vae_sample else None
         latents.append(models.encode_images(pixels, noise))
     prompts = list(dict.fromkeys(item.prompt for item in items))
     row = torch.tensor([prompts.index(item.prompt) for item in items for _ in range(sides)], device=models.device)
@@ -75,17 +84,21 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, 
         published = models.config.micro_conditioning == "published"
         told = [(*target, 0, 0) if published else (*view.original, *view.crop) for view in views]
         time_ids = torch.tensor([(*sizes, *target) for sizes in told], device=models.device).float()
+    # contiguous, whatever the VAE's layout is: sums over an image are rounded in the order of memory
+    x_0 = (torch.cat(latents) if held is None else held.x_0(latents, models.device)).contiguous()
     span = recipe.objective.timesteps
-    t = torch.tensor([draws.integer(span.min, span.max, "t", recipe.seed, item.position) for item in items])
+    drawn = [("t", recipe.seed, item.position) for item in items] if held is None else held.t_keys(recipe.seed, items)
+    t = torch.tensor([draws.integer(span.min, span.max, *key) for key in drawn])
     if recipe.inversion.grid == "snap" and uses_inversion(recipe):
         t = snap(t, recipe.inversion.steps, models.schedule.T)
     return Window(
         items=items,
-        x_0=torch.cat(latents).unflatten(0, (len(items), sides)),
+        x_0=x_0.unflatten(0, (len(items), sides)),
         t=t,
         conditional=Conditioning(models.encode_prompts(prompts), row, time_ids),
         unconditional=Conditioning(empty, torch.zeros_like(row), time_ids),
         keys=keys,
+        held=held,
     )
 
 
@@ -109,9 +122,9 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
     def eps_with(conditioning: Conditioning) -> Eps:
         return lambda x, time, rows: models.predict(how.model, x, time, conditioning.arguments(rows))
 
-    climb = plan(
+    climb_to = partial(
+        plan,
         models.schedule,
-        t,
         steps=how.steps,
         grid=how.grid,
         evaluate_at=how.evaluate_at,
@@ -119,10 +132,14 @@ def noise_window(window: Window, models: Models, recipe: Recipe) -> tuple[torch.
         predicts_v=models.predicts_v,
     )
     with models.inverting(how.model):
+        if window.held is not None:
+            eps = eps_with(window.conditional if how.guidance == 1.0 else window.unconditional)
+            x_t, spent = window.held.noise(eps, flat, t, climb_to, how.batch)
+            return x_t.unflatten(0, window.x_0.shape[:2]), spent
         x_t, spent = invert(
             eps_with(window.unconditional),
             flat,
-            climb,
+            climb_to(t),
             batch=how.batch,
             conditional=eps_with(window.conditional),
             guidance=how.guidance,
@@ -173,6 +190,8 @@ def train_step(
         with _fits("inversion.batch", recipe.inversion.batch), phase("invert"):
             x_t, spent = noise_window(window, models, recipe)
         tally.add("unet_evaluations", spent, total=True)
+        if window.held is not None:
+            tally.add("trajectories_hit", window.held.hits.to(models.device))
         for lo in range(0, len(window.items), recipe.micro_batch):
             pairs = torch.arange(lo, min(lo + recipe.micro_batch, len(window.items)))
             weight = loss_scale / pairs_per_step
@@ -219,7 +238,16 @@ def micro_step(
     arguments = window.conditional.arguments(here)
     time = t.to(models.device)
     with torch.no_grad(), phase("reference"):
-        reference = models.eps(models.predict("reference", x_t, time, arguments), x_t, a_t, s_t)
+        if recipe.inversion.frozen:
+            answer, asked = window.held.reference(
+                images,
+                lambda part: models.predict(
+                    "reference", x_t[part], time[part], window.conditional.arguments(here[part])
+                ),
+            )
+        else:
+            answer, asked = models.predict("reference", x_t, time, arguments), len(images)
+        reference = models.eps(answer, x_t, a_t, s_t)
     with phase("forward"):
         prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
 
@@ -239,5 +267,5 @@ def micro_step(
         sides=sides,
         contrast=recipe.method != "sft",
     )
-    tally.add("unet_evaluations", 2 * len(images), total=True)  # reference and policy, forward
+    tally.add("unet_evaluations", asked + len(images), total=True)  # reference and policy, forward
     return prediction, found
