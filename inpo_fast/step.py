@@ -61,7 +61,7 @@ class Window:
 def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, chunk: int = 32) -> Window:
     """Latents, text and timesteps of decoded pairs. t depends on (seed, position) only (inversion.frozen: on the pair's
     content), and is shared by the sides."""
-    chunk = min(chunk, recipe.inversion.batch)  # inversion.batch=1 means the VAE too: no batch rounds anything then
+    chunk = 1 if recipe.inversion.batch == 1 else chunk  # one by one means the VAE too: then no batch rounds an image
     sides = SIDES[recipe.method]
     views = [view for item in items for view in (item.winner, item.loser)[:sides]]
     keys: list[draws.Key] = [(recipe.seed, item.position, side) for item in items for side in range(sides)]

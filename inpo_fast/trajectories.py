@@ -188,11 +188,12 @@ class Held:
 
     def _replay(self, images: list[int], x_0: torch.Tensor, climb: Climb, x_t: torch.Tensor) -> list[int]:
         """x_t of the images, which are sorted by falling evaluations, from their answers; gives those without."""
-        cache, needed = self.cache, climb.evaluations[images].tolist()
-        found = cache.shards.read("answers", [self.keys[r] for r in self.record[images]], needed)
+        cache, device = self.cache, x_0.device
+        keys = [self.keys[r] for r in self.record[images]]
+        found = cache.shards.read("answers", keys, climb.evaluations[images].tolist())
         good = [i for i, answers in zip(images, found, strict=True) if answers is not None]
         if good:
-            needed, device = climb.evaluations[good], x_0.device
+            needed = climb.evaluations[good]
             answers = torch.zeros(len(good), int(needed[0]), *cache.latent, dtype=cache.dtype)
             for row, own in zip(answers, (own for own in found if own is not None), strict=True):
                 row[: len(own)] = own
@@ -205,7 +206,10 @@ class Held:
             x_t[rows] = x
         return [i for i, answers in zip(images, found, strict=True) if answers is None]
 
-    def _frozen_noise(self, eps: Eps, x_0: torch.Tensor, t: torch.Tensor, climb_to, batch: int):
+    def _frozen_noise(
+        self, eps: Eps, x_0: torch.Tensor, t: torch.Tensor, climb_to, batch: int
+    ) -> tuple[torch.Tensor, int]:
+        """As `noise`: x_t from disk, or climbed to; in `rows` by record."""
         spent, device = 0, x_0.device
         if self._x_t is None:  # else: the step is repeated with smaller batches
             found = (self.cache.shards.read(part, self.keys) for part in ("x_t", "answer"))
