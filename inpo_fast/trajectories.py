@@ -193,16 +193,15 @@ class Held:
         found = cache.shards.read("answers", keys, climb.evaluations[images].tolist())
         good = [i for i, answers in zip(images, found, strict=True) if answers is not None]
         if good:
-            needed = climb.evaluations[good]
-            answers = torch.zeros(len(good), int(needed[0]), *cache.latent, dtype=cache.dtype)
+            longest = int(climb.evaluations[good[0]])
+            answers = torch.zeros(len(good), longest, *cache.latent, dtype=cache.dtype)
             for row, own in zip(answers, (own for own in found if own is not None), strict=True):
                 row[: len(own)] = own
             rows, answers = torch.tensor(good, device=device), answers.to(device)
             p, q = (c[good].to(device) for c in (climb.p, climb.q))
             x = x_0[rows]
-            for j in range(answers.shape[1]):
-                active = int((needed > j).sum())  # on the CPU: no device sync
-                ddim_step_(x[:active], answers[:active, j], p[:active, j], q[:active, j])
+            for j in range(longest):  # p = 1 and q = 0 leave those alone that are there
+                ddim_step_(x, answers[:, j], p[:, j], q[:, j])
             x_t[rows] = x
         return [i for i, answers in zip(images, found, strict=True) if answers is None]
 
