@@ -86,16 +86,16 @@ def test_replayed_is_inverted(tmp_path, grid, evaluate_at, steps, dtype):
 
 def test_one_image_many_times_in_a_window_is_one_record(tmp_path):
     """Encoded and climbed once, each with its own t."""
-    t, keys = torch.tensor([999, 5, 400, 999]), [digest(b"a"), digest(b"b"), digest(b"a"), digest(b"a")]
-    x_0 = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    t, keys = torch.tensor([999, 5, 400, 999]), [digest(name) for name in (b"a", b"a", b"b", b"a")]
+    kind, x_0 = torch.tensor([0, 0, 1, 0]), torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     climb_to = lambda t: plan(SCHEDULES[0], t, steps=3)  # noqa: E731
-    blind = lambda x, time, rows: eps(x, time, 0 * rows)  # noqa: E731
+    conditioned = lambda x, time, rows: eps(x, time, kind[rows])  # noqa: E731
     held = Held(store(tmp_path, 3), keys, [])
-    assert held.missing == [0, 1]
+    assert held.missing == [0, 2]
     latents = held.x_0([x_0[:1], x_0[1:]], x_0.device)
-    assert torch.equal(latents, x_0[[0, 1, 0, 0]])
-    got, spent = held.noise(blind, latents, t, climb_to, batch=2)
-    want, _ = invert(blind, latents, climb_to(t), batch=2)
+    assert torch.equal(latents, x_0[kind])
+    got, spent = held.noise(conditioned, latents, t, climb_to, batch=2)
+    want, _ = invert(conditioned, latents, climb_to(t), batch=2)
     assert torch.equal(got, want) and spent == 2 * 3 and len(held.cache.shards) == 2
     warm = Held(store(tmp_path, 3), keys, [])
     assert warm.missing == [] and torch.equal(warm.x_0([], x_0.device), latents) and warm.hits.tolist() == [1] * 4
