@@ -175,6 +175,21 @@ def test_latents_drawn_for_each_seed_serve_their_seed(world, tmp_path):
     assert run(world, tmp_path, data=data, seed=1).each("trajectories_hit") == 3 * [0]
 
 
+def test_each_image_draws_its_own_latent(world, tmp_path):
+    """In whatever batches it is encoded, and whichever others are there: to fp32's rounding."""
+    models, data, latents = models_of(world), DataConfig(vae_sample=True), []
+    run(world, tmp_path, data=data, steps=1)
+    (items,) = windows(world, 0, data, 0, 1)
+    items = [replace(items[0], position=99), *items[1:]]  # two images that are not there, in front
+    for folder, batch in ((None, 1), (None, 64), (tmp_path, 1), (tmp_path, 64)):
+        recipe = recipe_of(models, folder, replace(HOW, batch=batch), data=data)
+        window = make_window(items, models, recipe, models.encode_empty())
+        assert folder is None or window.held.missing == [0, 1]
+        latents.append(window.x_0)
+    for other in latents[1:]:
+        torch.testing.assert_close(other, latents[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_adapter_trains_from_its_bases_cache(world, tmp_path, precision):
     run(world, tmp_path, precision=precision)
@@ -322,7 +337,7 @@ def test_frozen_and_partly_there(world, tmp_path):
 def test_a_full_gpu_repeats_the_step_exactly(world, tmp_path, phase, frozen, monkeypatch):
     """Out of memory in either half of a step: lowered, repeated, and what was recorded is whole."""
     models = models_of(world)
-    recipe = recipe_of(models, tmp_path, replace(HOW, batch=8, frozen=frozen), micro_batch=4)
+    recipe = recipe_of(models, tmp_path, replace(HOW, batch=8, frozen=frozen))
     unet = models.policy if phase == "train.micro_batch" else models.reference
     forward = unet.forward
 

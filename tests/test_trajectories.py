@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from tiny_world import tiny_pipeline, tiny_xl
 
+from inpo_fast import schedule as schedule_module
 from inpo_fast import trajectories
 from inpo_fast.data.images import View
 from inpo_fast.data.windows import DataConfig, Item
@@ -51,6 +52,29 @@ def test_which_grids_have_global_levels(schedule, steps):
             assert good == ((grid, at) in GLOBAL), (grid, at)
 
 
+@pytest.mark.parametrize("name", ["p", "q", "times"])
+@pytest.mark.parametrize(("column", "good"), [(3, False), (4, True), (9, True)])  # t = 450 takes five steps
+def test_global_levels_are_read_off_the_plan(monkeypatch, name, column, good):
+    """One number of one climb changed: only in its last step may p and q differ, and times in none it takes."""
+
+    def changed(*arguments, **options):
+        climb = plan(*arguments, **options)
+        getattr(climb, name)[450, column] *= 2
+        return climb
+
+    monkeypatch.setattr(schedule_module, "plan", changed)
+    good = good and (name != "times" or column == 9)
+    assert has_global_levels(SCHEDULES[0], steps=10, grid="exact", evaluate_at="source") == good
+
+
+@pytest.fixture
+def nan_in_empty():
+    """What is allocated and never written is not a number."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def eps(x, time, rows):
     """A prediction that rounds alike in every batch, and depends on x, time and row."""
     wave = torch.cos(time.double() / 300 + rows.double()).float()[:, None, None, None]
@@ -66,7 +90,7 @@ def store(folder: Path, answers: int, dtype: torch.dtype = torch.float32) -> Tra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 3, 10, 300])
 @pytest.mark.parametrize(("grid", "evaluate_at"), sorted(GLOBAL))
-def test_replayed_is_inverted(tmp_path, grid, evaluate_at, steps, dtype):
+def test_replayed_is_inverted(tmp_path, nan_in_empty, grid, evaluate_at, steps, dtype):
     """x_t of any t from the answers of the highest climb is x_t of its own climb, bit for bit; v-prediction too."""
     t = torch.tensor([333, 0, 999, 1, 640, 100, 99, 2, 101, 902, 1, 500])
     x_0 = torch.randn(len(t), 3, 4, 6, generator=torch.Generator().manual_seed(0))
