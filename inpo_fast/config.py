@@ -188,6 +188,29 @@ def check(config: RunConfig) -> None:
         raise Refusal("inversion.fp8=true needs models.fast=fused or compiled")
     if config.method == "sft" and mu is not None:
         raise Refusal("objective.winner_preserving needs a loser; method=sft has none")
+    _check_cache(config)
+
+
+def _check_cache(config: RunConfig) -> None:
+    how, where = config.inversion, f"inversion.cache={config.inversion.cache}"
+    if how.cache is None:
+        if how.frozen:
+            raise Refusal("inversion.frozen=true needs inversion.cache, the folder of what is frozen")
+        return
+    rules = [
+        (config.method == "inpo", f"method={config.method}", "has no inversion; take method=inpo"),
+        (how.estimator == "ddim", f"inversion.estimator={how.estimator}", "has no inversion; take ddim"),
+        (how.model == "reference", f"inversion.model={how.model}", "follows the trained weights; take reference"),
+        (how.eta == 0, f"inversion.eta={how.eta:g}", "draws noise for each seed; take 0"),
+        (how.guidance in (0.0, 1.0), f"inversion.guidance={how.guidance:g}", "mixes two answers; take 0 or 1"),
+    ]
+    for good, key, reason in rules:
+        if not good:
+            raise Refusal(f"{where} keeps what the reference answers on its way, and {key} {reason}")
+    if not how.cache:
+        raise Refusal("inversion.cache is empty; name a folder, or null for none")
+    if config.output is not None and Path(how.cache).resolve() == Path(config.output).resolve():
+        raise Refusal(f"{where} is the run's own output folder; name another one")
 
 
 def split_batch(config: TrainConfig, world: int) -> int:

@@ -1,6 +1,9 @@
 """Files that are either whole or absent."""
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,3 +19,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path` to write under, of this call alone: several processes may make the same file.
+
+    When the block ends, what stands there is synced and renamed; when it fails, removed.
+    """
+    aside = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

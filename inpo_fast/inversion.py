@@ -43,6 +43,12 @@ class InversionConfig:
     """Linear layers of the inversion in fp8 (needs models.fast). x_t moves a little: a variant and labelled so."""
     batch: int = 64
     """Images per UNet evaluation. No effect on the result beyond rounding."""
+    cache: str | None = None
+    """Folder of trajectories; needs model=reference. Those in it are not computed, the others are added. No effect on
+    the result beyond rounding. Runs that differ in seed (with data.vae_sample=false), beta, lr … share it."""
+    frozen: bool = False
+    """The cache also keeps x_t and the reference's prediction: t is then a function of the pair, the same in every
+    epoch and for every seed. A variant and labelled so; only the policy's step is left of a cached run."""
 
 
 def fill_slots(evaluations: torch.Tensor, batch: int) -> list[torch.Tensor]:

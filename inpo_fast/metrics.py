@@ -103,6 +103,7 @@ NAMES = (
     "loser_gate",
     "slot_utilisation",
     "grad_norm",
+    "trajectories_hit",
     *TOTALS,
 )  # fixed, so that processes without a usable pair reduce the same table
 

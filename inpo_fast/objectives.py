@@ -150,7 +150,7 @@ def label(method: Method, objective: ObjectiveConfig, inversion) -> str:
     else:
         name = "inpo"
         name += "" if objective.tau_norm == "none" else f"-{objective.tau_norm}"
-        name += "" if inversion.model == "policy" else "-ref"
+        name += "" if inversion.model == "policy" else "-ref-frozen" if inversion.frozen else "-ref"
         name += "" if inversion.grid == "exact" else f"-{inversion.grid}"
         name += "" if inversion.evaluate_at == "source" else "-target"
         name += "" if inversion.guidance == 0 else f"-w{inversion.guidance:g}"

@@ -222,6 +222,8 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
         f"{plan.gpu_hours:.2f} GPU-hours in all at {config.plan.tflops:g} TFLOP/s, a rate that plan.tflops sets and "
         f"nothing here measured: {plan.gpu_hours / plan.gpus:.2f} hours on {plan.gpus}."
     )
+    if config.inversion.cache is not None:
+        console.print("Work and hours are those of a run without inversion.cache: what it holds is not computed again.")
 
 
 def _table(title: str, *columns: str) -> Table:

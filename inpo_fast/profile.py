@@ -286,6 +286,8 @@ def main() -> None:
     if own.windows < 1 or (own.pairs is not None and own.pairs < 1) or min(own.ceiling, own.copy_ceiling) <= 0:
         raise Refusal("--windows, --pairs, --ceiling and --copy-ceiling must be positive")
     config = parse("python -m inpo_fast.profile", rest)
+    if config.inversion.cache is not None:
+        raise Refusal("inversion.cache: the profile knows uncached steps only; leave it out (and inversion.frozen)")
     quiet_libraries()
     console = Console()
     plan, measured = make_plan(config, 1), None

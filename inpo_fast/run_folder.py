@@ -39,6 +39,7 @@ FREE_ON_RESUME = (
     "train.micro_batch",
     "train.threads",
     "inversion.batch",
+    "inversion.cache",
     "data.workers",
     "data.bad_pair_limit",
 )

@@ -106,6 +106,21 @@ def plan(
     )
 
 
+def has_global_levels(schedule: Schedule, *, steps: int, grid: Grid, evaluate_at: EvaluateAt) -> bool:
+    """Whether the climb to any t is the beginning of the climb to the highest one, but for where its last step lands.
+
+    Then the UNet is asked the same things on the way to every t, and the answers along the highest climb serve all.
+    Found out by planning every climb: with a last step that is told its own t (exact, target) it does not hold.
+    """
+    climb = plan(schedule, torch.arange(schedule.T), steps=steps, grid=grid, evaluate_at=evaluate_at)
+    column = torch.arange(climb.p.shape[1])
+    asked = column < climb.evaluations[:, None]
+    moved = column < climb.evaluations[:, None] - 1
+    same_step = (climb.p == climb.p[-1]) & (climb.q == climb.q[-1])
+    longest = climb.evaluations <= climb.evaluations[-1]
+    return bool(longest.all() and (climb.times == climb.times[-1])[asked].all() and same_step[moved].all())
+
+
 def _levels(t: torch.Tensor, steps: int, grid: Grid, T: int, offset: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Levels (M, K + 1) starting at CLEAN, evaluations (M,), and the time the UNet is told for CLEAN."""
     k = torch.arange(steps + 1)

@@ -6,6 +6,7 @@ micro-batch size nor on the number of processes beyond rounding.
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from inpo_fast.models import Conditioning, Models, Text
 from inpo_fast.objectives import Method, ObjectiveConfig
 from inpo_fast.phases import phase
 from inpo_fast.schedule import plan, snap
+from inpo_fast.trajectories import Held, Trajectories
 from inpo_fast.transfer import to_device
 
 SIDES = {"inpo": 2, "dpo": 2, "sft": 1}  # winner and loser, or the winner only
@@ -37,6 +39,7 @@ class Recipe:
     vae_sample: bool
     seed: int
     fused_loss: bool = True  # False: the plain path, for comparison
+    trajectories: Trajectories | None = None  # of inversion.cache
 
 
 @dataclass
@@ -59,21 +62,27 @@ class Window:
     conditional: Conditioning
     unconditional: Conditioning
     keys: list[draws.Key] = field(default_factory=list)  # (seed, position, side) of each image
+    held: Held | None = None  # what inversion.cache knows of the images
 
 
 @torch.no_grad()
 def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, chunk: int = 32) -> Window:
-    """Latents, text and timesteps of decoded pairs. t depends on (seed, position) only, and is shared by the sides."""
+    """Latents, text and timesteps of decoded pairs. t depends on (seed, position) only (inversion.frozen: on the pair's
+    content), and is shared by the sides."""
+    chunk = 1 if recipe.inversion.batch == 1 else chunk  # one by one means the VAE too: then no batch rounds an image
     sides = SIDES[recipe.method]
     views = [view for item in items for view in (item.winner, item.loser)[:sides]]
     keys: list[draws.Key] = [(recipe.seed, item.position, side) for item in items for side in range(sides)]
+    held = None if recipe.trajectories is None else recipe.trajectories.of(items, keys)
+    new = range(len(views)) if held is None else held.missing
     latents = []
-    for lo in range(0, len(views), chunk):
-        pixels = torch.from_numpy(np.stack([view.pixels for view in views[lo : lo + chunk]]))
+    for lo in range(0, len(new), chunk):
+        part = new[lo : lo + chunk]
+        pixels = torch.from_numpy(np.stack([views[i].pixels for i in part]))
         pixels = to_device(pixels, models.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         side = models.reference.config.sample_size * pixels.shape[-1] // models.resolution
         shape = (models.reference.config.in_channels, side, side)
-        noise = draws.normals(shape, [("vae", *key) for key in keys[lo : lo + chunk]]) if recipe.vae_sample else None
+        noise = draws.normals(shape, [("vae", *keys[i]) for i in part]) if recipe.vae_sample else None
         latents.append(models.encode_images(pixels, None if noise is None else to_device(noise, models.device)))
     prompts = list(dict.fromkeys(item.prompt for item in items))
     number = {prompt: i for i, prompt in enumerate(prompts)}
@@ -84,14 +93,17 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, 
         published = models.config.micro_conditioning == "published"
         told = [(*target, 0, 0) if published else (*view.original, *view.crop) for view in views]
         time_ids = to_device(torch.tensor([(*sizes, *target) for sizes in told]).float(), models.device)
+    # contiguous, whatever the VAE's layout is: sums over an image are rounded in the order of memory
+    x_0 = (torch.cat(latents) if held is None else held.x_0(latents, models.device)).contiguous()
     span = recipe.objective.timesteps
-    t = torch.tensor([draws.integer(span.min, span.max, "t", recipe.seed, item.position) for item in items])
+    drawn = [("t", recipe.seed, item.position) for item in items] if held is None else held.t_keys(recipe.seed, items)
+    t = torch.tensor([draws.integer(span.min, span.max, *key) for key in drawn])
     if recipe.inversion.grid == "snap" and uses_inversion(recipe):
         t = snap(t, recipe.inversion.steps, models.schedule.T)
     times, a, s = (to_device(c[:, None].repeat(1, sides), models.device) for c in (t, *models.schedule.a_s(t)))
     return Window(
         items=items,
-        x_0=torch.cat(latents).unflatten(0, (len(items), sides)),
+        x_0=x_0.unflatten(0, (len(items), sides)),
         t=t,
         times=times,
         a=a,
@@ -101,6 +113,7 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text, 
         conditional=Conditioning(models.encode_prompts(prompts), row, time_ids),
         unconditional=Conditioning(empty, torch.zeros_like(row), time_ids),
         keys=keys,
+        held=held,
     )
 
 
@@ -128,18 +141,23 @@ def noise_window(
     def eps_with(conditioning: Conditioning) -> Eps:
         return lambda x, time, rows: models.predict(how.model, x, time, conditioning.arguments(rows, shares))
 
-    climb = plan(
+    climb_to = partial(
+        plan,
         models.schedule,
-        t,
         steps=how.steps,
         grid=how.grid,
         evaluate_at=how.evaluate_at,
         eta=how.eta,
         predicts_v=models.predicts_v,
     )
-    if tally is not None:
-        tally.add("slot_utilisation", utilisation(climb.evaluations, how.batch))
+    climb = climb_to(t)
     with models.inverting(how.model, how.fp8):
+        if window.held is not None:
+            eps = eps_with(window.conditional if how.guidance == 1.0 else window.unconditional)
+            x_t, spent = window.held.noise(eps, flat, t, climb_to, how.batch)
+            return x_t.unflatten(0, window.x_0.shape[:2]), spent
+        if tally is not None:
+            tally.add("slot_utilisation", utilisation(climb.evaluations, how.batch))
         x_t, spent = invert(
             eps_with(window.unconditional),
             flat,
@@ -195,6 +213,8 @@ def train_step(
         with _fits("inversion.batch", recipe.inversion.batch), phase("invert"):
             x_t, spent = noise_window(window, models, recipe, tally)
         tally.add("unet_evaluations", spent, total=True)
+        if window.held is not None:
+            tally.add("trajectories_hit", window.held.hits.to(models.device))
         for lo in range(0, len(window.items), recipe.micro_batch):
             pairs = slice(lo, min(lo + recipe.micro_batch, len(window.items)))
             weight = loss_scale / pairs_per_step
@@ -240,7 +260,17 @@ def micro_step(
 
     arguments = window.conditional.arguments(images)
     with torch.no_grad(), phase("reference"):
-        reference = models.eps(models.predict("reference", x_t, time, arguments), x_t, a_t, s_t)
+        if recipe.inversion.frozen:
+            numbers = torch.arange(len(window.items) * sides).view(-1, sides)[pairs].T.flatten()  # images, on the CPU
+            answer, asked = window.held.reference(
+                numbers,
+                lambda part: models.predict(
+                    "reference", x_t[part], time[part], window.conditional.arguments(images[part])
+                ),
+            )
+        else:
+            answer, asked = models.predict("reference", x_t, time, arguments), len(images)
+        reference = models.eps(answer, x_t, a_t, s_t)
     with phase("forward"):
         prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
 
@@ -269,5 +299,5 @@ def micro_step(
         sides=sides,
         contrast=recipe.method != "sft",
     )
-    tally.add("unet_evaluations", 2 * len(images), total=True)  # reference and policy, forward
+    tally.add("unet_evaluations", asked + len(images), total=True)  # reference and policy, forward
     return prediction, found

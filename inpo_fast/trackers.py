@@ -7,6 +7,7 @@ AXES = {
     "seconds": "speed",
     "pairs_per_second": "speed",
     "unet_evaluations": "speed",
+    "trajectories_hit": "speed",
     "lr": "optim",
     "grad_norm": "optim",
 }

@@ -35,6 +35,7 @@ from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.run_folder import RunFolder
 from inpo_fast.step import Recipe, TooLarge, Window, make_window, train_step
 from inpo_fast.trackers import Tracker
+from inpo_fast.trajectories import Trajectories, open_trajectories
 from inpo_fast.watch import Watch
 
 log = logging.getLogger("inpo_fast")
@@ -53,6 +54,8 @@ class Run:
     loss_scale: LossScale | None  # of fp16
     rank: int
     world: int
+    trajectories: Trajectories | None = None
+    notes: tuple[str, ...] = ()  # to be said before the first step
     done: int = 0  # optimizer steps
     seconds: float = 0.0
     dropped: tuple[str, ...] = ()
@@ -73,16 +76,21 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
         open_inputs(config.evaluate, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
     models = Models(open_pipeline(config.models), device, config.models)
+    trajectories, notes = open_trajectories(models, config.inversion, config.objective, config.data), ()
+    if trajectories is not None:
+        notes = trajectories.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
     optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
     average = None if config.optim.average == "none" else Average(models.parameters(), config.optim, config.train.steps)
     loss_scale = LossScale() if config.models.precision == "fp16" else None
-    run = Run(config, folder, models, source, optimizer, average, loss_scale, rank, world)
+    run = Run(config, folder, models, source, optimizer, average, loss_scale, rank, world, trajectories, tuple(notes))
     distributed.barrier()
     if config.resume and (saved := checkpoint.found(folder.checkpoints)):
         state = checkpoint.load(saved[-1], models.weights, optimizer, average)
         run.done, run.seconds, run.dropped = state.step, state.seconds, tuple(state.dropped)
         if loss_scale is not None and state.loss_scale:
             loss_scale.value, loss_scale.good = state.loss_scale
+    if trajectories is not None:
+        trajectories.shards.start()
     if rank == 0:
         folder.start(run.done, source, models, run.variant, world)
     distributed.barrier()
@@ -92,7 +100,13 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
 def train(run: Run, console: Console) -> None:
     config, models = run.config, run.models
     recipe = Recipe(
-        config.method, config.objective, config.inversion, config.train.micro_batch, config.data.vae_sample, config.seed
+        config.method,
+        config.objective,
+        config.inversion,
+        config.train.micro_batch,
+        config.data.vae_sample,
+        config.seed,
+        trajectories=run.trajectories,
     )
     resolution = config.data.resolution or models.resolution
     windows = Windows(run.source, config.data, resolution=resolution, seed=config.seed, rank=run.rank, world=run.world)
@@ -104,6 +118,8 @@ def train(run: Run, console: Console) -> None:
             file = closing.enter_context(contextlib.closing(MetricsFile(run.folder.metrics, run.done)))
             tracker = closing.enter_context(contextlib.closing(Tracker(run.folder.path / "tensorboard", run.done)))
         progress = closing.enter_context(StepProgress(console, steps, run.done, run.variant, shown=run.rank == 0))
+        for note in run.notes:
+            progress.say(note)
         watch = Watch(expects_noise=config.objective.tau_norm == "none")
         reader = windows.steps(run.done, steps, config.train.pairs_per_step)
 

@@ -1,0 +1,393 @@
+"""A cache's parts: x_t replayed against x_t inverted; keys, manifest and size against what records are made of."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from tiny_world import tiny_pipeline, tiny_xl
+
+from inpo_fast import schedule as schedule_module
+from inpo_fast import trajectories
+from inpo_fast.data.images import View
+from inpo_fast.data.windows import DataConfig, Item
+from inpo_fast.inversion import InversionConfig, invert
+from inpo_fast.models import LoraSettings, Models, ModelsConfig, open_pipeline
+from inpo_fast.objectives import ObjectiveConfig, Timesteps
+from inpo_fast.refusal import Refusal
+from inpo_fast.schedule import Schedule, has_global_levels, plan
+from inpo_fast.shards import Shards, digest
+from inpo_fast.trajectories import Held, Recording, Trajectories, open_trajectories
+
+HOW = InversionConfig(steps=4, model="reference", batch=1)
+DATA = DataConfig(vae_sample=False)
+PAPER = ObjectiveConfig()
+GRIDS = list(product(["exact", "spread", "snap", "diffusers-0.20", "diffusers-0.22"], ["source", "target"]))
+GLOBAL = {pair for pair in GRIDS if pair[0] != "spread" and pair != ("exact", "target")}
+SCHEDULES = [
+    Schedule.of(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=offset))
+    for offset in (0, 1)
+]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 1000])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["offset 0", "offset 1"])
+def test_which_grids_have_global_levels(schedule, steps):
+    """By what the UNet would be asked on the way to every t: its times, and the levels it has come from."""
+    for grid, at in GRIDS:
+        climb = plan(schedule, torch.arange(1000), steps=steps, grid=grid, evaluate_at=at)
+        k, asked, levels = climb.evaluations.tolist(), climb.times.tolist(), climb.levels.tolist()
+        good = all(
+            asked[t][: k[t]] == asked[-1][: k[t]] and levels[t][: k[t]] == levels[-1][: k[t]] and k[t] <= k[-1]
+            for t in range(1000)
+        )
+        assert has_global_levels(schedule, steps=steps, grid=grid, evaluate_at=at) == good, (grid, at)
+        if steps in (3, 7, 10):
+            assert good == ((grid, at) in GLOBAL), (grid, at)
+
+
+@pytest.mark.parametrize("name", ["p", "q", "times"])
+@pytest.mark.parametrize(("column", "good"), [(3, False), (4, True), (9, True)])  # t = 450 takes five steps
+def test_global_levels_are_read_off_the_plan(monkeypatch, name, column, good):
+    """One number of one climb changed: only in its last step may p and q differ, and times in none it takes."""
+
+    def changed(*arguments, **options):
+        climb = plan(*arguments, **options)
+        getattr(climb, name)[450, column] *= 2
+        return climb
+
+    monkeypatch.setattr(schedule_module, "plan", changed)
+    good = good and (name != "times" or column == 9)
+    assert has_global_levels(SCHEDULES[0], steps=10, grid="exact", evaluate_at="source") == good
+
+
+@pytest.fixture
+def nan_in_empty():
+    """What is allocated and never written is not a number."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def eps(x, time, rows):
+    """A prediction that rounds alike in every batch, and depends on x, time and row."""
+    wave = torch.cos(time.double() / 300 + rows.double()).float()[:, None, None, None]
+    return torch.tanh(1.7 * x + wave) + 0.3 * x.roll(1, -1)
+
+
+def store(folder: Path, answers: int, dtype: torch.dtype = torch.float32) -> Trajectories:
+    shards = Shards(folder, {})
+    shards.start()
+    return Trajectories(shards, False, False, False, False, 1000, (3, 4, 6), answers, dtype, 2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1, 3, 10, 300])
+@pytest.mark.parametrize(("grid", "evaluate_at"), sorted(GLOBAL))
+def test_replayed_is_inverted(tmp_path, nan_in_empty, grid, evaluate_at, steps, dtype):
+    """x_t of any t from the answers of the highest climb is x_t of its own climb, bit for bit; v-prediction too."""
+    t = torch.tensor([333, 0, 999, 1, 640, 100, 99, 2, 101, 902, 1, 500])
+    x_0 = torch.randn(len(t), 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    narrow = lambda *asked: eps(*asked).to(dtype)  # noqa: E731
+    for predicts_v in (False, True):
+
+        def climb_to(t, predicts_v=predicts_v):
+            return plan(SCHEDULES[1], t, steps=steps, grid=grid, evaluate_at=evaluate_at, predicts_v=predicts_v)
+
+        want, _ = invert(narrow, x_0, climb_to(t), batch=5)
+        answers = int(climb_to(torch.tensor([999])).evaluations[0])
+        keys = [digest(f"{predicts_v}{i}".encode()) for i in range(len(t))]
+        for spent in (len(t) * answers, 0):  # written, then read
+            got, evaluations = Held(store(tmp_path, answers, dtype), keys, []).noise(narrow, x_0, t, climb_to, batch=5)
+            assert torch.equal(got, want) and got.dtype == torch.float32 and evaluations == spent
+
+
+def test_one_image_many_times_in_a_window_is_one_record(tmp_path):
+    """Encoded and climbed once, each with its own t."""
+    t, keys = torch.tensor([999, 5, 400, 999]), [digest(name) for name in (b"a", b"a", b"b", b"a")]
+    kind, x_0 = torch.tensor([0, 0, 1, 0]), torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    climb_to = lambda t: plan(SCHEDULES[0], t, steps=3)  # noqa: E731
+    conditioned = lambda x, time, rows: eps(x, time, kind[rows])  # noqa: E731
+    held = Held(store(tmp_path, 3), keys, [])
+    assert held.missing == [0, 2]
+    latents = held.x_0([x_0[:1], x_0[1:]], x_0.device)
+    assert torch.equal(latents, x_0[kind])
+    got, spent = held.noise(conditioned, latents, t, climb_to, batch=2)
+    want, _ = invert(conditioned, latents, climb_to(t), batch=2)
+    assert torch.equal(got, want) and spent == 2 * 3 and len(held.cache.shards) == 2
+    warm = Held(store(tmp_path, 3), keys, [])
+    assert warm.missing == [] and torch.equal(warm.x_0([], x_0.device), latents) and warm.hits.tolist() == [1] * 4
+    part = Held(store(tmp_path, 3), [digest(b"c"), *keys], [])
+    assert part.missing == [0] and part.hits.tolist() == [0, 1, 1, 1, 1]
+    assert torch.equal(part.x_0([x_0[1:]], x_0.device), torch.cat([x_0[1:], latents]))
+
+
+@pytest.mark.parametrize("batch", [60, 64, 300])
+def test_a_large_window_is_recorded_in_full_batches(tmp_path, batch):
+    """700 images: as few calls as groups of whole batches need; the answers of one group are held at a time."""
+    sizes, x_0 = [], torch.zeros(700, 3, 4, 6)
+    held = Held(store(tmp_path, 2), [digest(b"%d" % i) for i in range(700)], [])
+
+    def counted(x, time, rows):
+        sizes.append(len(x))
+        return eps(x, time, rows)
+
+    def climb_to(t):
+        return plan(SCHEDULES[0], t, steps=2)
+
+    t = torch.arange(700)
+    got, spent = held.noise(counted, x_0, t, climb_to, batch)
+    assert torch.equal(got, invert(eps, x_0, climb_to(t), batch=batch)[0])
+    group = max(1, 256 // batch) * batch
+    groups = [min(group, 700 - lo) for lo in range(0, 700, group)]
+    assert spent == sum(sizes) == 1400 and max(sizes) <= batch
+    assert len(sizes) == sum(max(2, -(-2 * images // batch)) for images in groups)
+    assert len(list(tmp_path.glob("*.safetensors"))) == {60: 3, 64: 3, 300: 5}[batch]
+
+
+def test_empty_slots_are_not_recorded():
+    """An inversion that fills its batches up with row -1 records the same; one that repeats a row is noticed."""
+    recording = Recording(eps, torch.tensor([4, 2]), 2)
+    x, time = torch.randn(3, 3, 4, 6), torch.tensor([5, 6, 7])
+    for rows in ([0, 1, -1], [1, 0, -1]):
+        recording(x, time, torch.tensor(rows))
+    want, turned = (eps(x, time, torch.tensor(rows)) for rows in ([4, 2, 2], [2, 4, 2]))
+    assert torch.equal(
+        recording.answers(), torch.stack([torch.stack([want[0], turned[1]]), torch.stack([want[1], turned[0]])])
+    )
+    recording(x[:1], time[:1], torch.tensor([0]))
+    with pytest.raises(AssertionError, match="planned were 2"):
+        recording.answers()
+
+
+def test_a_disk_that_forgets_is_refused(tmp_path, monkeypatch):
+    held = Held(store(tmp_path, 3), [digest(b"a")], [])
+    monkeypatch.setattr(held.cache.shards, "write", lambda keys, parts: None)
+    with pytest.raises(Refusal, match="cannot be read back"):
+        held.noise(eps, torch.zeros(1, 3, 4, 6), torch.tensor([5]), lambda t: plan(SCHEDULES[0], t, steps=3), 2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_pipeline().save_pretrained(folder / "sd")
+    tiny_xl().save_pretrained(folder / "xl")
+    return folder
+
+
+def opened(world, folder, *, how=HOW, data=DATA, objective=PAPER, base="sd", change=None, **settings):
+    """Opens (and makes) the folder for a model."""
+    settings = ModelsConfig(base=str(world / base), **settings)
+    models = Models(open_pipeline(settings), torch.device("cpu"), settings)
+    if change is not None:
+        with torch.no_grad():
+            change(models)
+    cache = open_trajectories(models, replace(how, cache=str(folder)), objective, data)
+    cache.shards.start()
+    return cache
+
+
+def keys_of(cache: Trajectories, item: Item, seed: int = 0) -> list[str]:
+    held = cache.of([item], [(seed, item.position, side) for side in range(2)])
+    return [held.keys[r] for r in held.record]
+
+
+@pytest.mark.parametrize("base", ["sd", "xl"])
+def test_keys(world, tmp_path, base):
+    """A key depends on what the record is a function of, and on nothing else: how many of a pair's two change."""
+    draw = np.random.default_rng(0)
+    a, b = (View(draw.integers(0, 256, (32, 32, 3), np.uint8), (40, 40), (4, 4)) for _ in range(2))
+    item = Item(7, "id", "a red circle", a, b)
+    one_pixel = a.pixels.copy()
+    one_pixel[31, 31, 2] ^= 1
+    changes = {
+        "winner's pixel": replace(item, winner=replace(a, pixels=one_pixel)),
+        "winner's mirror": replace(item, winner=replace(a, pixels=np.ascontiguousarray(a.pixels[:, ::-1]))),
+        "sides": replace(item, winner=b, loser=a),
+        "size": replace(item, winner=replace(a, original=(41, 40))),
+        "crop": replace(item, winner=replace(a, crop=(4, 5))),
+        "prompt": replace(item, prompt="a blue circle"),
+        "position": replace(item, position=8),
+        "seed": item,
+    }
+    told = dict.fromkeys(("size", "crop"), int(base == "xl"))
+    plain = dict.fromkeys(changes, 0) | {"winner's pixel": 1, "winner's mirror": 1, "sides": 2} | told
+
+    def differing(name: str, **options) -> dict[str, int]:
+        cache = opened(world, tmp_path / name, base=base, **options)
+        before = keys_of(cache, item)
+        after = {fact: keys_of(cache, other, seed=int(fact == "seed")) for fact, other in changes.items()}
+        return {fact: sum(x != y for x, y in zip(before, keys, strict=True)) for fact, keys in after.items()}
+
+    assert differing("plain") == plain
+    assert differing("published", micro_conditioning="published") == plain | dict.fromkeys(told, 0)
+    assert differing("conditional", how=replace(HOW, guidance=1.0)) == plain | {"prompt": 2}
+    assert differing("sampled", data=DataConfig()) == plain | {"position": 2, "seed": 2}
+    # a frozen record is at the t of its pair, which a mirror leaves alone
+    frozen = differing("frozen", how=replace(HOW, frozen=True))
+    assert frozen == plain | {"prompt": 2, "winner's pixel": 2}
+
+
+def nudge(parameter: torch.Tensor) -> None:
+    parameter.view(-1)[3] = torch.nextafter(parameter.view(-1)[3], torch.tensor(math.inf))
+
+
+def scheduled(**options):
+    def change(models):
+        models.schedule = Schedule.of(DDIMScheduler.from_config(models.pipeline.scheduler.config, **options))
+
+    return change
+
+
+OTHER = [
+    ("reference", {"change": lambda models: nudge(models.reference.conv_out.weight)}),
+    ("reference", {"change": lambda models: models.reference.register_to_config(norm_eps=1e-6)}),
+    ("vae", {"change": lambda models: nudge(models.vae.encoder.conv_in.weight)}),
+    ("vae", {"change": lambda models: models.vae.register_to_config(scaling_factor=0.5)}),
+    ("text", {"change": lambda models: nudge(next(models.pipeline.text_encoder.parameters()))}),
+    ("precision", {"precision": "bf16"}),
+    ("fast", {"fast": "fused"}),
+    ("device", {"change": lambda models: setattr(models, "device", torch.device("meta"))}),
+    ("steps", {"how": replace(HOW, steps=5)}),
+    ("grid", {"how": replace(HOW, grid="snap")}),
+    ("evaluate_at", {"how": replace(HOW, grid="snap", evaluate_at="target")}),
+    ("guidance", {"how": replace(HOW, guidance=1.0)}),
+    ("schedule", {"change": scheduled(beta_end=0.013)}),
+    ("schedule", {"change": scheduled(steps_offset=7)}),
+    ("schedule", {"change": scheduled(set_alpha_to_one=True)}),
+    ("prediction", {"change": lambda models: setattr(models, "predicts_v", True)}),
+    ("empty_prompt", {"change": lambda models: models.pipeline.register_to_config(force_zeros_for_empty_prompt=True)}),
+    ("latent", {"data": replace(DATA, resolution=64)}),
+    ("resolution", {"data": replace(DATA, resolution=64)}),
+    ("holds", {"how": replace(HOW, frozen=True)}),
+]
+
+
+@pytest.mark.parametrize(("entry", "options"), OTHER)
+def test_a_folder_of_another_kind_is_refused(world, tmp_path, entry, options):
+    """Each entry of the manifest, with the folder's value and ours, before anything is written."""
+    opened(world, tmp_path / "theirs")
+    before = {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    with pytest.raises(Refusal) as refusal:
+        opened(world, tmp_path / "theirs", **options)
+    theirs, ours = (
+        json.loads((cache.shards.folder / "manifest.json").read_text())
+        for cache in (opened(world, tmp_path / "theirs"), opened(world, tmp_path / "ours", **options))
+    )
+    assert theirs[entry] != ours[entry]
+    assert f"{entry} is {theirs[entry]} there, {ours[entry]} here" in str(refusal.value)
+    assert "name another folder" in str(refusal.value)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+
+
+def test_what_leaves_records_alone_is_welcome(world, tmp_path):
+    opened(world, tmp_path)
+    opened(world, tmp_path, how=replace(HOW, batch=7), data=DataConfig(crop="random", flip=False, prompt_dropout=0.5))
+    opened(world, tmp_path, objective=ObjectiveConfig(5.0, "rms", 0.5, Timesteps(5, 800)), gradient_checkpointing=True)
+    opened(world, tmp_path, change=lambda models: nudge(models.policy.conv_out.weight))
+
+
+@pytest.mark.parametrize("package", ["torch", "diffusers"])
+def test_another_library_is_refused(world, tmp_path, monkeypatch, package):
+    opened(world, tmp_path)
+    version = trajectories.version
+    monkeypatch.setattr(trajectories, "version", lambda name: "9.9" if name == package else version(name))
+    with pytest.raises(Refusal, match=rf"\({package} is [\w.+]+ there, 9\.9 here\)"):
+        opened(world, tmp_path)
+
+
+def test_other_frozen_steps_are_refused(world, tmp_path):
+    how = replace(HOW, frozen=True)
+    opened(world, tmp_path / "sd", how=how)
+    for objective, words in (
+        (ObjectiveConfig(timesteps=Timesteps(1, 999)), r"timesteps is \[0, 999\] there, \[1, 999\] here"),
+        (ObjectiveConfig(tau_norm="rms"), "tau_norm is none there, rms here"),
+    ):
+        with pytest.raises(Refusal, match=words):
+            opened(world, tmp_path / "sd", how=how, objective=objective)
+    opened(world, tmp_path / "xl", base="xl")
+    with pytest.raises(Refusal, match="micro_conditioning is image there, published here"):
+        opened(world, tmp_path / "xl", base="xl", micro_conditioning="published")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fast", ["off", "fused"])
+def test_an_adapters_reference_is_its_base(world, tmp_path, precision, fast):
+    """One folder for both, but where an adapter makes the fused inversion take another kernel."""
+    options = {"precision": precision, "fast": fast}
+    opened(world, tmp_path, **options)
+    trained = {"lora": LoraSettings(4), "change": lambda models: models.weights.working[1].add_(1.0), **options}
+    if fast == "off":
+        opened(world, tmp_path, **trained)
+    else:
+        with pytest.raises(Refusal, match=r"\(fast is fused, no adapters there, fused, adapters here\)"):
+            opened(world, tmp_path, **trained)
+
+
+@pytest.mark.parametrize(("grid", "evaluate_at"), GRIDS)
+def test_grids_without_global_levels_are_refused(world, tmp_path, grid, evaluate_at):
+    """Naming those that work; a frozen step has one t and may take any."""
+    how = replace(HOW, grid=grid, evaluate_at=evaluate_at)
+    if (grid, evaluate_at) in GLOBAL:
+        opened(world, tmp_path, how=how)
+    else:
+        with pytest.raises(Refusal) as refusal:
+            opened(world, tmp_path, how=how)
+        assert f"inversion.grid={grid} with evaluate_at={evaluate_at}" in str(refusal.value)
+        names = str(refusal.value).split("can be cached: ")[1].split(";")[0].split(", ")
+        assert {tuple(name.rstrip(")").split(" (")) for name in names} == GLOBAL and not any(tmp_path.iterdir())
+    opened(world, tmp_path / "frozen", how=replace(how, frozen=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_record_bytes_are_what_lies_on_disk(world, tmp_path, precision, frozen):
+    """A full shard of the tiny model's, headers left out of the account: they are below 1 % of it."""
+    cache = opened(world, tmp_path, how=replace(HOW, frozen=frozen), precision=precision)
+    latents = torch.zeros(256, 1, *cache.latent)
+    answers = torch.zeros(256, max(1, cache.answers), *cache.latent, dtype=cache.dtype)
+    parts = (
+        {"x_0": latents, "x_t": latents.clone(), "answer": answers} if frozen else {"x_0": latents, "answers": answers}
+    )
+    cache.shards.write([digest(b"%d" % i) for i in range(256)], parts)
+    (shard,) = tmp_path.glob("*.safetensors")
+    assert shard.stat().st_size == pytest.approx(256 * cache.record_bytes, rel=0.01)
+    assert shard.stat().st_size >= 256 * cache.record_bytes
+
+
+@pytest.mark.parametrize(
+    ("data", "how", "images"),
+    [
+        ({}, {}, 4 * 30),  # two images a pair, two ways round
+        ({"flip": False}, {}, 2 * 30),
+        ({"flip": False, "prompt_dropout": 0.2}, {}, 2 * 30),  # the prompt is no part of an unconditional record
+        ({"flip": False, "prompt_dropout": 0.2}, {"guidance": 1.0}, 4 * 30),
+        ({"flip": False, "prompt_dropout": 1.0}, {"guidance": 1.0}, 2 * 30),
+        ({"prompt_dropout": 0.2}, {"frozen": True}, 8 * 30),
+        ({"crop": "random"}, {}, 2 * 1000),  # every position has a view of its own
+        ({"vae_sample": True}, {}, 2 * 1000),
+    ],
+)
+def test_disk_need(world, tmp_path, monkeypatch, data, how, images):
+    """All views of the source or all images of the run, whichever is less; less what is there; refused where it does
+    not fit."""
+    cache = opened(world, tmp_path / "a" / "b", data=replace(DATA, **data), how=replace(HOW, **how))
+    for own, processes, wanted in ((1000, 1, images), (20, 1, 40), (1000, 2, min(2 * images, 2000))):
+        cache.shards.places = {str(i): (tmp_path, i) for i in range(7)}
+        need = (wanted - 7) * cache.record_bytes
+        monkeypatch.setattr(trajectories.shutil, "disk_usage", lambda path, need=need: SimpleNamespace(free=need))
+        text, *more = cache.notes(own // 10, 10, 30, processes)
+        for words in (f"{wanted:,} images x {cache.record_bytes:,} bytes", "7 there", f"{need / 2**30:.3g} GiB free"):
+            assert words in text
+        assert ["data.vae_sample=false" in line for line in more] == [True] * bool(data.get("vae_sample"))
+        monkeypatch.setattr(trajectories.shutil, "disk_usage", lambda path, need=need: SimpleNamespace(free=need - 1))
+        with pytest.raises(Refusal, match=r"GiB more .* free on the disk of .*; take another disk"):
+            cache.notes(own // 10, 10, 30, processes)
+        cache.shards.places = {str(i): (tmp_path, i) for i in range(9999)}
+        assert cache.notes(own // 10, 10, 30, processes)[0].startswith("inversion.cache: at most 0 GiB more")
