@@ -188,6 +188,8 @@ def check(config: RunConfig) -> None:
         raise Refusal("inversion.fp8=true needs models.fast=fused or compiled")
     if config.method == "sft" and mu is not None:
         raise Refusal("objective.winner_preserving needs a loser; method=sft has none")
+    if config.data.cache and config.inversion.cache:
+        raise Refusal("data.cache and inversion.cache: the trajectories hold the latents too; give one of them")
     _check_cache(config)
 
 

@@ -40,6 +40,7 @@ FREE_ON_RESUME = (
     "train.threads",
     "inversion.batch",
     "inversion.cache",
+    "data.cache",
     "data.workers",
     "data.bad_pair_limit",
 )

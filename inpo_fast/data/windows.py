@@ -4,7 +4,9 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+import torch
 
 from inpo_fast import draws
 from inpo_fast.data.images import View, decode, make_view
@@ -39,6 +41,8 @@ class DataConfig:
     """Stop when more than this share of the pairs read so far had to be dropped (never before the second)."""
     workers: int = 2
     """Threads that decode images."""
+    cache: str | None = None
+    """Folder of latents and text embeddings that `python -m inpo_fast.cache` made for this very configuration."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,32 @@ class Item:
     loser: View
     label: float = 1.0
     weight: float = 1.0
+    x_0: torch.Tensor | None = None  # (2, C, h, w) latents from a cache; the views then have no pixels
+
+
+class Ready(Protocol):
+    """Pairs that need not be decoded."""
+
+    def item(self, position: int) -> Item | None:
+        """The pair at a position, None where it is not known. BadPair where it was found broken."""
+        ...
 
 
 class Windows:
     """Iterates over steps and yields each step's usable pairs of this rank; the next step is read meanwhile."""
 
-    def __init__(self, source: Source, config: DataConfig, *, resolution: int, seed: int, rank: int, world: int):
-        self.source, self.config, self.resolution = source, config, resolution
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        resolution: int,
+        seed: int,
+        rank: int,
+        world: int,
+        ready: Ready | None = None,
+    ):
+        self.source, self.config, self.resolution, self.ready = source, config, resolution, ready
         self.seed, self.rank, self.world = seed, rank, world
         self.seen = 0
         self.dropped: list[str] = []
@@ -78,6 +101,8 @@ class Windows:
 
     def load(self, position: int) -> Item:
         """The pair at a position. BadPair with its id if any part of it is unusable."""
+        if self.ready is not None and (item := self.ready.item(position)) is not None:
+            return item
         index = pair_index(position, len(self.source), self.seed)
         key = (self.seed, position)
         pair = self.source.read(index)
