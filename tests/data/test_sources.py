@@ -178,7 +178,7 @@ def empty_folder(tmp_path: Path) -> Path:
 GOOD = {"prompt": "p", "chosen": "a.png", "rejected": "b.png"}
 SIDES = {"prompt": "p", "image_0": "a.png", "image_1": "b.png"}
 REFUSALS = {
-    "missing path": (lambda d: d / "nowhere", r"nowhere; give a \.parquet file"),
+    "missing path": (lambda d: d / "nowhere", r"nowhere; give a \.parquet, \.tar or \.json file"),
     "empty folder": (empty_folder, r"empty holds neither metadata\.jsonl nor \*\.parquet"),
     "truncated": (truncated, r"cut\.parquet: not a readable parquet.*download it again"),
     "text": (text_file, r"text\.parquet: not a readable parquet.*download it again"),
