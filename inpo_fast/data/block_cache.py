@@ -10,17 +10,18 @@ T = TypeVar("T")
 
 
 class BlockCache(Generic[T]):
-    """load(number) gives a block, size(block) its bytes, expected(number) a guess of them before it is read.
+    """load(number) gives a block, size(block) how much it counts, expected(number) a guess of that before it is read.
 
-    The blocks unused for longest go when there are more than `limit` bytes; a block that is in use stays alive with
-    its user. Room is made before a block is read, so the limit holds while it is read too, as far as the guess does.
+    size, expected and limit have one unit, bytes or blocks. The blocks unused for longest go when there is more than
+    `limit`; a block that is in use stays alive with its user. Room is made before a block is read, so the limit holds
+    while it is read too, as far as the guess does.
     """
 
     def __init__(self, load: Callable[[int], T], size: Callable[[T], int], expected: Callable[[int], int], limit: int):
         self.load, self.size, self.expected, self.limit = load, size, expected, limit
         self.lock = threading.Lock()
         self.blocks: OrderedDict[int, Future[T]] = OrderedDict()
-        self.bytes: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
         self.loads = 0
 
     def get(self, number: int) -> T:
@@ -38,7 +39,7 @@ class BlockCache(Generic[T]):
                 value = self.load(number)
             except BaseException as problem:
                 with self.lock:
-                    del self.blocks[number], self.bytes[number]
+                    del self.blocks[number], self.sizes[number]
                 block.set_exception(problem)
                 raise
             block.set_result(value)
@@ -46,13 +47,13 @@ class BlockCache(Generic[T]):
                 self._book(number, self.size(value))
         return block.result()
 
-    def _book(self, number: int, bytes: int) -> None:
+    def _book(self, number: int, size: int) -> None:
         """Notes a block's size and lets old ones go; those still being read cannot."""
-        self.bytes[number] = bytes
-        total = sum(self.bytes.values())
+        self.sizes[number] = size
+        total = sum(self.sizes.values())
         for old in list(self.blocks):
             if total <= self.limit:
                 break
             if old != number and self.blocks[old].done():
-                total -= self.bytes.pop(old)
+                total -= self.sizes.pop(old)
                 del self.blocks[old]

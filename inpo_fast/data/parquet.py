@@ -70,12 +70,13 @@ class ParquetSource:
         self.ties = rows - len(self._row)
         self._block_bytes = np.array([group.bytes for _, group in found], np.int64)
         self.bytes = int(self._block_bytes.sum())
-        if cache_bytes is None:
-            cache_bytes = FULL_BYTES
-            if self.bytes > FULL_BYTES:
-                run = blocks_per_run(len(self), len(self.blocks), self.bytes)
-                cache_bytes = max(FULL_BYTES, 2 * int(np.sort(self._block_bytes)[-run:].sum()))
-        self.cache = BlockCache(self._load, lambda t: t.nbytes, lambda b: int(self._block_bytes[b]), cache_bytes)
+        if cache_bytes is None:  # counted in blocks: how large one is in memory is known when it is there
+            small = self.bytes <= FULL_BYTES or not len(self)
+            room = len(self.blocks) if small else 2 * blocks_per_run(len(self), len(self.blocks), self.bytes)
+            self.cache = BlockCache(self._load, lambda _table: 1, lambda _block: 1, room)
+        else:
+            guess = self._block_bytes
+            self.cache = BlockCache(self._load, lambda table: table.nbytes, lambda b: int(guess[b]), cache_bytes)
         self._notice(rows)
 
     def _notice(self, rows: int) -> None:

@@ -112,7 +112,8 @@ def _samples(shard: File) -> "Iterator[tuple[str, dict[str, _Span | dict]]]":
                 parts[kind] = span
                 if kind == "json":
                     parts["record"] = json.loads(tar.extractfile(member).read())
-            if tar.offset >= size:  # two blocks of zeros should follow the last member
+            file.seek(tar.offset)  # tarfile takes whatever is no header for the end; a true end is a block of zeros
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError) as problem:
         raise Refusal(f"{shard}: not a readable tar ({problem}); download it again or remove it") from problem

@@ -9,7 +9,7 @@ from typing import Literal
 
 from inpo_fast import draws
 from inpo_fast.data.images import View, decode, make_view
-from inpo_fast.data.order import Shuffle, make_order, window_positions
+from inpo_fast.data.order import FULL_BYTES, Shuffle, make_order, window_positions
 from inpo_fast.data.sources import BadPair, Format, Source
 from inpo_fast.refusal import Refusal
 
@@ -73,6 +73,12 @@ class Windows:
         self.source, self.config, self.resolution = source, config, resolution
         self.seed, self.rank, self.world = seed, rank, world
         self.order = make_order(source, config.shuffle, seed)
+        if self.order.blocks is None and getattr(source, "bytes", 0) > FULL_BYTES and config.cache_mb is None:
+            log.warning(
+                "data.shuffle=full: a row group is read for nearly every pair; take blocks, or keep all of them with "
+                "data.cache_mb=%d",
+                1.1 * source.bytes / 2**20,
+            )
         # two RGB views a pair; below the number of threads some would have nothing to do
         self.prefetch = max(1, config.workers, config.prefetch_mb * 2**20 // (6 * resolution**2))
         self.seen = 0
