@@ -130,8 +130,8 @@ class _Shard:
 
     def __enter__(self) -> pq.ParquetFile:
         try:
-            self.raw = self.file.path if self.file.fs is None else self.file.open()
-            self.parquet = pq.ParquetFile(self.raw)
+            self.raw = self.file.path if self.file.fs is None else self.file.open(in_order=False)
+            self.parquet = pq.ParquetFile(self.raw, pre_buffer=True)  # a column of a row group is one read
         except Exception as problem:  # a remote file system raises what its library raises
             raise _unreadable(self.file, "not a readable parquet file", problem) from problem
         return self.parquet

@@ -22,8 +22,11 @@ class File:
     def __str__(self) -> str:
         return self.path
 
-    def open(self) -> BinaryIO:
-        return open(self.path, "rb") if self.fs is None else self.fs.open(self.path, "rb")
+    def open(self, *, in_order: bool) -> BinaryIO:
+        """in_order: read from front to back; otherwise a remote one fetches what is asked for and nothing around it."""
+        if self.fs is None:
+            return open(self.path, "rb")
+        return self.fs.open(self.path, "rb", **({} if in_order else {"cache_type": "none"}))
 
     def size(self) -> int:
         return Path(self.path).stat().st_size if self.fs is None else self.fs.size(self.path)

@@ -91,7 +91,7 @@ def _samples(shard: File) -> "Iterator[tuple[str, dict[str, _Span | dict]]]":
     key, parts = None, {}
     try:
         size = shard.size()
-        with shard.open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with shard.open(in_order=True) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # tarfile would keep every header
                 if not member.isreg():

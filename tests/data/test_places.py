@@ -72,7 +72,11 @@ def test_remote_file_is_read_in_parts(tmp_path, memory, monkeypatch):
     )
     assert source.read(2).prompt == "three" and source.read(2).winner == b"e"
     assert reads == [(1, ["caption", "jpg_0", "jpg_1"])]
+    opened = []
+    plain = type(memory).open
+    monkeypatch.setattr(type(memory), "open", lambda s, p, m="rb", **k: opened.append(k) or plain(s, p, m, **k))
     open_source("memory://bucket/set/data/train-0.parquet")
+    assert opened == [{"cache_type": "none"}]  # read-ahead would fetch the images between the labels
     assert reads[1:] == [(0, ["label_0", "label_1"]), (1, ["label_0", "label_1"])]
 
 
