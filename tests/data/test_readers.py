@@ -126,8 +126,15 @@ def write_images(folder: Path, count: int) -> None:
 
 
 @some
-@given(rows=rows, spelling=st.integers(0, 2), blank=st.integers(0, 2), ascii=st.booleans(), end=st.booleans())
-def test_folder(rows, spelling, blank, ascii, end):
+@given(
+    rows=rows,
+    spelling=st.integers(0, 2),
+    blank=st.integers(0, 2),
+    ascii=st.booleans(),
+    end=st.booleans(),
+    between=st.sampled_from(["\n", "\r\n", " \n"]),
+)
+def test_folder(rows, spelling, blank, ascii, end, between):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder, len(rows))
@@ -135,7 +142,7 @@ def test_folder(rows, spelling, blank, ascii, end):
             "\n" * blank + json.dumps(spelled(i, second, weight, spelling), ensure_ascii=ascii)
             for i, (second, weight) in enumerate(rows)
         ]
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n" * end, encoding="utf-8")
+        (folder / "metadata.jsonl").write_text(between.join(lines) + "\n" * end, encoding="utf-8", newline="")
         source = open_source(name)
         got = read_all(source)
     expected = [
