@@ -59,7 +59,8 @@ def check_room(latents: Latents, missing: int, record: int, console: Console) ->
 
 def fill(config: RunConfig, models: Models, rank: int, world: int, console: Console) -> Latents:
     """Everything that is not there yet. Every rank takes every world-th shard."""
-    source = open_source(config.data.source, config.data.format)
+    data = config.data
+    source = open_source(data.source, data.format, images=data.images, cache_mb=data.cache_mb)
     resolution = config.data.resolution or models.resolution
     latents = Latents(Path(config.data.cache), models, config.data, resolution, config.seed)
     if rank == 0:

@@ -111,7 +111,9 @@ def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, t
 def _windows(config: RunConfig, models: Models, count: int):
     resolution = config.data.resolution or models.resolution
     if config.data.source:
-        source = open_source(config.data.source, config.data.format)
+        source = open_source(
+            config.data.source, config.data.format, images=config.data.images, cache_mb=config.data.cache_mb
+        )
         reader = Windows(source, config.data, resolution=resolution, seed=config.seed, rank=0, world=1)
         yield from reader.steps(0, count, config.train.pairs_per_step)
         return

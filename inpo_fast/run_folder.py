@@ -17,6 +17,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from inpo_fast.config import RunConfig, to_dict, to_yaml
+from inpo_fast.data.order import describe, make_order
 from inpo_fast.data.sources import Source
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import save_adapter
@@ -42,6 +43,8 @@ FREE_ON_RESUME = (
     "inversion.cache",
     "data.cache",
     "data.workers",
+    "data.prefetch_mb",
+    "data.cache_mb",
     "data.bad_pair_limit",
 )
 
@@ -105,6 +108,7 @@ class RunFolder:
                 "source": self.config.data.source,
                 "pairs": len(source),
                 "ties_left_out": source.ties,
+                "order": describe(make_order(source, self.config.data.shuffle, self.config.seed)),
                 "dropped": [],
             },
             "model": {

@@ -73,7 +73,9 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     folder = RunFolder(Path(config.output), config)
     if rank == 0:
         folder.check()
-    source = open_source(config.data.source, config.data.format)
+    source = open_source(
+        config.data.source, config.data.format, images=config.data.images, cache_mb=config.data.cache_mb
+    )
     if config.evaluate.prompts:
         open_inputs(config.evaluate, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
