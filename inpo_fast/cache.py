@@ -21,8 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from inpo_fast import distributed
 from inpo_fast.config import RunConfig, parse
-from inpo_fast.data.sources import BadPair, open_source
-from inpo_fast.data.windows import Item, Windows
+from inpo_fast.data.sources import BadPair
+from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.latents import Latents
 from inpo_fast.models import Models, open_pipeline, quiet_libraries
 from inpo_fast.refusal import Refusal, run_or_refuse
@@ -59,8 +59,7 @@ def check_room(latents: Latents, missing: int, record: int, console: Console) ->
 
 def fill(config: RunConfig, models: Models, rank: int, world: int, console: Console) -> Latents:
     """Everything that is not there yet. Every rank takes every world-th shard."""
-    data = config.data
-    source = open_source(data.source, data.format, images=data.images, cache_mb=data.cache_mb)
+    source = open_data(config.data)
     resolution = config.data.resolution or models.resolution
     latents = Latents(Path(config.data.cache), models, config.data, resolution, config.seed)
     if rank == 0:

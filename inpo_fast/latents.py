@@ -23,7 +23,7 @@ from inpo_fast.refusal import Refusal
 from inpo_fast.shards import Shards
 
 # what of DataConfig decides a view; the rest is about reading
-VIEW = ("format", "images", "shuffle", "crop", "flip", "prompt_dropout", "vae_sample", "max_pixels")
+VIEW = ("format", "images", "filters", "shuffle", "crop", "flip", "prompt_dropout", "vae_sample", "max_pixels")
 
 
 class Latents:

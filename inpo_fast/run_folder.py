@@ -108,6 +108,8 @@ class RunFolder:
                 "source": self.config.data.source,
                 "pairs": len(source),
                 "ties_left_out": source.ties,
+                "left_out_by_filters": getattr(source, "left_out", {}),
+                "weighted_by_filters": getattr(source, "reweighted", 0),
                 "order": describe(make_order(source, self.config.data.shuffle, self.config.seed)),
                 "dropped": [],
             },

@@ -19,8 +19,8 @@ from rich.logging import RichHandler
 
 from inpo_fast import checkpoint, distributed
 from inpo_fast.config import RunConfig, parse, split_batch
-from inpo_fast.data.sources import Source, open_source
-from inpo_fast.data.windows import Item, Windows
+from inpo_fast.data.sources import Source
+from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.evaluate import evaluate, open_inputs, verdict
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import detach_policy, output_pipeline
@@ -73,9 +73,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     folder = RunFolder(Path(config.output), config)
     if rank == 0:
         folder.check()
-    source = open_source(
-        config.data.source, config.data.format, images=config.data.images, cache_mb=config.data.cache_mb
-    )
+    source = open_data(config.data)
     if config.evaluate.prompts:
         open_inputs(config.evaluate, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw

@@ -6,7 +6,7 @@ better with probability 0.7), or label_0 and label_1 in its place; or `chosen`, 
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +66,14 @@ class ListedSource:
             raise Refusal(f"{self.listing}:{number}: changed since it was opened; start again")
         winner, loser = self._bytes(id, choice.winner), self._bytes(id, choice.loser)
         return Pair(id, choice.prompt, winner, loser, choice.label, choice.weight)
+
+    def facts(self, fields: Sequence[str]) -> Iterator[dict]:
+        """Of each pair in turn: its prompt and the named fields (None where a record has none)."""
+        for index in range(len(self)):
+            number = self._number[index]
+            record = records.read(self.listing, number, self._start[index], self._length[index])
+            choice = self._choice(record, f"{self.listing}:{number}")
+            yield {"prompt": choice.prompt} | {name: record.get(name) for name in fields}
 
     def _bytes(self, id: str, name: str) -> bytes:
         try:

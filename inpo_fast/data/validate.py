@@ -26,8 +26,8 @@ from rich.table import Table
 
 from inpo_fast.data.images import decode
 from inpo_fast.data.order import make_order
-from inpo_fast.data.sources import BadPair, Pair, Source, open_source
-from inpo_fast.data.windows import DataConfig
+from inpo_fast.data.sources import BadPair, Pair, Source
+from inpo_fast.data.windows import DataConfig, open_data
 from inpo_fast.files import write_bytes, write_text
 from inpo_fast.refusal import Refusal, run_or_refuse
 
@@ -225,8 +225,8 @@ def main() -> None:
     own = parser.parse_args()
     if own.limit is not None and own.limit < 1:
         raise Refusal(f"--limit {own.limit}: must be at least 1")
-    source = open_source(own.source, own.format, images=own.images)
-    config = DataConfig(source=own.source, workers=own.workers)
+    config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
+    source = open_data(config)
     console = Console()
     with Progress(disable=not console.is_terminal) as bar:
         task = bar.add_task("look at pairs", total=min(own.limit or len(source), len(source)))

@@ -75,6 +75,13 @@ class WebdatasetSource:
             raise BadPair(f"{id}: image missing")
         return Pair(id, prompt(record, id), winner, loser, decided[1], labels.weight(record, id))
 
+    def facts(self, fields: Sequence[str]) -> Iterator[dict]:
+        """Of each pair in turn: its prompt and the named fields of its JSON (None where there is none)."""
+        for index in range(len(self)):
+            (found,) = self.shards[self._shard[index]].read((self._start[3 * index], self._length[3 * index]))
+            record = json.loads(found)
+            yield {"prompt": prompt(record, str(index))} | {name: record.get(name) for name in fields}
+
 
 def _choice(record: dict, where: str) -> tuple[int, float] | None:
     prompt(record, where)

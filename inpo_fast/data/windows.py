@@ -4,15 +4,16 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 
 from inpo_fast import draws
+from inpo_fast.data.filters import FilterConfig, filtered
 from inpo_fast.data.images import View, decode, make_view
 from inpo_fast.data.order import FULL_BYTES, Shuffle, make_order, window_positions
-from inpo_fast.data.sources import BadPair, Format, Source
+from inpo_fast.data.sources import BadPair, Format, Source, open_source
 from inpo_fast.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class DataConfig:
     """Stop when more than this share of the pairs read so far had to be dropped (never before the second)."""
     workers: int = 2
     """Threads that read and decode images."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
     cache: str | None = None
     """Folder of latents and text embeddings that `python -m inpo_fast.cache` made for this very configuration."""
     prefetch_mb: int = 1024
@@ -55,6 +57,12 @@ class DataConfig:
     cache_mb: int | None = None
     """MiB of parquet row groups per process that are kept in memory. None: what the order needs. No effect on the
     result; with less, row groups are read again and again."""
+
+
+def open_data(config: DataConfig) -> Source:
+    """The pairs that a run trains on. Refusal where there are none."""
+    source = open_source(config.source, config.format, images=config.images, cache_mb=config.cache_mb)
+    return filtered(source, config.filters)
 
 
 @dataclass(frozen=True)
