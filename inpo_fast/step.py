@@ -27,7 +27,7 @@ from inpo_fast.schedule import plan, snap
 from inpo_fast.trajectories import Held, Trajectories
 from inpo_fast.transfer import to_device
 
-VAE_BATCH = 32  # images
+VAE_BATCH = {"cpu": 8, "cuda": 32}  # images
 SIDES = {"inpo": 2, "dpo": 2, "sft": 1}  # winner and loser, or the winner only
 
 
@@ -124,17 +124,20 @@ def side_keys(items: list[Item], seed: int, sides: int) -> list[draws.Key]:
 def encode_views(views: list[View], keys: list[draws.Key], models: Models, vae_sample: bool) -> list[torch.Tensor]:
     """Latents of the views, fp32 on the device, in batches (B, C, h, w).
 
-    On the CPU one by one: a batch gains nothing there, and rounds an image by the company it is in, so that a cache of
-    latents would not hold the very bits of a run without it.
+    The VAE always sees a batch of one size, the last one filled up: kernels are chosen by size, so an image would
+    otherwise be rounded by how many came with it, and a cache of latents would not hold the bits of a run without it.
     """
-    latents, chunk = [], 1 if models.device.type == "cpu" else VAE_BATCH
+    latents, chunk = [], VAE_BATCH.get(models.device.type, 32)
     for lo in range(0, len(views), chunk):
-        pixels = torch.from_numpy(np.stack([view.pixels for view in views[lo : lo + chunk]]))
+        part = views[lo : lo + chunk]
+        filled = [*range(lo, lo + len(part)), *[lo] * (chunk - len(part))]
+        pixels = torch.from_numpy(np.stack([views[i].pixels for i in filled]))
         pixels = to_device(pixels, models.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         side = models.reference.config.sample_size * pixels.shape[-1] // models.resolution
         shape = (models.reference.config.in_channels, side, side)
-        noise = draws.normals(shape, [("vae", *key) for key in keys[lo : lo + chunk]]) if vae_sample else None
-        latents.append(models.encode_images(pixels, None if noise is None else to_device(noise, models.device)))
+        noise = draws.normals(shape, [("vae", *keys[i]) for i in filled]) if vae_sample else None
+        encoded = models.encode_images(pixels, None if noise is None else to_device(noise, models.device))
+        latents.append(encoded[: len(part)])
     return latents
 
 
