@@ -83,7 +83,8 @@ def test_latents_are_the_vaes_scaled_mean_or_sample(tmp_path):
 
 def test_policy_and_reference_are_two_models_with_equal_weights(tmp_path):
     models = Models(load_pipeline(save_tiny_model(tmp_path)), torch.device("cpu"))
-    assert not any(p.requires_grad for p in models.reference.parameters())
+    # the flag stays: torch chooses matrix products by it (tests/test_traps.py); nobody asks for these gradients
+    assert all(p.requires_grad for p in models.reference.parameters())
     assert all(p.requires_grad for p in models.policy.parameters())
     for p, r in zip(models.parameters(), models.reference.parameters(), strict=True):
         assert torch.equal(p, r) and p.data_ptr() != r.data_ptr()

@@ -77,6 +77,8 @@ def test_outputs_have_their_fixed_names_and_diffusers_opens_the_model(whole):
         "source": 0,
         "pairs": 42,
         "ties_left_out": 6,
+        "left_out_by_filters": {},
+        "weighted_by_filters": 0,
         "order": {"shuffle": "full"},
         "dropped": [],
     }
