@@ -53,9 +53,9 @@ def tasks(folder: Path, rehearse: bool) -> list[Task]:
     bf16 = ("--precision", "bf16", "--contenders", "naive,lockstep,plain,fused,compiled")
     steps = {"step pocket": ()}
     if not rehearse:
-        steps["step sd15"] = ("--model", "sd15", *bf16, "--pairs", "64", "--naive-pairs", "8", "--repeats", "3")
-        sizes = ("--pairs", "32", "--naive-pairs", "2", "--micro-batch", "4", "--inversion-batch", "32")
-        steps["step sdxl"] = ("--model", "sdxl", *bf16, *sizes, "--lockstep-batch", "4", "--repeats", "2")
+        steps["step sd15"] = ("--model", "sd15", *bf16, "--pairs", "64", "--repeats", "2")
+        sizes = ("--pairs", "12", "--micro-batch", "4", "--inversion-batch", "24", "--lockstep-batch", "4")
+        steps["step sdxl"] = ("--model", "sdxl", *bf16, *sizes, "--repeats", "1")
     profiles = {} if rehearse else {f"profile {name}": name for name in ("sd15", "sdxl")}
     names = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py"))
     files = {name: (*pytest, f"bench/{name}.py", *(("--check",) if rehearse else timing)) for name in names}

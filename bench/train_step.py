@@ -4,10 +4,11 @@
 
 naive: the published script's shape (bench/naive.py), one pair at a time, fp32 weights under autocast. lockstep: the
 same with working-precision weights, batches and torch.compile on a GPU. plain, fused, compiled: inpo_fast with
-models.fast so set. All draw the same pairs, timesteps and noise at equal settings (grid diffusers-0.22, told the
-target, conditional inversion, n = 10, VAE and text encoders in the loop). Turns alternate, so that other load hits all
-alike; spreads are the smallest and largest of the repeats. sd15 and sdxl have the exact architecture with random
-weights. All but naive share one set of weights, which lies in channels_last as soon as fused or compiled is among them.
+models.fast so set. All draw the same pairs (their work depends on their timesteps) and noise at equal settings: grid
+diffusers-0.22, told the target, conditional inversion, n = 10, VAE and text encoders in the loop. Turns alternate, so
+that other load hits all alike; spreads are the smallest and largest of the repeats. sd15 and sdxl have the exact
+architecture with random weights. All but naive share one set of weights, which lies in channels_last as soon as fused
+or compiled is among them.
 """
 
 import argparse
@@ -69,7 +70,6 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, help="pixels per side; default: the model's own")
     parser.add_argument("--contenders", default="naive,plain", help=f"comma-separated, of {', '.join(NAMES)}")
     parser.add_argument("--pairs", type=int, default=32, help="pairs of a step")
-    parser.add_argument("--naive-pairs", type=int, help="the naive loop's cost is linear in them; default: all")
     parser.add_argument("--micro-batch", type=int, default=16, help="ours: pairs per forward and backward")
     parser.add_argument("--inversion-batch", type=int, default=64, help="ours: images per inversion evaluation")
     parser.add_argument("--lockstep-batch", type=int, default=16, help="lockstep: pairs at once")
@@ -120,8 +120,7 @@ def _contender(name: str, models: Models, items: list[Item], asked: argparse.Nam
     how = {"beta": BETA[asked.precision], "inversion_steps": STEPS, "seed": SEED}
     if name == "naive":
         other, autocast = _naive_models(models), None if asked.precision == "fp32" else DTYPES[asked.precision]
-        part = items[: asked.naive_pairs]
-        return Contender(name, lambda items: naive_step(items, other, autocast=autocast, **how), part)
+        return Contender(name, lambda items: naive_step(items, other, autocast=autocast, **how), items)
     if name == "lockstep":
         twins = {who: twin(getattr(models, who)) for who in ("policy", "reference")}
         if models.device.type == "cuda":
@@ -176,12 +175,12 @@ def _naive_models(models: Models) -> Models:
 
 
 def _compare(contenders: list[Contender], models: Models, precision: str) -> None:
-    """All gradients against the first contender's, on the pairs that all have; exits where one differs."""
-    bound, fewest = TOLERANCE[precision], min(len(c.items) for c in contenders)
+    """All gradients against the first contender's; exits where one differs."""
+    bound = TOLERANCE[precision]
     wanted: list[torch.Tensor] = []
     for c in contenders:
         models.weights.zero()
-        c.step(c.items[:fewest])
+        c.step(c.items)
         got = models.weights.gradients
         if not wanted:
             wanted = [

@@ -174,8 +174,14 @@ def check(config: RunConfig) -> None:
         (config.objective.beta > 0, "objective.beta", config.objective.beta, "positive"),
         (0 <= config.data.prompt_dropout <= 1, "data.prompt_dropout", config.data.prompt_dropout, "in 0..1"),
         (config.data.bad_pair_limit >= 0, "data.bad_pair_limit", config.data.bad_pair_limit, "not negative"),
+        (config.data.prefetch_mb >= 0, "data.prefetch_mb", config.data.prefetch_mb, "not negative"),
     ]
-    for key, value in (("train.threads", config.train.threads), ("data.resolution", config.data.resolution)):
+    optional = (
+        ("train.threads", config.train.threads),
+        ("data.resolution", config.data.resolution),
+        ("data.cache_mb", config.data.cache_mb),
+    )
+    for key, value in optional:
         rules.append((value is None or value >= 1, key, value, "at least 1, or null"))
     mu = config.objective.winner_preserving
     rules.append((mu is None or 0 <= mu <= 1, "objective.winner_preserving", mu, "in 0..1, or null"))
@@ -188,6 +194,8 @@ def check(config: RunConfig) -> None:
         raise Refusal("inversion.fp8=true needs models.fast=fused or compiled")
     if config.method == "sft" and mu is not None:
         raise Refusal("objective.winner_preserving needs a loser; method=sft has none")
+    if config.data.cache and config.inversion.cache:
+        raise Refusal("data.cache and inversion.cache: the trajectories hold the latents too; give one of them")
     _check_cache(config)
 
 

@@ -27,8 +27,7 @@ from rich.table import Table
 from inpo_fast import distributed, draws
 from inpo_fast.config import RunConfig, parse
 from inpo_fast.data.images import View
-from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import Item, Windows
+from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.files import write_text
 from inpo_fast.models import Models, open_pipeline, quiet_libraries
 from inpo_fast.objectives import label
@@ -111,7 +110,7 @@ def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, t
 def _windows(config: RunConfig, models: Models, count: int):
     resolution = config.data.resolution or models.resolution
     if config.data.source:
-        source = open_source(config.data.source, config.data.format)
+        source = open_data(config.data)
         reader = Windows(source, config.data, resolution=resolution, seed=config.seed, rank=0, world=1)
         yield from reader.steps(0, count, config.train.pairs_per_step)
         return

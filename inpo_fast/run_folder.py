@@ -17,6 +17,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from inpo_fast.config import RunConfig, to_dict, to_yaml
+from inpo_fast.data.order import describe, make_order
 from inpo_fast.data.sources import Source
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import save_adapter
@@ -40,7 +41,10 @@ FREE_ON_RESUME = (
     "train.threads",
     "inversion.batch",
     "inversion.cache",
+    "data.cache",
     "data.workers",
+    "data.prefetch_mb",
+    "data.cache_mb",
     "data.bad_pair_limit",
 )
 
@@ -104,6 +108,9 @@ class RunFolder:
                 "source": self.config.data.source,
                 "pairs": len(source),
                 "ties_left_out": source.ties,
+                "left_out_by_filters": getattr(source, "left_out", {}),
+                "weighted_by_filters": getattr(source, "reweighted", 0),
+                "order": describe(make_order(source, self.config.data.shuffle, self.config.seed)),
                 "dropped": [],
             },
             "model": {

@@ -19,11 +19,12 @@ from rich.logging import RichHandler
 
 from inpo_fast import checkpoint, distributed
 from inpo_fast.config import RunConfig, parse, split_batch
-from inpo_fast.data.sources import Source, open_source
-from inpo_fast.data.windows import Item, Windows
+from inpo_fast.data.sources import Source
+from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.evaluate import evaluate, open_inputs, verdict
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import detach_policy, output_pipeline
+from inpo_fast.latents import Latents, open_latents
 from inpo_fast.metrics import MetricsFile
 from inpo_fast.model_card import write_cards
 from inpo_fast.models import Models, open_pipeline, quiet_libraries
@@ -55,6 +56,7 @@ class Run:
     rank: int
     world: int
     trajectories: Trajectories | None = None
+    latents: Latents | None = None
     notes: tuple[str, ...] = ()  # to be said before the first step
     done: int = 0  # optimizer steps
     seconds: float = 0.0
@@ -71,7 +73,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     folder = RunFolder(Path(config.output), config)
     if rank == 0:
         folder.check()
-    source = open_source(config.data.source, config.data.format)
+    source = open_data(config.data)
     if config.evaluate.prompts:
         open_inputs(config.evaluate, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
@@ -82,7 +84,9 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
     average = None if config.optim.average == "none" else Average(models.parameters(), config.optim, config.train.steps)
     loss_scale = LossScale() if config.models.precision == "fp16" else None
-    run = Run(config, folder, models, source, optimizer, average, loss_scale, rank, world, trajectories, tuple(notes))
+    latents = open_latents(models, config.data, config.data.resolution or models.resolution, config.seed)
+    opened = (config, folder, models, source, optimizer, average, loss_scale, rank, world)
+    run = Run(*opened, trajectories, latents, tuple(notes))
     distributed.barrier()
     if config.resume and (saved := checkpoint.found(folder.checkpoints)):
         state = checkpoint.load(saved[-1], models.weights, optimizer, average)
@@ -107,9 +111,18 @@ def train(run: Run, console: Console) -> None:
         config.data.vae_sample,
         config.seed,
         trajectories=run.trajectories,
+        latents=run.latents,
     )
     resolution = config.data.resolution or models.resolution
-    windows = Windows(run.source, config.data, resolution=resolution, seed=config.seed, rank=run.rank, world=run.world)
+    windows = Windows(
+        run.source,
+        config.data,
+        resolution=resolution,
+        seed=config.seed,
+        rank=run.rank,
+        world=run.world,
+        ready=run.latents,
+    )
     empty = models.encode_empty()
     steps = config.train.steps
     with contextlib.ExitStack() as closing:

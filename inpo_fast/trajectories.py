@@ -14,7 +14,6 @@ Batches: an image's answers are rounded by the batch they were computed in, and 
 a run without it. Equal to the last bit with inversion.batch=1, and with itself always; otherwise to rounding.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from inpo_fast import draws
 from inpo_fast.data.images import View
 from inpo_fast.data.windows import DataConfig, Item
 from inpo_fast.fast_unet import resolve
+from inpo_fast.fingerprint import fingerprint
 from inpo_fast.inversion import Eps, InversionConfig, invert
 from inpo_fast.models import Models
 from inpo_fast.objectives import ObjectiveConfig
@@ -339,9 +339,9 @@ def _identity(
         "holds": "frozen steps" if inversion.frozen else "trajectories",
         "fp8": inversion.fp8,
         "layout": 1,
-        "reference": _fingerprint(models.reference),
-        "vae": _fingerprint(models.vae),
-        "text": digest(*(_fingerprint(encoder).encode() for encoder in encoders if encoder is not None)),
+        "reference": fingerprint(models.reference),
+        "vae": fingerprint(models.vae),
+        "text": digest(*(fingerprint(encoder).encode() for encoder in encoders if encoder is not None)),
         "empty_prompt": "zeros" if models.pipeline.config.get("force_zeros_for_empty_prompt") else "encoded",
         "precision": settings.precision,
         # where the fused inversion meets an adapter it takes another kernel, which rounds otherwise
@@ -365,20 +365,6 @@ def _identity(
             "tau_norm": objective.tau_norm,  # decides at which x_t the reference was asked
         }
     return identity
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    """Of a module's weights, and its settings where they are diffusers'; adapters left out: LoRA's reference is its
-    base."""
-    settings = getattr(module, "config", None)
-    # transformers' settings name their library's version, and its encoders differ in their weights if in anything
-    own = {k: v for k, v in settings.items() if not k.startswith("_")} if hasattr(settings, "items") else {}
-    out = hashlib.blake2b(json.dumps(own, sort_keys=True, default=str).encode(), digest_size=16)
-    tensors = {name.replace(".base_layer", ""): x for name, x in module.state_dict().items() if ".lora_" not in name}
-    for name, x in sorted(tensors.items()):
-        out.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        out.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return out.hexdigest()
 
 
 def _content(view: View) -> str:

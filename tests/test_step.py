@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_world import save_pairs, tiny_models
@@ -241,3 +242,30 @@ def test_a_missing_pair_leaves_the_mean_over_the_others(moved):
     train_step(window, models, RECIPE, pairs_per_step=8, clip=math.inf)  # two of eight were dropped
     got = torch.cat([p.grad.reshape(-1) for p in models.parameters()])
     assert distance(gradient(models, six, RECIPE)[0], got) < 1e-5
+
+
+@pytest.mark.parametrize("shuffle", ["full", "blocks"])
+def test_any_number_of_processes_draws_the_same_timesteps_latents_and_prompts(world, tmp_path, shuffle):
+    """1 process x 8 pairs, 2 x 4, 4 x 2; two steps; by position."""
+    models, _ = world
+    path = save_pairs(tmp_path / "pairs.parquet")
+    pq.write_table(pq.read_table(path), path, row_group_size=5)
+    source = open_source(path)
+    empty, drawn = models.encode_empty(), []
+    for processes in (1, 2, 4):
+        found = {}
+        for rank in range(processes):
+            config = DataConfig(shuffle=shuffle, prompt_dropout=0.3, crop="random")
+            windows = Windows(source, config, resolution=32, seed=0, rank=rank, world=processes)
+            for items in windows.steps(0, 2, PAIRS):
+                window = make_window(items, models, RECIPE, empty)
+                for i, item in enumerate(items):
+                    assert item.position not in found
+                    found[item.position] = (item.id, item.prompt, int(window.t[i]), window.x_0[i])
+        drawn.append(found)
+    first = drawn[0]
+    assert sorted(first) == list(range(2 * PAIRS)) and len({found[2] for found in first.values()}) > 8
+    for other in drawn[1:]:
+        assert {p: found[:3] for p, found in other.items()} == {p: found[:3] for p, found in first.items()}
+        # convolutions of a batch of another size add up in another order
+        assert all(torch.allclose(other[p][3], first[p][3], atol=1e-5) for p in first)

@@ -77,6 +77,7 @@ def test_outputs_have_their_fixed_names_and_diffusers_opens_the_model(whole):
         "source": 0,
         "pairs": 42,
         "ties_left_out": 6,
+        "order": {"shuffle": "full"},
         "dropped": [],
     }
     pipeline = StableDiffusionPipeline.from_pretrained(whole / "model", safety_checker=None)

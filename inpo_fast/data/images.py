@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from inpo_fast.data.sources import BadPair
 
 
 @dataclass(frozen=True)
 class View:
-    """pixels: (H, W, 3) uint8, resolution x resolution. original, crop: (height, width) and (top, left), which
-    SDXL is told."""
+    """pixels: (H, W, 3) uint8, resolution x resolution; None where the latents are known. original, crop: (height,
+    width) and (top, left), which SDXL is told."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     original: tuple[int, int]
     crop: tuple[int, int]
 
@@ -32,6 +32,8 @@ def decode(encoded: bytes, max_pixels: int) -> Image.Image:
         return image.convert("RGB")
     except BadPair:
         raise
+    except UnidentifiedImageError as problem:  # its own words hold the address of an object
+        raise BadPair("image cannot be decoded (not an image of a known format, or cut off in its header)") from problem
     except Exception as problem:  # damaged bytes make PIL raise anything: OSError, SyntaxError, TypeError, RuntimeError
         raise BadPair(f"image cannot be decoded ({problem})") from problem
 

@@ -25,9 +25,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from inpo_fast.data.images import decode
-from inpo_fast.data.order import permuted
-from inpo_fast.data.sources import BadPair, Pair, Source, open_source
-from inpo_fast.data.windows import DataConfig
+from inpo_fast.data.order import make_order
+from inpo_fast.data.sources import BadPair, Pair, Source
+from inpo_fast.data.windows import DataConfig, open_data
 from inpo_fast.files import write_bytes, write_text
 from inpo_fast.refusal import Refusal, run_or_refuse
 
@@ -63,7 +63,7 @@ class Findings:
 def examine(
     source: Source, name: str, config: DataConfig, *, resolution: int, limit: int | None, advance=lambda: None
 ) -> tuple[Findings, list[Pair]]:
-    """All pairs, or `limit` of them spread by the trainer's own permutation; and a few for the contact sheet."""
+    """All pairs, or `limit` of them in the trainer's own order; and a few for the contact sheet."""
     total = len(source)
     found = Findings(name, total, source.ties, workers=max(1, config.workers))
     seen: set[bytes] = set()
@@ -72,7 +72,8 @@ def examine(
     labels: Counter[str] = Counter()
     samples: list[Pair] = []
     size, weight, begun = 0, 0.0, time.perf_counter()
-    indices = range(total) if limit is None or limit >= total else (permuted(i, total, ("look",)) for i in range(limit))
+    order = make_order(source, "auto", 0)  # with a limit: what a run would meet first
+    indices = range(total) if limit is None or limit >= total else (order.index(i) for i in range(limit))
     with ThreadPoolExecutor(found.workers) as pool:
         for pair in _bounded(pool, lambda index: _read(source, index, config.max_pixels), indices):
             advance()
@@ -214,17 +215,18 @@ def main() -> None:
     )
     parser.add_argument("--source", required=True, help="as data.source of the trainer")
     parser.add_argument("--format", default="auto", help="as data.format of the trainer")
+    parser.add_argument("--images", help="as data.images of the trainer")
     parser.add_argument("--resolution", type=int, default=512, help="the training resolution (default 512)")
     parser.add_argument("--pairs-per-step", type=int, default=1024, help="for the estimate (default 1024)")
-    parser.add_argument("--limit", type=int, help="look at so many pairs, spread over the source; default: at all")
+    parser.add_argument("--limit", type=int, help="look at so many pairs, in training order; default: at all")
     parser.add_argument("--workers", type=int, default=DataConfig.workers, help="threads that decode")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of sample pairs there (PNG)")
     parser.add_argument("--json", type=Path, help="write the findings there")
     own = parser.parse_args()
     if own.limit is not None and own.limit < 1:
         raise Refusal(f"--limit {own.limit}: must be at least 1")
-    source = open_source(own.source, own.format)
-    config = DataConfig(source=own.source, workers=own.workers)
+    config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
+    source = open_data(config)
     console = Console()
     with Progress(disable=not console.is_terminal) as bar:
         task = bar.add_task("look at pairs", total=min(own.limit or len(source), len(source)))

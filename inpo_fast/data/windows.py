@@ -1,15 +1,19 @@
-"""The pairs of one optimizer step on this rank, decoded ahead of time in a background thread."""
+"""The pairs of one optimizer step on this rank, decoded ahead of time in background threads."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
 
 from inpo_fast import draws
+from inpo_fast.data.filters import FilterConfig, filtered
 from inpo_fast.data.images import View, decode, make_view
-from inpo_fast.data.order import pair_index, window_positions
-from inpo_fast.data.sources import BadPair, Format, Source
+from inpo_fast.data.order import FULL_BYTES, Shuffle, make_order, window_positions
+from inpo_fast.data.sources import BadPair, Format, Source, open_source
 from inpo_fast.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -20,9 +24,15 @@ class DataConfig:
     """Where the preference pairs come from and how an image becomes a training view."""
 
     source: str = ""
-    """A parquet file or folder in the Pick-a-Pic v2 schema, or a folder with metadata.jsonl."""
+    """Parquet in the Pick-a-Pic v2 schema, webdataset .tar shards (a file, a folder, a pattern in quotes or an fsspec
+    URL such as hf://datasets/NAME), a folder with metadata.jsonl, or a JSON file in the manner of HPDv2 and HPDv3."""
     format: Format = "auto"
-    """auto: a folder with metadata.jsonl is read as such, anything else as parquet."""
+    """auto: by what lies there: metadata.jsonl, the endings .json, .jsonl, .parquet, .tar, in this order."""
+    images: str | None = None
+    """Folder that the image paths of a JSON listing start from. None: the listing's own."""
+    shuffle: Shuffle = "auto"
+    """full: any pair may follow any other. blocks: parquet row groups are shuffled, and pairs among several of them, so
+    that each is read once an epoch. auto: full where pairs can be read alone or all take up to 256 MiB, else blocks."""
     resolution: int | None = None
     """Pixels per side. None: the model's own (UNet sample size times the VAE's factor)."""
     crop: Literal["center", "random"] = "center"
@@ -38,7 +48,21 @@ class DataConfig:
     bad_pair_limit: float = 0.001
     """Stop when more than this share of the pairs read so far had to be dropped (never before the second)."""
     workers: int = 2
-    """Threads that decode images."""
+    """Threads that read and decode images."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    cache: str | None = None
+    """Folder of latents and text embeddings that `python -m inpo_fast.cache` made for this very configuration."""
+    prefetch_mb: int = 1024
+    """MiB of decoded views per process that are kept ready for the next steps. No effect on the result."""
+    cache_mb: int | None = None
+    """MiB of parquet row groups per process that are kept in memory. None: what the order needs. No effect on the
+    result; with less, row groups are read again and again."""
+
+
+def open_data(config: DataConfig) -> Source:
+    """The pairs that a run trains on. Refusal where there are none."""
+    source = open_source(config.source, config.format, images=config.images, cache_mb=config.cache_mb)
+    return filtered(source, config.filters)
 
 
 @dataclass(frozen=True)
@@ -52,35 +76,76 @@ class Item:
     loser: View
     label: float = 1.0
     weight: float = 1.0
+    x_0: torch.Tensor | None = None  # (2, C, h, w) latents from a cache; the views then have no pixels
+
+
+class Ready(Protocol):
+    """Pairs that need not be decoded."""
+
+    def item(self, position: int) -> Item | None:
+        """The pair at a position, None where it is not known. BadPair where it was found broken."""
+        ...
 
 
 class Windows:
-    """Iterates over steps and yields each step's usable pairs of this rank; the next step is read meanwhile."""
+    """Iterates over steps and yields each step's usable pairs of this rank; what comes next is read meanwhile."""
 
-    def __init__(self, source: Source, config: DataConfig, *, resolution: int, seed: int, rank: int, world: int):
-        self.source, self.config, self.resolution = source, config, resolution
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        resolution: int,
+        seed: int,
+        rank: int,
+        world: int,
+        ready: Ready | None = None,
+    ):
+        self.source, self.config, self.resolution, self.ready = source, config, resolution, ready
         self.seed, self.rank, self.world = seed, rank, world
+        self.order = make_order(source, config.shuffle, seed)
+        if self.order.blocks is None and getattr(source, "bytes", 0) > FULL_BYTES and config.cache_mb is None:
+            log.warning(
+                "data.shuffle=full: a row group is read for nearly every pair; take blocks, or keep all of them with "
+                "data.cache_mb=%d",
+                1.1 * source.bytes / 2**20,
+            )
+        # two RGB views a pair; below the number of threads some would have nothing to do
+        self.prefetch = max(1, config.workers, config.prefetch_mb * 2**20 // (6 * resolution**2))
         self.seen = 0
         self.dropped: list[str] = []
 
     def steps(self, first: int, last: int, pairs_per_step: int) -> Iterator[list[Item]]:
-        """Windows of steps first .. last - 1."""
-        with ThreadPoolExecutor(max(1, self.config.workers)) as pool:
-            ahead = self._submit(pool, first, pairs_per_step) if first < last else []
-            for step in range(first, last):
-                current = ahead
-                ahead = self._submit(pool, step + 1, pairs_per_step) if step + 1 < last else []
-                yield self._collect(current)
+        """Windows of steps first .. last - 1.
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int, pairs_per_step: int) -> list["Future[Item]"]:
-        positions = window_positions(step, pairs_per_step, self.rank, self.world)
-        return [pool.submit(self.load, position) for position in positions]
+        In memory: the window that is being filled and, decoded or under way, at most `prefetch` pairs beyond it.
+        """
+        positions = (p for s in range(first, last) for p in window_positions(s, pairs_per_step, self.rank, self.world))
+        ahead: deque[Future[Item]] = deque()
+        pool = ThreadPoolExecutor(max(1, self.config.workers))
+
+        def fill() -> None:
+            while len(ahead) < self.prefetch and (position := next(positions, None)) is not None:
+                ahead.append(pool.submit(self.load, position))
+
+        try:
+            for step in range(first, last):
+                items = []
+                for _ in window_positions(step, pairs_per_step, self.rank, self.world):
+                    fill()
+                    items += self._take(ahead.popleft())
+                fill()
+                self._stop_if_too_many()
+                yield items
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def load(self, position: int) -> Item:
         """The pair at a position. BadPair with its id if any part of it is unusable."""
-        index = pair_index(position, len(self.source), self.seed)
+        if self.ready is not None and (item := self.ready.item(position)) is not None:
+            return item
         key = (self.seed, position)
-        pair = self.source.read(index)
+        pair = self.source.read(self.order.index(position))
         try:
             winner, loser = (self._view(image, (*key, side)) for side, image in enumerate((pair.winner, pair.loser)))
         except BadPair as problem:
@@ -98,19 +163,20 @@ class Windows:
             draw=(draws.uniform("top", *key), draws.uniform("left", *key)),
         )
 
-    def _collect(self, futures: list["Future[Item]"]) -> list[Item]:
-        items = []
-        for future in futures:
-            self.seen += 1
-            try:
-                items.append(future.result())
-            except BadPair as problem:
-                self.dropped.append(str(problem))
-                log.warning("dropped pair %s", problem)
+    def _take(self, future: "Future[Item]") -> list[Item]:
+        """The pair, or nothing if it is a bad one."""
+        self.seen += 1
+        try:
+            return [future.result()]
+        except BadPair as problem:
+            self.dropped.append(str(problem))
+            log.warning("dropped pair %s", problem)
+            return []
+
+    def _stop_if_too_many(self) -> None:
         allowed = max(1, self.config.bad_pair_limit * self.seen)
         if len(self.dropped) > allowed:
             raise Refusal(
                 f"{len(self.dropped)} of {self.seen} pairs are unusable, more than data.bad_pair_limit="
                 f"{self.config.bad_pair_limit:g}; last: {self.dropped[-1]}. Mend the data or raise the limit"
             )
-        return items

@@ -5,13 +5,15 @@ processes.
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from inpo_fast import draws
-from inpo_fast.data.order import pair_index, permuted, window_positions
+from inpo_fast.data.order import Order, describe, make_order, pair_index, permuted, window_positions
+from inpo_fast.refusal import Refusal
 
 quick = settings(max_examples=40, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
 seeds = st.integers(0, 2**63)
@@ -134,3 +136,146 @@ def test_normals_are_the_single_draws_stacked():
     assert together.shape == (3, 2, 3)
     for row, key in zip(together, keys, strict=True):
         assert torch.equal(row, draws.normal((2, 3), *key))
+
+
+# ---- the order by blocks -------------------------------------------------------------------------
+
+sizes_of_blocks = st.lists(st.integers(1, 12), min_size=1, max_size=40)
+some_empty = st.lists(st.integers(0, 5), min_size=1, max_size=40).filter(any)  # as a filter may leave them
+
+
+def by_blocks(sizes: list[int], blocks_per_run: int, seed: int = 0) -> Order:
+    return Order(sum(sizes), seed, np.cumsum(sizes), blocks_per_run)
+
+
+def epoch_of(order: Order, epoch: int) -> list[int]:
+    return [order.index(epoch * order.size + i) for i in range(order.size)]
+
+
+def blocks_of(order: Order, indices: list[int]) -> list[int]:
+    return np.searchsorted(order.blocks, indices, "right").tolist()
+
+
+@quick
+@given(sizes=sizes_of_blocks | some_empty, run=st.integers(1, 50), seed=seeds, epoch=st.integers(0, 9))
+def test_every_epoch_by_blocks_visits_each_pair_once(sizes, run, seed, epoch):
+    assert sorted(epoch_of(by_blocks(sizes, run, seed), epoch)) == list(range(sum(sizes)))
+
+
+@quick
+@given(sizes=sizes_of_blocks, run=st.integers(1, 50), seed=seeds, asked=st.lists(st.integers(0, 2000), max_size=30))
+def test_index_has_no_memory(sizes, run, seed, asked):
+    """Asked in any order, of one object or of a fresh one each: the same."""
+    order = by_blocks(sizes, run, seed)
+    assert [order.index(p) for p in asked] == [by_blocks(sizes, run, seed).index(p) for p in asked]
+
+
+@quick
+@given(sizes=sizes_of_blocks, run=st.integers(1, 9), seed=seeds)
+def test_reading_needs_two_runs_of_blocks_in_memory(sizes, run, seed):
+    """Each block's pairs lie within one run, and a run has at most blocks_per_run blocks, its pairs together."""
+    order = by_blocks(sizes, run, seed)
+    blocks = blocks_of(order, epoch_of(order, 0))
+    first, last = {}, {}
+    for position, block in enumerate(blocks):
+        first.setdefault(block, position)
+        last[block] = position
+    open_now = [sum(first[b] <= position <= last[b] for b in first) for position in range(len(blocks))]
+    assert max(open_now) <= run
+    runs = -(-len(sizes) // run)
+    lengths = np.diff([(i * len(sizes)) // runs for i in range(runs + 1)])
+    assert max(lengths) <= run and max(lengths) - min(lengths) <= 1
+    begin = 0
+    seen = list(dict.fromkeys(blocks))
+    for length in lengths:  # the next run begins only when this one's pairs are all used up
+        own, seen = set(seen[:length]), seen[length:]
+        end = begin + sum(sizes[b] for b in own)
+        assert set(blocks[begin:end]) == own
+        begin = end
+
+
+def test_order_by_blocks_differs_by_epoch_and_by_seed_in_blocks_and_in_rows():
+    order = by_blocks([10] * 30, 3)
+    first, second = epoch_of(order, 0), epoch_of(order, 1)
+    assert first != second != epoch_of(order, 2)
+    assert first != epoch_of(by_blocks([10] * 30, 3, seed=1), 0)
+    groups = [[frozenset(blocks_of(order, epoch[i : i + 30])) for i in range(0, 300, 30)] for epoch in (first, second)]
+    assert all(len(g) == 3 for epoch in groups for g in epoch)
+    assert len(set(groups[0]) & set(groups[1])) < 3  # other blocks come together
+    one = by_blocks([40], 1)
+    assert epoch_of(one, 0) != epoch_of(one, 1) != list(range(40))  # of a single block the rows still move
+
+
+def test_order_by_blocks_has_no_favourites():
+    """1200 epochs of 12 pairs: each stands at each place 100 times on average, standard deviation 9.6."""
+    order = by_blocks([3, 3, 3, 3], 2)
+    count = Counter((place, index) for e in range(1200) for place, index in enumerate(epoch_of(order, e)))
+    assert len(count) == 144
+    assert min(count.values()) > 100 - 5 * 9.6 and max(count.values()) < 100 + 5 * 9.6
+
+
+def test_neighbours_within_a_run_do_not_stay_together():
+    order = epoch_of(by_blocks([100] * 4, 4), 0)
+    assert sum(abs(a - b) == 1 for a, b in pairwise(order)) < 10
+    blocks = blocks_of(by_blocks([100] * 4, 4), order)
+    assert 60 < sum(a == b for a, b in pairwise(blocks)) < 140  # 99 expected: the four are mixed
+
+
+PINNED = (
+    [8, 9, 4, 7, 5, 3, 6, 11, 12, 10, 14, 13, 1, 0, 2],
+    [10, 12, 14, 13, 11, 1, 6, 5, 7, 0, 2, 4, 3, 9, 8],
+)
+
+
+def test_order_by_blocks_is_pinned():
+    """A change here changes every run ever made by blocks."""
+    order = by_blocks([3, 1, 4, 2, 5], 2, seed=7)
+    assert epoch_of(order, 0) == PINNED[0]
+    assert epoch_of(order, 3) == PINNED[1]
+
+
+class Facts:
+    """What an order looks at."""
+
+    ties = 0
+
+    def __init__(self, pairs: int, blocks: int | None, size: int):
+        self.pairs, self.bytes = pairs, size
+        self.blocks = None if blocks is None else np.linspace(0, pairs, blocks + 1).astype(np.int64)[1:]
+
+    def __len__(self) -> int:
+        return self.pairs
+
+
+MIB = 2**20
+# pairs, blocks, bytes, data.shuffle -> blocks per run; None: the full order
+CHOICES = [
+    ((851_293, 960, 300 * 2**30, "auto"), 4),  # Pick-a-Pic: 320 MiB a block
+    ((100_000, 100, 600 * MIB, "auto"), 9),  # small pictures: 8192 pairs
+    ((100_000, 1000, 20 * 2**30, "auto"), 50),  # 20 MiB a block: 1 GiB
+    ((3_000, 3, 1024 * MIB, "auto"), 3),  # all of them
+    ((10_000, 10, 256 * MIB, "auto"), None),
+    ((10_000, 10, 257 * MIB, "auto"), 9),
+    ((10_000, 10, 10 * MIB, "blocks"), 9),
+    ((851_293, 960, 300 * 2**30, "full"), None),
+    ((10_000, None, 0, "auto"), None),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), CHOICES)
+def test_choice_of_the_order(asked, expected):
+    pairs, blocks, size, shuffle = asked
+    order = make_order(Facts(pairs, blocks, size), shuffle, seed=3)
+    if expected is None:
+        assert order.blocks is None
+        assert describe(order) == {"shuffle": "full"}
+        assert [order.index(p) for p in (0, 1, pairs)] == [pair_index(p, pairs, 3) for p in (0, 1, pairs)]
+    else:
+        assert describe(order) == {"shuffle": "blocks", "blocks": blocks, "blocks_per_run": expected}
+        assert {order.index(p) for p in (0, pairs - 1)} <= set(range(pairs))
+
+
+def test_source_that_says_nothing_of_blocks_gets_the_full_order():
+    assert make_order(list(range(10)), "auto", 0).blocks is None
+    with pytest.raises(Refusal, match=r"data\.shuffle=blocks: any pair of this source can be read alone; take full"):
+        make_order(Facts(10, None, 0), "blocks", 0)

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inpo_fast.data.sources import BadPair, FolderSource, Pair, ParquetSource, open_source
+from inpo_fast.data.folder import FolderSource
+from inpo_fast.data.parquet import ParquetSource
+from inpo_fast.data.sources import BadPair, Pair, open_source
 from inpo_fast.refusal import Refusal
 
 FIRST, SECOND, TIE = (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)
@@ -65,8 +67,8 @@ def test_parquet_shards_and_row_groups(tmp_path):
     labels = [[FIRST, SECOND, TIE, SECOND, FIRST, FIRST, TIE, SECOND, SECOND, FIRST], [SECOND] * 11, [TIE, FIRST] * 6]
     expected, start = [], 0
     for number, part in enumerate(labels):
-        name = f"part-{number}.parquet"
-        write(tmp_path / ("train" if number else "") / name, part, start=start)
+        name = f"train/part-{number}.parquet" if number else "part-0.parquet"
+        write(tmp_path / name, part, start=start)
         for row, label in enumerate(part):
             images = [b"first %d" % (start + row), b"second %d" % (start + row)]
             if label != TIE:
@@ -88,7 +90,9 @@ def test_single_parquet_file_and_other_number_types(tmp_path):
     assert [source.read(i).winner for i in range(2)] == [b"first 0", b"second 1"]
 
 
-@pytest.mark.parametrize("label", [(0.5, 0.5), (1.0, 1.0), (0.0, 0.0), (0.7, 0.3), (None, 0.0), (float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    "label", [(0.5, 0.5), (1.0, 1.0), (0.0, 0.0), (0.7, 0.4), (1.5, -0.5), (None, 0.0), (float("nan"), 1.0)]
+)
 def test_undecided_labels_are_left_out_and_counted(tmp_path, label):
     source = open_source(str(write(tmp_path / "a.parquet", [FIRST, label, SECOND])))
     assert (len(source), source.ties) == (2, 1)
@@ -174,7 +178,7 @@ def empty_folder(tmp_path: Path) -> Path:
 GOOD = {"prompt": "p", "chosen": "a.png", "rejected": "b.png"}
 SIDES = {"prompt": "p", "image_0": "a.png", "image_1": "b.png"}
 REFUSALS = {
-    "missing path": (lambda d: d / "nowhere", r"nowhere; give a \.parquet file"),
+    "missing path": (lambda d: d / "nowhere", r"nowhere; give a \.parquet, \.tar or \.json file"),
     "empty folder": (empty_folder, r"empty holds neither metadata\.jsonl nor \*\.parquet"),
     "truncated": (truncated, r"cut\.parquet: not a readable parquet.*download it again"),
     "text": (text_file, r"text\.parquet: not a readable parquet.*download it again"),
@@ -197,7 +201,7 @@ REFUSALS = {
     "no prompt": (lambda d: write_folder(d, [{**GOOD, "prompt": 3}]), r"metadata\.jsonl:1: no text under `prompt`"),
     "label 7": (
         lambda d: write_folder(d, [GOOD, {**SIDES, "label": 7}]),
-        r"metadata\.jsonl:2: label 7; expected 0 or 1 .* or 0\.5",
+        r"metadata\.jsonl:2: label 7; expected 0 or 1 .* or 0\.5 \(tie\)",
     ),
     "missing keys": (lambda d: write_folder(d, [SIDES]), r"metadata\.jsonl:1: needs image_0, image_1 and label, or"),
     "folder of ties": (lambda d: write_folder(d, [{**SIDES, "label": 0.5}]), r"has no usable pair \(1 ties\)"),

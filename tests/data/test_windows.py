@@ -4,13 +4,14 @@ side and purpose alone.
 
 import io
 import logging
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from inpo_fast.data.order import pair_index
+from inpo_fast.data.order import describe, pair_index
 from inpo_fast.data.sources import BadPair, Pair
 from inpo_fast.data.windows import DataConfig, Item, Windows
 from inpo_fast.refusal import Refusal
@@ -179,3 +180,118 @@ def test_random_crops_of_the_two_sides_are_independent():
     crops = [[view.crop for view in (item.winner, item.loser)] for item in map(reader.load, range(300))]
     assert {left for pair in crops for _, left in pair} == {0, 1, 2, 3, 4}
     assert share(a == b for a, b in crops) < 0.4  # five places, the outer two half as likely: 0.22 expected
+
+
+# ---- reading ahead, and the order by blocks ------------------------------------------------------
+
+
+class Blocks(Pairs):
+    """The same in blocks of unequal length; counts the blocks that a reader with room for `room` of them must load."""
+
+    bytes = 2**40
+
+    def __init__(self, n: int, ends: list[int], room: int = 2, **faults):
+        super().__init__(n, **faults)
+        self.blocks, self.held, self.room, self.loads = np.array(ends), [], room, 0
+
+    def read(self, index: int) -> Pair:
+        block = int(np.searchsorted(self.blocks, index, "right"))
+        self.loads += block not in self.held
+        self.held = [*[b for b in self.held if b != block][-self.room + 1 :], block]
+        return super().read(index)
+
+
+ENDS = [3, 4, 9, 15, 16, 22, 30, 31, 36, 40, 47]
+
+
+def test_blocks_are_read_once_an_epoch():
+    """47 pairs, 11 blocks in runs of 4 at most, room for two runs; a step of 16 on one thread."""
+    source = Blocks(47, ENDS, room=8)
+    reader = windows(source, workers=1)
+    assert reader.order.blocks_per_run == 4 and describe(reader.order)["shuffle"] == "blocks"
+    items = [item for window in reader.steps(0, 2, 16) for item in window]
+    assert [item.position for item in items] == list(range(32))
+    assert source.loads <= 11
+    full = Blocks(47, ENDS, room=8)
+    list(windows(full, workers=1, shuffle="full").steps(0, 2, 16))
+    assert full.loads > 11
+
+
+@pytest.mark.parametrize("shuffle", ["full", "blocks"])
+def test_one_two_and_four_processes_see_the_same_and_go_on_on_any_other_number(shuffle):
+    """8 pairs a step, 12 steps, two epochs: pairs, flips, crops, dropouts by position; a broken pair shifts nothing."""
+    faults = {"broken": {(3, 0)}, "unreadable": {20}}
+    alone = contents(Blocks(47, ENDS, **faults), steps=12, shuffle=shuffle)
+    by_position = {item[0]: item for window in alone for item in window}
+    lost = {p for p in range(96) if p not in by_position}
+    assert 3 <= len(lost) <= 6
+    for before, after in ((1, 4), (2, 1), (4, 2)):
+        seen = []
+        for world, first, last in ((before, 0, 5), (after, 5, 12)):
+            for rank in range(world):
+                source = Blocks(47, ENDS, **faults)
+                seen += contents(source, steps=last, first=first, rank=rank, world=world, shuffle=shuffle)
+        items = [item for window in seen for item in window]
+        assert {item[0]: item for item in items} == by_position
+        assert len(items) == len(by_position)
+
+
+def test_read_ahead_and_cache_change_nothing():
+    plain = contents(Blocks(47, ENDS), steps=8)
+    for config in ({"prefetch_mb": 0}, {"workers": 3, "prefetch_mb": 0}, {"prefetch_mb": 4096}, {"cache_mb": 1}):
+        assert contents(Blocks(47, ENDS), steps=8, **config) == plain
+
+
+@pytest.mark.parametrize(("megabytes", "workers", "most"), [(0, 1, 1), (0, 3, 3), (1, 2, 5)])
+def test_read_ahead_is_bounded(megabytes, workers, most):
+    """1 MiB holds 5 pairs of 180 pixels. Never more pairs are begun beyond those that were taken."""
+    taken, begun, worst = 0, 0, 0
+
+    class Counted(Pairs):
+        def read(self, index: int) -> Pair:
+            nonlocal begun, worst
+            begun += 1
+            worst = max(worst, begun - taken)
+            return super().read(index)
+
+    config = DataConfig(workers=workers, prefetch_mb=megabytes, crop="random")
+    reader = Windows(Counted(40), config, resolution=180, seed=0, rank=0, world=1)
+    take = reader._take
+
+    def counted(future):
+        nonlocal taken
+        item = take(future)
+        taken += 1
+        return item
+
+    reader._take = counted
+    assert reader.prefetch == most
+    for window in reader.steps(0, 4, 10):
+        time.sleep(0.02)
+        assert len(window) == 10
+    assert most <= worst <= most + 1  # the one that is taken and not yet counted
+
+
+def test_full_order_over_large_row_groups_is_warned_of(caplog):
+    windows(Blocks(47, ENDS), shuffle="full")
+    assert "data.shuffle=full: a row group is read for nearly every pair; take blocks, or keep" in caplog.text
+    caplog.clear()
+    windows(Blocks(47, ENDS), shuffle="full", cache_mb=1)
+    windows(Blocks(47, ENDS))
+    windows(Pairs(47), shuffle="full")
+    assert not caplog.text
+
+
+def test_reader_that_is_given_up_stops_reading():
+    count = []
+
+    class Slow(Pairs):
+        def read(self, index: int) -> Pair:
+            count.append(index)
+            time.sleep(0.01)
+            return super().read(index)
+
+    steps = windows(Slow(400)).steps(0, 50, 8)
+    next(steps)
+    steps.close()
+    assert len(count) < 60

@@ -1,0 +1,127 @@
+"""Latents and text embeddings of a run, before it: the VAE and the text encoders then need not run while training.
+
+    torchrun --nproc-per-node 8 -m inpo_fast.cache --config configs/sd15.yaml --data.cache CACHE [--group.key=value …]
+    torchrun --nproc-per-node 8 -m inpo_fast.train --config configs/sd15.yaml --data.cache CACHE
+
+Makes what this very configuration will draw in its train.steps x train.pairs_per_step positions. Interrupted, it goes
+on where it stopped; shards are written whole or not at all.
+"""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from inpo_fast import distributed
+from inpo_fast.config import RunConfig, parse
+from inpo_fast.data.sources import BadPair
+from inpo_fast.data.windows import Item, Windows, open_data
+from inpo_fast.latents import Latents
+from inpo_fast.models import Models, open_pipeline, quiet_libraries
+from inpo_fast.refusal import Refusal, run_or_refuse
+from inpo_fast.shards import ROWS
+from inpo_fast.step import encode_views, side_keys
+
+GIB = 2**30
+MARGIN = 1.05  # headers, checksums, prompts
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One filling process group a folder. Refusal while another is at it; a killed one leaves no lock behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            raise Refusal(f"{folder} is being filled by another process; wait for it or name another one") from problem
+        yield
+
+
+def check_room(latents: Latents, missing: int, record: int, console: Console) -> None:
+    """Prints the need and the room; Refusal where it does not fit."""
+    need, free = int(missing * record * MARGIN), shutil.disk_usage(latents.folder).free
+    what = (
+        f"data.cache: {need / GIB:.3g} GiB for {missing:,} pairs ({len(latents.pairs):,} there), {free / GIB:.3g} GiB "
+        f"free on the disk of {latents.folder}"
+    )
+    console.print(what, highlight=False, markup=False, soft_wrap=True)
+    if need > free:
+        raise Refusal(f"{what}; take another disk or fewer train.steps")
+
+
+def fill(config: RunConfig, models: Models, rank: int, world: int, console: Console) -> Latents:
+    """Everything that is not there yet. Every rank takes every world-th shard."""
+    source = open_data(config.data)
+    resolution = config.data.resolution or models.resolution
+    latents = Latents(Path(config.data.cache), models, config.data, resolution, config.seed)
+    if rank == 0:
+        latents.start()
+    distributed.barrier()
+    total = config.train.steps * config.train.pairs_per_step
+    groups = [range(lo, min(lo + ROWS, total)) for lo in range(0, total, ROWS)]
+    todo = [[p for p in group if not latents.has(p)] for group in groups]
+    side = models.reference.config.sample_size * resolution // models.resolution
+    shape = (2, models.reference.config.in_channels, side, side)
+    if rank == 0:
+        check_room(latents, sum(map(len, todo)), 4 * prod(shape), console)
+    windows = Windows(source, config.data, resolution=resolution, seed=config.seed, rank=rank, world=world)
+    count = TextColumn("{task.completed}/{task.total} pairs")
+    columns = (TextColumn("cache"), BarColumn(), count, TimeRemainingColumn())
+    mine = [positions for positions in todo[rank::world] if positions]
+    with Progress(*columns, console=console, disable=rank != 0) as bar, ThreadPoolExecutor(config.data.workers) as pool:
+        task = bar.add_task("", total=sum(map(len, mine)))
+        for positions in mine:
+            found = list(zip(positions, pool.map(lambda p: _load(windows, p), positions), strict=True))
+            good = [item for _, item in found if isinstance(item, Item)]
+            x_0 = torch.zeros(len(found), *shape)
+            if good:
+                keys = side_keys(good, config.seed, 2)
+                views = [view for item in good for view in (item.winner, item.loser)]
+                encoded = torch.cat(encode_views(views, keys, models, config.data.vae_sample))
+                here = torch.tensor([isinstance(item, Item) for _, item in found])
+                x_0[here] = encoded.unflatten(0, (len(good), 2)).cpu()
+                if new := latents.unknown_prompts([item.prompt for item in good]):
+                    latents.add_prompts(new, models.encode_prompts(new))
+            latents.add(found, x_0)  # last: a group whose latents are there has its prompts too
+            bar.update(task, advance=len(positions))
+    distributed.barrier()
+    return latents
+
+
+def _load(windows: Windows, position: int) -> Item | str:
+    try:
+        return windows.load(position)
+    except BadPair as problem:
+        return str(problem)
+
+
+def main() -> None:
+    config = parse("python -m inpo_fast.cache")
+    if not config.data.cache:
+        raise Refusal("data.cache names no folder; give --data.cache FOLDER")
+    quiet_libraries()
+    rank, world, device = distributed.start()
+    console = Console()
+    folder = Path(config.data.cache)
+    try:
+        with alone(folder) if rank == 0 else contextlib.nullcontext():
+            models = Models(open_pipeline(config.models), device, config.models)
+            latents = fill(config, models, rank, world, console)
+        if rank == 0:
+            again = Latents(folder, models, config.data, latents.resolution, config.seed)  # what the others wrote
+            there = f"{len(again.pairs):,} pairs and {len(again.prompts):,} prompts"
+            console.print(f"{there} in {folder}", highlight=False, markup=False)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    run_or_refuse("python -m inpo_fast.cache", main)

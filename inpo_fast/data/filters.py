@@ -1,0 +1,138 @@
+"""Which pairs of a source are used, and with what weight: by words of the prompt, a score, the models that drew them.
+
+Everything is decided from the records when the source is opened; images are not looked at. What was left out, and why,
+is counted and stands in the run's manifest.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from inpo_fast.data.sources import Pair, Source
+from inpo_fast.refusal import Refusal
+
+MODELS = ("model_0", "model_1")  # of the two images, as Pick-a-Pic v2 names them
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Pairs that are left out, and weights by words. Nothing is left out unless it is named here."""
+
+    block_words: tuple[str, ...] = ()
+    """Leave out pairs whose prompt has one of these words or phrases (whole words, any case)."""
+    block_list: str | None = None
+    """A text file of such words or phrases, one a line; lines that begin with # are comments."""
+    score: str | None = None
+    """Name of a column or field with a number; pairs below min_score are left out, as are those without one."""
+    min_score: float = 0.0
+    models: tuple[str, ...] = ()
+    """Keep only pairs both of whose images were drawn by one of these (model_0, model_1)."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Word or phrase -> factor of the weight of pairs whose prompt has it, e.g. {"anime": 0.5}; factors multiply."""
+
+    @property
+    def active(self) -> bool:
+        return bool(self.block_words or self.block_list or self.score or self.models or self.weights)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What a filter looks at beside the prompt."""
+        return (*((self.score,) if self.score else ()), *(MODELS if self.models else ()))
+
+
+class FilteredSource:
+    """The pairs of another source that pass. left_out: reason -> pairs; a pair counts under the first that holds."""
+
+    def __init__(self, source: Source, config: FilterConfig):
+        words = [*config.block_words, *_block_list(config.block_list)]
+        blocked = _pattern(words) if words else None
+        factors = [(_pattern([word]), _factor(word, factor)) for word, factor in config.weights.items()]
+        keep, weight = np.zeros(len(source), bool), np.ones(len(source))
+        self.left_out: dict[str, int] = {}
+        self.reweighted = 0
+        for index, record in enumerate(_facts(source, config.fields)):
+            if reason := _reason(record, config, blocked):
+                self.left_out[reason] = self.left_out.get(reason, 0) + 1
+                continue
+            keep[index] = True
+            for pattern, factor in factors:
+                if pattern.search(record["prompt"]):
+                    weight[index] *= factor
+        self.source, self.ties = source, source.ties
+        self.kept = np.flatnonzero(keep).astype(np.int64)
+        self._weight = weight[self.kept]
+        self.reweighted = int((self._weight != 1).sum())
+        self.blocks = None if source.blocks is None else np.searchsorted(self.kept, source.blocks).astype(np.int64)
+        self.bytes = int(source.bytes * len(self.kept) / max(1, len(source)))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def read(self, index: int) -> Pair:
+        pair = self.source.read(int(self.kept[index]))
+        factor = float(self._weight[index])
+        return pair if factor == 1.0 else _weighted(pair, factor)
+
+
+def filtered(source: Source, config: FilterConfig) -> Source:
+    """The source itself where nothing is to be left out. Refusal where nothing would be left."""
+    if not config.active:
+        return source
+    out = FilteredSource(source, config)
+    if not len(out):
+        why = ", ".join(f"{n:,} {reason}" for reason, n in out.left_out.items())
+        raise Refusal(f"data.filters leave none of {len(source):,} pairs ({why}); loosen them")
+    return out
+
+
+def _facts(source: Source, fields: Sequence[str]) -> Iterator[dict]:
+    if not hasattr(source, "facts"):
+        raise Refusal(f"data.filters: a {type(source).__name__} cannot be filtered")
+    return source.facts(fields)
+
+
+def _reason(record: dict, config: FilterConfig, blocked: re.Pattern | None) -> str | None:
+    """Why a pair is left out, None where it stays."""
+    if blocked is not None and blocked.search(record["prompt"]):
+        return "blocked words"
+    if config.score:
+        score = record[config.score]
+        if score is None:
+            return f"without {config.score}"
+        if not float(score) >= config.min_score:
+            return f"{config.score} below {config.min_score:g}"
+    if config.models and not all(record[name] in config.models for name in MODELS):
+        return "other models"
+    return None
+
+
+def _pattern(words: Sequence[str]) -> re.Pattern:
+    """Any of them as whole words, any case, any white space between the words of a phrase."""
+    phrases = (r"\s+".join(re.escape(part) for part in word.split()) for word in words)
+    return re.compile(r"(?<!\w)(?:" + "|".join(phrases) + r")(?!\w)", re.IGNORECASE)
+
+
+def _block_list(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as problem:
+        raise Refusal(f"data.filters.block_list: {path} cannot be read ({problem})") from problem
+    words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not words:
+        raise Refusal(f"data.filters.block_list: {path} names no word")
+    return words
+
+
+def _factor(word: str, factor: float) -> float:
+    if not (np.isfinite(factor) and factor >= 0):
+        raise Refusal(f"data.filters.weights: {word!r} has factor {factor}; expected a finite number, not negative")
+    return float(factor)
+
+
+def _weighted(pair: Pair, factor: float) -> Pair:
+    return Pair(pair.id, pair.prompt, pair.winner, pair.loser, pair.label, pair.weight * factor)

@@ -1,0 +1,42 @@
+"""Pairs in JSON in the manner of the HPD data sets, a list or one object a line; images by path.
+
+HPDv3: `prompt`, `path1` (the better image), `path2`, perhaps `confidence` (0.5 to 1). HPDv2's train.json: `prompt`,
+`file_path` of two images and `human_preference` [1, 0] or [0, 1]. `weight` where there is one.
+Paths are relative to data.images, or to the JSON file's folder, and never leave it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from inpo_fast.data import labels, records
+from inpo_fast.data.folder import Choice, ListedSource, image_path, prompt
+from inpo_fast.refusal import Refusal
+
+
+class HpdSource(ListedSource):
+    def __init__(self, listing: Path, images: Path | None = None):
+        if listing.is_dir():
+            raise Refusal(f"data.source: {listing} is a folder; name the JSON file in it")
+        super().__init__(listing, images or listing.parent)
+
+    def _scan(self) -> Iterator[tuple[int, int, int, dict]]:
+        return records.lines_or_list(self.listing)
+
+    def _choice(self, record: dict, where: str) -> Choice | None:
+        text, weight = prompt(record, where), labels.weight(record, where)
+        if {"path1", "path2"} <= record.keys():
+            winner, loser, label = record["path1"], record["path2"], labels.confidence(record, where)
+        elif {"file_path", "human_preference"} <= record.keys():
+            paths, preference = record["file_path"], record["human_preference"]
+            if not (isinstance(paths, list) and isinstance(preference, list) and len(paths) == len(preference) == 2):
+                raise Refusal(f"{where}: file_path and human_preference must be lists of two")
+            decided = labels.choice({"label_0": preference[0], "label_1": preference[1]}, where)
+            side, label = decided or (0, None)
+            winner, loser = paths[side], paths[1 - side]
+        else:
+            raise Refusal(
+                f"{where}: needs path1 (the better image) and path2, or file_path and human_preference; has "
+                f"{sorted(record)}"
+            )
+        winner, loser = image_path(winner, where), image_path(loser, where)
+        return None if label is None else Choice(text, winner, loser, label, weight)

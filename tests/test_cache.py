@@ -1,0 +1,263 @@
+"""Latents and text made beforehand: what a run computes from them, how they are made, and what is refused."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from rich.console import Console
+from tiny_world import pair_table, tiny_pipeline, tiny_xl
+
+from inpo_fast import cache, latents
+from inpo_fast.config import RunConfig, check
+from inpo_fast.config import TrainConfig as Train
+from inpo_fast.data.sources import open_source
+from inpo_fast.data.windows import DataConfig, Windows
+from inpo_fast.inversion import InversionConfig
+from inpo_fast.latents import Latents, open_latents
+from inpo_fast.models import Models, ModelsConfig
+from inpo_fast.objectives import ObjectiveConfig
+from inpo_fast.pocket.pairs import write_pairs
+from inpo_fast.refusal import Refusal
+from inpo_fast.step import Recipe, make_window, train_step
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """36 pairs; one of them has half an image."""
+    records = [r for r in pair_table(42).to_pylist() if r["label_0"] != 0.5][:36]
+    records[5]["jpg_1"] = records[5]["jpg_1"][:40]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    write_pairs(pa.Table.from_pylist(records, schema=pair_table(42).schema), path)
+    return str(path)
+
+
+def configuration(source: str, folder: Path, **data) -> RunConfig:
+    how = {"prompt_dropout": 0.2, "bad_pair_limit": 1.0, "crop": "random"} | data
+    return RunConfig(
+        data=DataConfig(source=source, resolution=32, cache=str(folder), **how),
+        train=Train(steps=3, pairs_per_step=12, micro_batch=4),
+        inversion=InversionConfig(steps=3, batch=8),
+        seed=3,
+    )
+
+
+def models_of(pipeline=tiny_pipeline, **how) -> Models:
+    return Models(pipeline(), torch.device("cpu"), ModelsConfig(base="x", **how))
+
+
+def trained(config: RunConfig, models: Models, store: Latents | None) -> tuple[torch.Tensor, list]:
+    """Weights and metrics of three steps."""
+    recipe = Recipe("inpo", ObjectiveConfig(beta=500.0), config.inversion, 4, True, config.seed, latents=store)
+    reader = Windows(
+        open_source(config.data.source), config.data, resolution=32, seed=config.seed, rank=0, world=1, ready=store
+    )
+    optimizer, seen, empty = torch.optim.AdamW(models.parameters(), lr=1e-4), [], models.encode_empty()
+    for items in reader.steps(0, 3, 12):
+        tally, _ = train_step(make_window(items, models, recipe, empty), models, recipe, 12, 1.0)
+        seen.append((tally.values(), [item.id for item in items]))
+        optimizer.step()
+        models.weights.refresh()
+    return torch.cat([p.detach().reshape(-1) for p in models.parameters()]), [*seen, reader.dropped]
+
+
+@pytest.mark.parametrize(("pipeline", "precision"), [(tiny_pipeline, "fp32"), (tiny_xl, "fp32"), (tiny_xl, "bf16")])
+def test_training_from_it_is_training(source, tmp_path, monkeypatch, pipeline, precision):
+    """Bit for bit: flips, crops, dropped prompts, VAE noise, a broken pair. Nothing is decoded or encoded again."""
+    config = configuration(source, tmp_path / "cache")
+    want, said = trained(config, models_of(pipeline, precision=precision), None)
+    cache.fill(config, models_of(pipeline, precision=precision), 0, 1, QUIET)
+    models = models_of(pipeline, precision=precision)
+    store = open_latents(models, config.data, 32, config.seed)
+    empty = models.encode_empty()
+    never = lambda *args, **how: pytest.fail("encoded again")  # noqa: E731
+    monkeypatch.setattr(models, "encode_images", never)
+    monkeypatch.setattr(models, "encode_prompts", never)
+    monkeypatch.setattr(models, "encode_empty", lambda: empty)
+    monkeypatch.setattr("inpo_fast.data.windows.decode", never)
+    got, also_said = trained(config, models, store)
+    assert torch.equal(got, want) and also_said == said
+    assert len(said[-1]) == 1 and "not an image of a known format" in said[-1][0]
+
+
+def test_a_part_of_it_is_enough(source, tmp_path):
+    """Positions that are not there are decoded and encoded; the batches differ then, so to rounding."""
+    config = configuration(source, tmp_path / "cache")
+    want, said = trained(config, models_of(), None)
+    cache.fill(replace(config, train=replace(config.train, steps=2)), models_of(), 0, 1, QUIET)
+    models = models_of()
+    got, also_said = trained(config, models, open_latents(models, config.data, 32, config.seed))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert [ids for _, ids in also_said[:3]] == [ids for _, ids in said[:3]]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
+    """Killed before, between and after each write of shards: the same files in the end, nothing made twice."""
+    monkeypatch.setattr(cache, "ROWS", 8)
+    whole, broken = (configuration(source, tmp_path / name) for name in ("whole", "broken"))
+    cache.fill(whole, models_of(), 0, 1, QUIET)
+
+    class Killed(BaseException):
+        pass
+
+    made, plain = [], latents.Shards.write
+    for after in range(12):
+
+        def write(self, keys, parts, left=[after]):  # noqa: B006
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            made.extend(keys)
+            plain(self, keys, parts)
+
+        monkeypatch.setattr(latents.Shards, "write", write)
+        try:
+            cache.fill(broken, models_of(), 0, 1, QUIET)
+        except Killed:
+            continue
+        break
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole") and after > 3
+    assert len(made) == len(set(made))
+
+
+def command(source: str, folder: Path, model: str, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "inpo_fast.cache", f"--models.base={model}", f"--data.source={source}",
+        f"--data.cache={folder}", "--data.bad_pair_limit=1", "--train.steps=8", "--train.pairs_per_step=200",
+        "--train.threads=1", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(source, tmp_path):
+    """Twenty times, a real process; then the files are those of an uninterrupted run."""
+    model = str(tmp_path / "model")
+    tiny_pipeline().save_pretrained(model)
+    subprocess.run(command(source, tmp_path / "whole", model), check=True)
+    rng, seen = random.Random(0), 0
+    for _ in range(20):
+        process = subprocess.Popen(command(source, tmp_path / "broken", model))
+        before = len(contents(tmp_path / "broken")) if (tmp_path / "broken").exists() else 0
+        began = time.monotonic()
+        while process.poll() is None and not (tmp_path / "broken" / "latents" / "manifest.json").exists():
+            time.sleep(0.05)
+            assert time.monotonic() - began < 120
+        time.sleep(rng.uniform(0, 8.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen += len(contents(tmp_path / "broken")) > before
+    subprocess.run(command(source, tmp_path / "broken", model), check=True)
+    whole, broken = (contents(tmp_path / name) for name in ("whole", "broken"))
+    assert {k: v for k, v in broken.items() if ".tmp-" not in k} == whole and seen >= 1
+
+
+def test_two_processes_share_the_work(source, tmp_path):
+    """torchrun, the real command line: every position and prompt is there, with the values of one process."""
+    model = str(tmp_path / "model")
+    tiny_pipeline().save_pretrained(model)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    more = ["--train.steps=3", "--data.resolution=32"]
+    words = command(source, tmp_path / "two", model, *more)[1:]
+    out = subprocess.run(
+        [*torchrun, *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert out.returncode == 0, out.stderr
+    assert "600 pairs" in out.stdout and "GiB free" in out.stdout
+    config = RunConfig(
+        data=DataConfig(source=source, resolution=32, cache=str(tmp_path / "one"), bad_pair_limit=1.0),
+        train=Train(steps=3, pairs_per_step=200),
+    )
+    from inpo_fast.models import load_pipeline
+
+    models = Models(load_pipeline(model), torch.device("cpu"), ModelsConfig(base=model))
+    one = cache.fill(config, models, 0, 1, QUIET)
+    two = Latents(tmp_path / "two", models, replace(config.data, cache=str(tmp_path / "two")), 32, 0)
+    assert two.pairs.places.keys() == one.pairs.places.keys() and two.prompts.places.keys() == one.prompts.places.keys()
+    for position in (0, 255, 256, 599):
+        a, b = (store.item(position) for store in (one, two))
+        assert a.id == b.id and a.prompt == b.prompt and torch.equal(a.x_0, b.x_0)
+
+
+CHANGES = {
+    "seed": lambda c: replace(c, seed=4),
+    "data.flip": lambda c: replace(c, data=replace(c.data, flip=False)),
+    "data.vae_sample": lambda c: replace(c, data=replace(c.data, vae_sample=False)),
+    "data.prompt_dropout": lambda c: replace(c, data=replace(c.data, prompt_dropout=0.0)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_configuration_is_refused(source, tmp_path, name):
+    config = configuration(source, tmp_path / "cache")
+    models = models_of()
+    cache.fill(config, models, 0, 1, QUIET)
+    other = CHANGES[name](config)
+    with pytest.raises(Refusal, match=f"made for something else .*{name} is"):
+        open_latents(models, other.data, 32, other.seed)
+
+
+def test_other_models_and_sources_are_refused(source, tmp_path):
+    config = configuration(source, tmp_path / "cache")
+    cache.fill(config, models_of(), 0, 1, QUIET)
+    for what, module in (("vae", "vae"), ("text", "text_encoder")):
+        models = models_of()
+        with torch.no_grad():
+            next(getattr(models.pipeline, module).parameters()).add_(1e-3)
+        with pytest.raises(Refusal, match=f"{what} is"):
+            open_latents(models, config.data, 32, config.seed)
+    copy = tmp_path / "other.parquet"
+    copy.write_bytes(Path(source).read_bytes())
+    models = models_of()
+    assert open_latents(models, replace(config.data, source=str(copy)), 32, 3) is not None  # moved, but the same
+    write_pairs(pair_table(40), copy)
+    with pytest.raises(Refusal, match="source is"):
+        open_latents(models, replace(config.data, source=str(copy)), 32, 3)
+
+
+def test_refusals(source, tmp_path, monkeypatch):
+    config = configuration(source, tmp_path / "cache")
+    with pytest.raises(Refusal, match=r"holds no latents; fill it first: python -m inpo_fast\.cache"):
+        open_latents(models_of(), config.data, 32, 3)
+    with cache.alone(tmp_path / "cache"), pytest.raises(Refusal, match="being filled by another process"):  # noqa: SIM117
+        with cache.alone(tmp_path / "cache"):
+            pass
+    full = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(Refusal, match=r"GiB free on the disk .*take another disk"):
+        cache.fill(config, models_of(), 0, 1, QUIET)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    both = replace(config, inversion=InversionConfig(model="reference", cache=str(tmp_path / "t")))
+    with pytest.raises(Refusal, match=r"data\.cache and inversion\.cache"):
+        check(both)
+
+
+def test_a_damaged_shard_is_made_again_by_the_run(source, tmp_path, caplog):
+    config = configuration(source, tmp_path / "cache")
+    want, _ = trained(config, models_of(), None)
+    cache.fill(config, models_of(), 0, 1, QUIET)
+    (shard,) = (tmp_path / "cache" / "latents").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    models = models_of()
+    got, _ = trained(config, models, open_latents(models, config.data, 32, 3))
+    assert "is damaged" in caplog.text
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
