@@ -361,6 +361,20 @@ def test_record_bytes_are_what_lies_on_disk(world, tmp_path, precision, frozen):
     assert shard.stat().st_size >= 256 * cache.record_bytes
 
 
+@pytest.mark.parametrize(("name", "side"), [("SD1.5", 64), ("SDXL", 128)])
+def test_disk_table_of_the_documentation(name, side):
+    """docs/sweep.md says what record_bytes computes, for the paper's 400 x 1024 pairs."""
+    lines = (Path(__file__).resolve().parent.parent / "docs" / "sweep.md").read_text().splitlines()
+    for n in (10, 30, 0):
+        cache = Trajectories(None, n == 0, False, False, False, 1000, (4, side, side), n, torch.bfloat16, 2.0)
+        size = cache.record_bytes
+        kept = "" if n == 0 else f"{(size + n * (4 * 4 * side**2 + 8)) * 819_200 / 2**30:.2g}"
+        (line,) = [line for line in lines if line.startswith(f"| {name}, bf16, {f'n = {n}' if n else 'frozen'} |")]
+        bytes_, all_, with_states = (cell.strip() for cell in line.split("|")[2:5])
+        assert (bytes_, all_) == (f"{size:,}", f"{size * 819_200 / 2**30:.0f} GiB")
+        assert not kept or float(kept) == float(with_states.removesuffix(" GiB"))
+
+
 @pytest.mark.parametrize(
     ("data", "how", "images"),
     [
