@@ -4,8 +4,9 @@
     python -m bench.study mine --grid method=inpo,dpo --grid objective.beta=1000,2000 --set train.steps=20 --seeds 3
     python -m bench.study mine … --split tuning                     choose settings here, report on the other split
 
-Any keys of the configuration, over configs/pocket.yaml. One file per cell and seed in bench/results/study/NAME, written
-whole: a study that was interrupted goes on, more seeds add to it. Processes with one thread each share the work.
+Any keys of the configuration, over configs/pocket.yaml. One file per setting and seed in bench/results/study/runs,
+written whole and shared by all studies: an interrupted one goes on, more seeds add to it. Processes with one thread
+each share the work. The table and the plot are in bench/results/study/NAME.
 """
 
 import json
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, help="of the held-out prompts; default: reporting")
     parser.add_argument("--pictures", type=int, help="of each prompt; default: the preset's, else 2")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one for each core")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="results go to FOLDER/NAME")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where FOLDER/runs and FOLDER/NAME are")
     asked = parser.parse_args()
     os.chdir(ROOT)  # the recipe's paths are the repository's
     if asked.list or not asked.name:
@@ -47,8 +48,8 @@ def main() -> None:
             print(f"{study.name}: {len(study.cells)} cells x {len(study.seeds)} seeds; {study.cells[0].name} …")
         return
     study = study_of(asked)
-    folder = asked.folder.absolute() / study.name / ("" if study.split == "reporting" else study.split)
-    results = run(study, folder, asked.jobs)
+    folder = asked.folder.absolute() / study.name
+    results = run(study, asked.folder.absolute() / "runs", asked.jobs)
     title = f"{study.name}, {study.split} prompts; raw results beside this file; {' '.join(_words(asked))}"
     print(f"\n{study_table.write(folder, results, study.kind, title)}\n{folder / 'table.md'}, {folder / 'plot.svg'}")
 
@@ -92,19 +93,20 @@ def processes(jobs: int) -> Executor:
 
 def run(
     study: Study,
-    folder: Path,
+    runs: Path,
     jobs: int,
     work: Callable | None = None,
     show: Callable = print,
     pool: Callable[[int], Executor] = processes,
 ) -> list[dict]:
-    """All results, cell by cell; makes those that are not there. Refusal, after all others are done, where some failed.
+    """All results of the study's cells; makes those that are not in `runs`. Refusal, after all others are done, where
+    some failed.
 
     work(study, cell, seed) makes one; cell None is the control.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    work, wanted = work or run_one, wanted_of(study, folder)
-    missing = [(path, *job) for path, job in wanted.items() if _read(path) is None]
+    runs.mkdir(parents=True, exist_ok=True)
+    work, wanted = work or run_one, wanted_of(study, runs)
+    missing = list({path: (path, cell, seed) for path, cell, seed in wanted if _read(path) is None}.values())
     show(f"{study.name}: {len(wanted)} results, {len(wanted) - len(missing)} are there")
     failed, begun = [], time.monotonic()
     if missing:
@@ -120,18 +122,15 @@ def run(
                 show(f"{done}/{len(missing)} {path.stem}{' FAILED' if future.exception() else ''}, ETA {left:.0f} s")
     if failed:
         raise Refusal(f"{len(failed)} of {len(missing)} cells failed; the same command tries them again. {failed[0]}")
-    return [json.loads(path.read_text(encoding="utf-8")) for path in wanted]
+    found = [(json.loads(path.read_text(encoding="utf-8")), cell) for path, cell, _ in wanted]
+    return [{"cell": result["control"] if cell is None else cell.name, **result} for result, cell in found]
 
 
-def wanted_of(study: Study, folder: Path) -> dict[Path, tuple[Cell | None, int]]:
+def wanted_of(study: Study, runs: Path) -> list[tuple[Path, Cell | None, int]]:
     """Which result is made by which cell and seed; seeds outermost, so that all cells have a first one soon."""
-    wanted: dict[Path, tuple[Cell | None, int]] = {}
-    if study.kind == "train":
-        wanted[folder / f"control-{study.split}-{study.pictures}.json"] = (None, 0)
-    for seed in study.seeds:
-        for cell in study.cells:
-            wanted[folder / result_name(study, cell, seed)] = (cell, seed)
-    return wanted
+    control = [(runs / f"control-{study.split}-{study.pictures}.json", None, 0)] if study.kind == "train" else []
+    jobs = [(cell, seed) for seed in study.seeds for cell in study.cells]
+    return control + [(runs / result_name(study, cell, seed), cell, seed) for cell, seed in jobs]
 
 
 def run_one(study: Study, cell: Cell | None, seed: int) -> dict:

@@ -4,11 +4,11 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 from dataclasses import dataclass, replace
 
 from inpo_fast.config import RunConfig, parse, to_dict
 from inpo_fast.refusal import Refusal
+from inpo_fast.run_folder import flat
 
 RECIPE = "configs/pocket.yaml"
 SPLITS = ("reporting", "tuning")
@@ -17,10 +17,14 @@ TUNING_SHARE = 3  # one prompt in so many is for tuning
 
 @dataclass(frozen=True)
 class Cell:
-    """A column of the grid. settings: (key, value) of the configuration, as on the command line."""
+    """A row of the table. settings: (key, value) of the configuration, as on the command line.
+
+    first: settings of a run that comes before, with the same seed; its model is the base (and reference) of this one.
+    """
 
     name: str
     settings: tuple[tuple[str, str], ...]
+    first: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,25 @@ def _parsed(settings: tuple[tuple[str, str], ...]) -> RunConfig:
 
 
 def result_name(study: Study, cell: Cell, seed: int) -> str:
-    """File of a result: readable, and another one as soon as anything that decides it differs."""
-    facts = to_dict(config_of(study, cell, seed)) | {"kind": study.kind, "split": study.split, "n": study.pictures}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    readable = re.sub(r"[^\w.=-]+", "_", cell.name)[:80]
-    return f"{readable}-seed{seed}-{digest}.json"
+    """File of a result: another one as soon as anything that decides it differs, and the same for all studies that
+    have this very run. What stands at its default is left out, so that a new key of the configuration renames nothing.
+    """
+    facts = {"seed": seed, "kind": study.kind, "split": study.split, "pictures": study.pictures}
+    facts["config"] = settings_of(config_of(study, cell, seed))
+    if cell.first:
+        facts["first"] = settings_of(config_of(study, first_of(cell), seed))
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{facts['config'].get('method', RunConfig.method)}-{digest}-seed{seed}.json"
+
+
+def first_of(cell: Cell) -> Cell:
+    return Cell(f"{cell.name}, first", cell.first)
+
+
+def settings_of(config: RunConfig) -> dict:
+    """Flat: what differs from the defaults, but for the seed and the output."""
+    own, plain = flat(to_dict(config)), flat(to_dict(RunConfig()))
+    return {key: value for key, value in own.items() if value != plain[key] and key not in ("seed", "output")}
 
 
 def split_prompts(prompts: list[str], split: str) -> list[str]:

@@ -1,12 +1,51 @@
-"""Studies by name. Settings of a method that were not tuned are said to be so where they stand."""
+"""Studies by name. What a method trains with was chosen on the tuning split: `tuning`, six settings for each method."""
 
 from bench.study_cells import Cell, Study, grid
 
-SEEDS = tuple(range(5))
-RMS, N = "objective.tau_norm", "inversion.steps"
+SEEDS, TUNING_SEED = tuple(range(5)), 10  # what was tuned on is not reported
+BETA, LR, RMS, N = "objective.beta", "optim.lr", "objective.tau_norm", "inversion.steps"
+Settings = dict[str, str]
 
-# what each method trains with on the pocket model: LOG.md has inpo's and dpo's tuning runs; kto's, sft's and smpo's
-# values are first guesses, to be chosen on the tuning split before anything is said about these methods
+INPO = {"method": "inpo", RMS: "none"}
+SFT = {"method": "sft", LR: "2e-4"}
+KINDS: dict[str, Settings] = {
+    "inpo": INPO,
+    "inpo-rms": {"method": "inpo", RMS: "rms"},
+    "inpo-ref": INPO | {"inversion.model": "reference"},
+    "smpo": {"method": "smpo", RMS: "none", "inversion.estimator": "renoise", "objective.gamma": "1"},
+    "dpo": {"method": "dpo"},
+    "dpo-wp": {"method": "dpo", BETA: "2000"},
+    "kto": {"method": "kto"},
+    "sft": {"method": "sft"},
+    "sft, then inpo": INPO | {BETA: "2000"},
+}
+LRS = ("5e-5", "1e-4", "2e-4")
+# two values of what else decides, by three learning rates; sft has nothing else, so six learning rates
+AXES: dict[str, tuple[str, tuple[str, str]]] = {
+    **dict.fromkeys(("inpo", "inpo-rms", "inpo-ref", "smpo"), (BETA, ("1000", "2000"))),
+    "dpo": (BETA, ("500", "2000")),
+    "kto": (BETA, ("500", "2000")),
+    "dpo-wp": ("objective.winner_preserving", ("0.2", "0.5")),
+}
+
+
+def _tuning() -> tuple[Cell, ...]:
+    out = []
+    for name, kind in KINDS.items():
+        if name == "sft":
+            choices = [{LR: lr} for lr in ("2e-5", "5e-5", "1e-4", "2e-4", "4e-4", "8e-4")]
+        elif name == "sft, then inpo":
+            choices = [{"first": first, LR: lr} for first in ("1e-4", "2e-4") for lr in LRS]
+        else:
+            key, values = AXES[name]
+            choices = [{key: value, LR: lr} for value in values for lr in LRS]
+        for choice in choices:
+            words = " ".join(f"{key.split('.')[-1]}={value}" for key, value in choice.items())
+            first = (SFT | {LR: choice.pop("first")}) if "first" in choice else {}
+            out.append(Cell(f"{name}: {words}", tuple((kind | choice).items()), tuple(first.items())))
+    return tuple(out)
+
+
 METHODS = {
     "inpo": {"method": "inpo", RMS: "none"},
     "inpo-rms": {"method": "inpo", RMS: "rms"},
@@ -42,11 +81,11 @@ def _solver(kinds: dict[str, str]) -> tuple[Cell, ...]:
 
 QUALITIES = {name: {"data.source": f"build/study/{name}.parquet"} for name in ("below", "above")} | {"base": {}}
 BIASED = {"data.source": "build/study/bright.parquet"}
-KINDS = {"renoise": "5", "fixed-point": "5", "gradient": "3"}
+SOLVERS = {"renoise": "5", "fixed-point": "5", "gradient": "3"}
 PRESETS = {
     "reconstruction": Study("reconstruction", _reconstruction(), kind="reconstruct"),
-    "solver-error": Study("solver-error", _solver(KINDS), kind="reconstruct"),
-    "solver": Study("solver", _solver(KINDS), SEEDS),
+    "solver-error": Study("solver-error", _solver(SOLVERS), kind="reconstruct"),
+    "solver": Study("solver", _solver(SOLVERS), SEEDS),
     "scan": Study("scan", grid({N: ["3", "5", "10", "30"]}), SEEDS),
     "guidance": Study("guidance", grid({"inversion.guidance": ["0", "0.5", "1", "5"]}), SEEDS),
     "timesteps": Study(
@@ -76,6 +115,7 @@ PRESETS = {
         ),
         SEEDS,
     ),
+    "tuning": Study("tuning", _tuning(), (TUNING_SEED,), split="tuning", pictures=4),
     "methods": Study("methods", cells(METHODS), SEEDS),
     "short": Study(
         "short",

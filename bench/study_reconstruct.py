@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bench.results import provenance
-from bench.study_cells import Cell, Study, config_of
+from bench.study_cells import Cell, Study, config_of, settings_of
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import Windows
 from inpo_fast.inversion import InversionConfig, invert
@@ -50,8 +50,7 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
         sizes[t] = rms(target(x_t, x_0, a, s)).mean().item()
         errors[t] = (rms(sample(eps, x_t, there, models.schedule) - x_0) / rms(x_0)).numpy()
     return {
-        "cell": cell.name,
-        "settings": dict(cell.settings),
+        "settings": settings_of(config),
         "seed": seed,
         "points": np.mean(list(errors.values()), axis=0).tolist(),
         "by_t": {str(t): float(e.mean()) for t, e in errors.items()},

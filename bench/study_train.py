@@ -8,16 +8,16 @@ import io
 import json
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from bench.results import provenance
-from bench.study_cells import Cell, Study, config_of, split_prompts
+from bench.study_cells import Cell, Study, config_of, first_of, settings_of, split_prompts
 from inpo_fast import train
-from inpo_fast.config import EvaluateConfig, parse
+from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.evaluate import Gallery, diversity, read_prompts
 from inpo_fast.judges.registry import make_judge
 from inpo_fast.models import load_pipeline, quiet_libraries
@@ -29,47 +29,66 @@ SCALARS = ("loss", "implicit_accuracy", "winner_delta", "loser_delta", "eps_scal
 LAST = 10  # steps that they are averaged over
 
 
+@dataclass
+class Trained:
+    unet: torch.nn.Module
+    variant: str
+    metrics: list[dict]  # of each step
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def unet_evaluations(self) -> int:
+        return sum(line["unet_evaluations"] for line in self.metrics)
+
+
 def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     """What is kept of a run, in plain values. points, gain: of each prompt, over its pictures."""
     quiet_libraries()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="study-") as folder:
-        config = config_of(study, cell, seed, folder)
-        config = replace(config, overwrite=True, train=replace(config.train, checkpoint_every=config.train.steps))
-        torch.set_num_threads(1)
-        begun, cpu = time.perf_counter(), time.process_time()
-        run = train.prepare(config, 0, 1, torch.device("cpu"))
-        try:
-            train.train(run, Console(file=io.StringIO()))
-            lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
-            seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-            unet, variant = train.finish(run), run.variant
-        finally:
-            run.folder.release()
-    values = {
-        name: float(np.mean([line[name] for line in lines[-LAST:] if name in line] or [np.nan])) for name in SCALARS
-    }
+        config, runs = config_of(study, cell, seed, f"{folder}/run"), []
+        if cell.first:
+            runs.append(trained(config_of(study, first_of(cell), seed, f"{folder}/first")))
+            config = replace(config, models=replace(config.models, base=f"{folder}/first/model"))
+        runs.append(trained(config))
+    last, lines = runs[-1], runs[-1].metrics[-LAST:]
+    values = {name: float(np.mean([line[name] for line in lines if name in line] or [np.nan])) for name in SCALARS}
     return {
-        "cell": cell.name,
-        "settings": dict(cell.settings),
-        "shared": dict(study.shared),
+        "settings": settings_of(config_of(study, cell, seed)),
+        **({"first": settings_of(config_of(study, first_of(cell), seed))} if cell.first else {}),
         "seed": seed,
-        "variant": variant,
+        "variant": ", then ".join(run.variant for run in runs),
         "split": study.split,
         "pictures": study.pictures,
-        "unet_evaluations": sum(line["unet_evaluations"] for line in lines),
-        "seconds": seconds,
-        "cpu_seconds": cpu,
+        "unet_evaluations": sum(run.unet_evaluations for run in runs),
+        "seconds": sum(run.seconds for run in runs),
+        "cpu_seconds": sum(run.cpu_seconds for run in runs),
         "training": {name: value for name, value in values.items() if np.isfinite(value)},
-        **judged(study, unet),
+        **judged(study, last.unet),
         **provenance(),
     }
+
+
+def trained(config: RunConfig) -> Trained:
+    """One run from its first step to its model, in this process."""
+    config = replace(config, train=replace(config.train, checkpoint_every=config.train.steps))
+    begun, cpu = time.perf_counter(), time.process_time()
+    run = train.prepare(config, 0, 1, torch.device("cpu"))
+    try:
+        train.train(run, Console(file=io.StringIO()))
+        lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        return Trained(train.finish(run), run.variant, lines, seconds, cpu)
+    finally:
+        run.folder.release()
 
 
 def run_base(study: Study, scale: float) -> dict:
     """The base with its noise prediction scaled, against the base itself: 1.01 is the control."""
     quiet_libraries()
     torch.set_num_threads(1)
-    return {"cell": f"base, eps x {scale:g}", "seed": 0, **judged(study, None, scale), **provenance()}
+    return {"control": f"base, eps x {scale:g}", "seed": 0, **judged(study, None, scale), **provenance()}
 
 
 def evaluation() -> EvaluateConfig:
@@ -86,13 +105,17 @@ def judged(study: Study, unet: torch.nn.Module | None, scale: float = 1.0) -> di
     out = {
         "prompts": ours.prompts,
         "points": points(a.total, b.total, judge.tie, n).tolist(),
-        "gain": (a.total - b.total).reshape(-1, n).mean(1).tolist(),
+        "gain": _plain((a.total - b.total).reshape(-1, n).mean(1)),
         "parts": {p: points(a.parts[p], b.parts[p], judge.tie, n).tolist() for p in ("alignment", "looks")},
-        "brightness": (_brightness(ours) - _brightness(theirs)).tolist(),
+        "brightness": _plain(_brightness(ours) - _brightness(theirs)),
         "diversity": diversity(ours) / diversity(theirs) if n > 1 else None,
     }
     a, b = (outside.score(g.pictures, g.captions).total for g in (ours, theirs))
     return out | {"outside": points(a, b, outside.tie, n).tolist()}
+
+
+def _plain(values: np.ndarray) -> list[float]:
+    return values.round(6).tolist()
 
 
 def _brightness(gallery: Gallery) -> np.ndarray:

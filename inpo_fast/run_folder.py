@@ -28,7 +28,7 @@ from inpo_fast.models import Models
 from inpo_fast.refusal import Refusal
 
 OURS = ("config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "samples.png", "report.html")
-OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "wandb")
+OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
 # keys that may differ between a run and its continuation: they do not touch what is computed
 FREE_ON_RESUME = (
@@ -46,6 +46,7 @@ FREE_ON_RESUME = (
     "train.patience_minutes",
     "train.micro_batch",
     "train.threads",
+    "online.keep",
     "inversion.batch",
     "inversion.cache",
     "data.cache",
@@ -93,12 +94,12 @@ class RunFolder:
 
     def _check_same_recipe(self) -> None:
         try:
-            old = _flat(yaml.safe_load((self.path / "config.yaml").read_text()))
+            old = flat(yaml.safe_load((self.path / "config.yaml").read_text()))
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as problem:  # AttributeError: not a mapping
             raise Refusal(
                 f"{self.path / 'config.yaml'}: cannot be read ({problem}); the run cannot be continued"
             ) from problem
-        new = _flat(yaml.safe_load(to_yaml(self.config)))
+        new = flat(yaml.safe_load(to_yaml(self.config)))
         differ = [key for key in new if old.get(key) != new[key] and not key.startswith(FREE_ON_RESUME)]
         if differ:
             key = differ[0]
@@ -189,10 +190,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested groups of a configuration as one, keys joined by dots."""
     out = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
 
 

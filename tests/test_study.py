@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -80,8 +81,12 @@ def test_a_result_is_of_one_setting_only():
             for changed in ({"split": "tuning"}, {"pictures": 3}, {"shared": (("train.steps", "9"),)})
         ),
     ]
+    first = replace(cell, first=(("method", "sft"),))
+    other += [result_name(SMALL, some, 0) for some in (first, replace(first, first=(("method", "kto"),)))]
     own = result_name(SMALL, cell, 0)
-    assert len({own, *other}) == 6 and own == result_name(Study("renamed", SMALL.cells), cell, 0)
+    assert len({own, *other}) == 8 and own == result_name(Study("renamed", SMALL.cells), replace(cell, name="x"), 0)
+    default = replace(cell, settings=(*cell.settings, ("online.every", "0")))  # says what holds anyway
+    assert own == result_name(SMALL, default, 0)
 
 
 def test_prompts_are_split_once_and_for_all():
@@ -94,14 +99,13 @@ def test_prompts_are_split_once_and_for_all():
 def work(study, cell, seed):
     if cell is not None and cell.name == "method=dpo beta=100" and seed == 1 and not (study.pictures - 2):
         raise RuntimeError("broken cell")
-    name = "control" if cell is None else cell.name
-    return {"cell": name, "seed": seed, "points": [0.5, 1.0]}
+    return {"seed": seed, "points": [0.5, 1.0]} | ({"control": "control"} if cell is None else {"named": cell.name})
 
 
 def test_results_are_made_once_and_a_failed_cell_again(tmp_path):
     said: list[str] = []
     how = {"work": work, "show": said.append, "pool": Inline}
-    with pytest.raises(Refusal, match=r"1 of 9 cells failed.*method=dpo_beta=100-seed1.*broken cell"):
+    with pytest.raises(Refusal, match=r"1 of 9 cells failed.*dpo-\w{10}-seed1.*broken cell"):
         study.run(SMALL, tmp_path, 2, **how)
     assert len(list(tmp_path.glob("*.json"))) == 8 and any("ETA" in line for line in said)
     (tmp_path / "control-reporting-2.json").write_text('{"cell": ')  # as left by something that is not whole
@@ -109,12 +113,18 @@ def test_results_are_made_once_and_a_failed_cell_again(tmp_path):
 
     def again(some, cell, seed):
         made.append((cell, seed))
-        return {"cell": "again", "seed": seed}
+        return {"control": "again", "seed": seed}
 
     found = study.run(SMALL, tmp_path, 2, **how | {"work": again})
     assert {seed for _, seed in made} == {0, 1} and len(made) == 2
     assert len(found) == 9 and found[0]["cell"] == "again"
+    assert all(result.get("named", result["cell"]) == result["cell"] for result in found)
     assert study.run(SMALL, tmp_path, 2, **how) == found
+    # another study with one of these runs, under another name there, makes nothing
+    shared = study.run(
+        Study("other", (replace(SMALL.cells[0], name="mine"),), (1,)), tmp_path, 2, **how | {"work": None}
+    )
+    assert [(result["cell"], result["seed"]) for result in shared] == [("again", 0), ("mine", 1)]
 
 
 ORPHANED = """
@@ -179,12 +189,39 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     assert "<svg" in (tmp_path / "plot.svg").read_text() and json.dumps(made)
 
 
+def test_a_cell_that_starts_from_another_runs_model(monkeypatch):
+    """The second run's base and reference is the first one's model: its first step's loss is ln 2 there, and the
+    result carries both runs' costs."""
+    monkeypatch.setattr(study_train, "read_prompts", lambda path: read_prompts(path)[:3])
+    monkeypatch.setattr(study_train, "_bases", {})
+    seen, plain = [], study_train.trained
+
+    def looking(config):
+        run = plain(config)
+        seen.append((config, run))
+        return run
+
+    monkeypatch.setattr(study_train, "trained", looking)
+    small = {"train.steps": "1", "train.pairs_per_step": "2", "train.micro_batch": "2", "inversion.steps": "2"}
+    first = tuple((small | {"method": "sft", "optim.lr": "1e-2", "optim.warmup_steps": "0"}).items())
+    result = study_train.run_cell(Study("two", (), pictures=1), Cell("two", tuple(small.items()), first), 0)
+    (one, moved), (two, run) = seen
+    assert (one.method, two.method, result["variant"]) == ("sft", "inpo", "sft, then inpo-rms")
+    assert two.models.base != one.models.base and run.metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    weights = dict(moved.unet.named_parameters())
+    assert any(
+        (p - weights[name]).abs().max() > 1e-3 for name, p in study_train.pipeline_of_base().unet.named_parameters()
+    )
+    assert all((p - weights[name]).abs().max() < 1e-3 for name, p in run.unet.named_parameters())
+    assert result["unet_evaluations"] == sum(line["unet_evaluations"] for _, r in seen for line in r.metrics)
+
+
 def test_reconstruction_falls_with_n_and_with_solved_steps(monkeypatch):
     monkeypatch.setattr(study_reconstruct, "TIMES", (300,))
     monkeypatch.setattr(study_reconstruct, "PAIRS", 1)
     cells = grid({"inversion.estimator": ["ddim", "fixed-point"], "inversion.steps": ["3", "20"]})
     chosen = Study("r", cells, kind="reconstruct")
-    found = [study_reconstruct.run_cell(chosen, cell, 0) for cell in cells]
+    found = [{"cell": cell.name, **study_reconstruct.run_cell(chosen, cell, 0)} for cell in cells]
     error = [np.mean(result["points"]) for result in found]
     assert error[1] < error[0] and error[3] < 0.1, error
     assert [result["evaluations_an_image"] for result in found] == [1, 7, 2, 14]
