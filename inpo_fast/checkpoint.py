@@ -152,9 +152,9 @@ class Checkpoints:
         for left in self.folder.glob(".tmp-*"):  # the one replaced, and what a killed run left
             shutil.rmtree(left, ignore_errors=True)
         # a damaged one that the run has fallen back from may stand further on: it must not push out what is good
-        saved = [path for path in found(self.folder) if _step(path) <= state.step]
+        saved = [path for path in found(self.folder) if step_of(path) <= state.step]
         for old in saved[: -self.keep]:
-            if not (self.milestones and _step(old) % self.milestones == 0):
+            if not (self.milestones and step_of(old) % self.milestones == 0):
                 shutil.rmtree(old)
 
     def load_newest(
@@ -186,10 +186,10 @@ class Checkpoints:
 def found(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     complete = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]  # not a user's step-0050-kept
-    return sorted(complete, key=_step)
+    return sorted(complete, key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(path.name[5:])
 
 

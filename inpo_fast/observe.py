@@ -22,7 +22,7 @@ from inpo_fast.metrics import BUCKETS, Tally
 from inpo_fast.models import Models, Text
 from inpo_fast.prompts import read_prompt_set
 from inpo_fast.refusal import Refusal
-from inpo_fast.sample import draw, use_ddim
+from inpo_fast.sample import draw, drawing_with
 from inpo_fast.step import micro_step, noise_window
 from inpo_fast.window import Recipe, make_window
 
@@ -85,15 +85,10 @@ class Observer:
     def draw_strip(self) -> np.ndarray:
         """(H, images * W, 3) uint8 by the policy as it is; every process draws its share."""
         how, pipeline = self.config.evaluate, self.models.pipeline
-        unet, scheduler = pipeline.unet, pipeline.scheduler
         mine = self.prompts[self.rank :: self.world]
-        try:
-            pipeline.unet = self.models.policy
-            use_ddim(pipeline)
-            settings = {"steps": how.sampler_steps, "guidance": how.guidance, "batch": how.batch}
+        settings = {"steps": how.sampler_steps, "guidance": how.guidance, "batch": how.batch}
+        with drawing_with(pipeline, self.models.policy):
             drawn = draw(pipeline, mine, [("evaluate", how.seed, prompt, 0) for prompt in mine], **settings)
-        finally:
-            pipeline.unet, pipeline.scheduler = unet, scheduler
         pictures: list = [None] * len(self.prompts)
         for other, part in enumerate(distributed.gather(drawn)):
             pictures[other :: self.world] = part

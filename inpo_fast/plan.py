@@ -16,10 +16,10 @@ from rich.table import Table
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from inpo_fast.architectures import CLIP_L, OPENCLIP_G, PUBLISHED, make_tokenizer, make_unet, make_vae, text_config
-from inpo_fast.config import RunConfig, split_batch
+from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.costs import Passes, forward_bytes, unet_passes
 from inpo_fast.models import DTYPES, ModelsConfig, add_adapter, opening
-from inpo_fast.objectives import SIDES, label
+from inpo_fast.objectives import SIDES
 from inpo_fast.optim import lr_at
 from inpo_fast.refusal import Refusal
 from inpo_fast.work import Work, work_of_a_pair
@@ -169,7 +169,7 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     train, optim = config.train, config.optim
     name = config.models.base or f"random {config.models.random}"
     kind = f"LoRA rank {config.models.lora.rank}" if config.models.lora.rank else "full fine-tuning"
-    method = label(config.method, config.objective, config.inversion)
+    method = variant_of(config)
     console.print(f"[bold]{method}[/bold] of {name}: {kind}, {config.models.precision}")
     console.print(f"{plan.parameters:,} parameters, {plan.trained:,} trained\n")
 

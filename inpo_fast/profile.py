@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from inpo_fast import distributed, draws
-from inpo_fast.config import RunConfig, parse
+from inpo_fast.config import RunConfig, parse, variant_of
 from inpo_fast.data.images import View
 from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.files import write_text
 from inpo_fast.models import Models, open_pipeline, quiet_libraries
-from inpo_fast.objectives import SIDES, label
+from inpo_fast.objectives import SIDES
 from inpo_fast.optim import make_optimizer
 from inpo_fast.phases import NAMES, Stopwatch, phase
 from inpo_fast.plan import Plan, make_plan
@@ -164,7 +164,7 @@ def summary(
     work = plan.work
     sides = SIDES[config.method]
     out = {
-        "variant": label(config.method, config.objective, config.inversion),
+        "variant": variant_of(config),
         "n": config.inversion.steps,
         "grid": config.inversion.grid,
         "precision": config.models.precision,

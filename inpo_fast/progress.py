@@ -54,6 +54,16 @@ class StepProgress:
                 f"step {self.done}/{self.steps}  {note}  eta {left:.0f} s", highlight=False, soft_wrap=True
             )
 
+    def draw(self, drawn: int, wanted: int) -> None:
+        """Pictures of a round of online training."""
+        self.bar.update(self.task, note=f"drawing {drawn}/{wanted} pictures")
+        now = time.monotonic()
+        if self.shown and not self.console.is_terminal and now - self.printed >= LOG_SECONDS:
+            self.printed = now
+            self.console.print(
+                f"step {self.done}/{self.steps}  drawing {drawn}/{wanted} pictures", highlight=False, soft_wrap=True
+            )
+
     def say(self, message: str) -> None:
         if self.shown:
             self.bar.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)

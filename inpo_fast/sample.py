@@ -62,6 +62,18 @@ def use_ddim(pipeline: DiffusionPipeline) -> None:
 
 
 @contextmanager
+def drawing_with(pipeline: DiffusionPipeline, unet: torch.nn.Module):
+    """Within the block the pipeline draws with this UNet and the deterministic DDIM sampler."""
+    own, scheduler = pipeline.unet, pipeline.scheduler
+    try:
+        pipeline.unet = unet
+        use_ddim(pipeline)
+        yield pipeline
+    finally:
+        pipeline.unet, pipeline.scheduler = own, scheduler
+
+
+@contextmanager
 def scaled_eps(pipeline: DiffusionPipeline, scale: float):
     """Within the block the UNet's prediction is multiplied by `scale` (the control row of an evaluation)."""
 

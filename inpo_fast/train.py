@@ -23,18 +23,18 @@ from rich.logging import RichHandler
 
 from inpo_fast import distributed, lock
 from inpo_fast.checkpoint import Checkpoints, State
-from inpo_fast.config import RunConfig, parse, split_batch, to_dict
+from inpo_fast.config import RunConfig, parse, split_batch, to_dict, variant_of
 from inpo_fast.data.sources import Source
 from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.evaluate import evaluate, open_inputs, verdict
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import detach_policy, output_pipeline, whole_masters
 from inpo_fast.latents import Latents, open_latents
-from inpo_fast.metrics import MetricsFile
+from inpo_fast.metrics import MetricsFile, Tally
 from inpo_fast.model_card import write_cards
 from inpo_fast.models import Models, open_pipeline, quiet_libraries
-from inpo_fast.objectives import label
 from inpo_fast.observe import Observer, check_observing
+from inpo_fast.online import Online, open_online
 from inpo_fast.optim import Average, LossScale, lr_at, make_optimizer
 from inpo_fast.plan import make_plan, show
 from inpo_fast.preemption import EXIT_CODE, Preempted, Preemption
@@ -65,6 +65,7 @@ class Run:
     rank: int
     world: int
     checkpoints: Checkpoints
+    online: Online | None = None
     trajectories: Trajectories | None = None
     latents: Latents | None = None
     notes: tuple[str, ...] = ()  # to be said before the first step
@@ -75,7 +76,7 @@ class Run:
 
     @property
     def variant(self) -> str:
-        return label(self.config.method, self.config.objective, self.config.inversion)
+        return variant_of(self.config)
 
 
 def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> Run:
@@ -88,6 +89,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     if config.evaluate.prompts:
         open_inputs(config.evaluate, device)
     check_observing(config)
+    online = open_online(config, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
     split = Split(rank, world) if config.train.shard_states and world > 1 else None
     models = Models(open_pipeline(config.models), device, config.models, split)
@@ -104,7 +106,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     patience = 60 * config.train.patience_minutes
     checkpoints = Checkpoints(folder.checkpoints, keep=keep, milestones=milestones, patience=patience)
     opened = (config, folder, models, source, optimizer, average, loss_scale, rank, world, checkpoints)
-    run = Run(*opened, trajectories, latents, tuple(notes))
+    run = Run(*opened, online, trajectories, latents, tuple(notes))
     distributed.barrier()
     warn = log.warning if rank == 0 else log.debug
     if config.resume and (state := checkpoints.load_newest(models.weights, optimizer, average, warn)):
@@ -114,6 +116,8 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     if trajectories is not None:
         trajectories.shards.start()
     if rank == 0:
+        if online is not None:
+            online.forget_after(run.done)
         folder.start(run.done, source, models, run.variant, world)
     distributed.barrier()
     return run
@@ -142,6 +146,7 @@ def train(run: Run, console: Console) -> None:
         world=run.world,
         ready=run.latents,
         costs=partial(inversion_costs, recipe=recipe, models=models) if balanced else None,
+        drawn=run.online,
     )
     empty = models.encode_empty()
     steps = config.train.steps
@@ -157,45 +162,38 @@ def train(run: Run, console: Console) -> None:
             progress.say(note)
         observer = Observer(config, models, recipe, empty, run.folder.path, run.done)
         watch = Watch(expects_noise=config.objective.tau_norm == "none")
-        reader = windows.steps(run.done, steps, config.train.pairs_per_step)
+        online = run.online
+        parts = [(run.done, steps)] if online is None else online.segments(run.done)
+        reader = (items for part in parts for items in windows.steps(*part, config.train.pairs_per_step))
 
         def next_window() -> tuple[list[Item], Window | None]:
             items = next(reader, [])
             return items, make_window(items, models, recipe, empty) if items else None
 
-        begun, ahead = time.perf_counter(), next_window()
+        begun, ahead = time.perf_counter(), None
         for step in range(run.done, steps):
             # ---- the single training step -------------------------------------------------------
-            items, window = ahead
+            drawn: dict[str, float] = {}
             lr = lr_at(step, steps, config.optim)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            scale = run.loss_scale.value if run.loss_scale else 1.0
-            while True:
-                try:
-                    tally, logits = train_step(
-                        window,
-                        models,
-                        recipe,
-                        config.train.pairs_per_step,
-                        config.optim.clip,
-                        scale,
-                        preemption,
-                        step,
-                    )
-                    break
-                except Preempted:
-                    if run.saved != run.done:
-                        _save(run, windows, preemption, wait=True)
-                    raise
-                except TooLarge as problem:  # nothing was reduced yet: the step is repeated with the same result
-                    recipe = _halved(recipe, problem)
-                    progress.say(f"warning: out of memory; {problem.key} is now {problem.size // 2} on this process")
-            ahead = next_window()  # sent to the device while it still computes this step
+            try:
+                if ahead is None:
+                    if online is not None:
+                        drawn = online.begin(step, models, windows.prompt, preemption, progress.draw)
+                    ahead = next_window()
+                items, window = ahead
+                tally, logits, recipe = _step(run, window, recipe, step, preemption, progress)
+            except Preempted:
+                if run.saved != run.done:
+                    _save(run, windows, preemption, wait=True)
+                raise
+            # sent to the device while it still computes this step; a new round waits for the weights it is drawn by
+            ahead = None if online is not None and online.begins(step + 1) else next_window()
             values = tally.values()  # the step's one copy to the host: waits for the device
             overflow = run.loss_scale is not None and not math.isfinite(values["grad_norm"])
             if run.loss_scale:
-                values["loss_scale"] = scale
+                values["loss_scale"] = run.loss_scale.value
                 run.loss_scale.update(not overflow)
             if not (overflow and math.isfinite(values.get("loss", 0.0))):
                 _stop_if_not_finite(values, logits, items, step)
@@ -211,6 +209,9 @@ def train(run: Run, console: Console) -> None:
             taken, begun = now - begun, now
             run.done, run.seconds = step + 1, run.seconds + taken
             values |= {"lr": lr, "pairs_per_second": config.train.pairs_per_step / taken, "seconds": taken}
+            if drawn:
+                values |= drawn
+                values["unet_evaluations"] += drawn["online_evaluations"]
             values |= observer.step(run.done, tracker)
             if file is not None:
                 file.write(run.done, values)
@@ -234,6 +235,21 @@ def _save(run: Run, windows: Windows, preemption: Preemption, wait: bool) -> Non
     run.saved = run.done
     if run.rank == 0:
         run.folder.record_dropped(dropped)
+
+
+def _step(
+    run: Run, window: Window | None, recipe: Recipe, step: int, preemption: Preemption, progress: StepProgress
+) -> tuple[Tally, torch.Tensor, Recipe]:
+    """train_step, again in smaller parts while memory does not suffice; the recipe that did."""
+    train, scale = run.config.train, run.loss_scale.value if run.loss_scale else 1.0
+    while True:
+        try:
+            clip = run.config.optim.clip
+            done = train_step(window, run.models, recipe, train.pairs_per_step, clip, scale, preemption, step)
+            return *done, recipe
+        except TooLarge as problem:  # nothing was reduced yet: the step is repeated with the same result
+            recipe = _halved(recipe, problem)
+            progress.say(f"warning: out of memory; {problem.key} is now {problem.size // 2} on this process")
 
 
 def _halved(recipe: Recipe, problem: TooLarge) -> Recipe:

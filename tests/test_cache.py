@@ -20,8 +20,9 @@ from rich.console import Console
 from tiny_world import pair_table, save_tiny_model, tiny_pipeline, tiny_xl
 
 from inpo_fast import cache, latents, shards
-from inpo_fast.config import RunConfig, check
+from inpo_fast.config import RunConfig
 from inpo_fast.config import TrainConfig as Train
+from inpo_fast.config_rules import check
 from inpo_fast.data.filters import FilterConfig
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows, open_data

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from inpo_fast.config import RunConfig, TrainConfig, check, parse, split_batch, to_dict, to_yaml
+from inpo_fast.config import RunConfig, TrainConfig, parse, split_batch, to_dict, to_yaml
+from inpo_fast.config_rules import check
 from inpo_fast.data.windows import DataConfig
 from inpo_fast.objectives import ObjectiveConfig, Timesteps
 from inpo_fast.optim import OptimConfig

@@ -9,7 +9,8 @@ from tiny_world import save_pairs, tiny_pipeline, tiny_unet, tiny_xl
 
 from inpo_fast import attention, fast_unet
 from inpo_fast.attention import Processor, attend
-from inpo_fast.config import RunConfig, check
+from inpo_fast.config import RunConfig
+from inpo_fast.config_rules import check
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.fast_unet import inverting, make_fast

@@ -15,7 +15,7 @@ from inpo_fast.data.filters import FilterConfig, filtered
 from inpo_fast.data.images import View, decode, make_view
 from inpo_fast.data.order import FULL_BYTES, Shuffle, make_order, window_positions
 from inpo_fast.data.relabelled import LabelsAs, RelabelledSource, source_identity
-from inpo_fast.data.sources import BadPair, Format, Source, open_source
+from inpo_fast.data.sources import BadPair, Format, Pair, Source, open_source
 from inpo_fast.notice import notice
 from inpo_fast.refusal import Refusal
 
@@ -97,6 +97,14 @@ class Ready(Protocol):
         ...
 
 
+class Drawn(Protocol):
+    """Pairs that take the place of stored ones for a while."""
+
+    def pair(self, position: int) -> Pair | None:
+        """None where the stored pair stays."""
+        ...
+
+
 class Windows:
     """Iterates over steps and yields each step's usable pairs of this rank; what comes next is read meanwhile."""
 
@@ -111,9 +119,10 @@ class Windows:
         world: int,
         ready: Ready | None = None,
         costs: Callable[[Sequence[int]], Sequence[int]] | None = None,
+        drawn: Drawn | None = None,
     ):
         """costs: what pairs at given positions will take; where it is given, processes get shares of equal cost."""
-        self.costs = costs
+        self.costs, self.drawn = costs, drawn
         self.source, self.config, self.resolution, self.ready = source, config, resolution, ready
         self.seed, self.rank, self.world = seed, rank, world
         self.order = make_order(source, config.shuffle, seed)
@@ -163,10 +172,11 @@ class Windows:
 
     def load(self, position: int) -> Item:
         """The pair at a position. BadPair with its id if any part of it is unusable."""
-        if self.ready is not None and (item := self.ready.item(position)) is not None:
+        pair = None if self.drawn is None else self.drawn.pair(position)
+        if pair is None and self.ready is not None and (item := self.ready.item(position)) is not None:
             return item
         key = (self.seed, position)
-        pair = self.source.read(self.order.index(position))
+        pair = pair or self.source.read(self.order.index(position))
         try:
             winner, loser = (self._view(image, (*key, side)) for side, image in enumerate((pair.winner, pair.loser)))
         except BadPair as problem:
@@ -174,6 +184,10 @@ class Windows:
         dropout = draws.uniform("prompt", *key) < self.config.prompt_dropout
         prompt = "" if dropout else pair.prompt
         return Item(position, pair.id, prompt, winner, loser, pair.label, pair.weight)
+
+    def prompt(self, position: int) -> str:
+        """Of the stored pair at a position. BadPair where it cannot be read."""
+        return self.source.read(self.order.index(position)).prompt
 
     def _view(self, encoded: bytes, key: draws.Key) -> View:
         return make_view(
