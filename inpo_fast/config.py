@@ -117,6 +117,11 @@ class OnlineConfig:
     keep: bool = False
     """Keep the pictures of rounds that no checkpoint needs any more; they can be read as data.source."""
 
+    @property
+    def evaluations_a_pair(self) -> int:
+        """UNet evaluations that drawing one pair takes."""
+        return self.candidates * self.sampler_steps * (2 if self.guidance > 1 else 1)
+
 
 @dataclass(frozen=True)
 class PlanConfig:

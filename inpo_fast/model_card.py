@@ -24,7 +24,16 @@ METHODS = {
     "dpo": "Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))",
     "sft": "fine-tuning on the preferred images only",
 }
-RECIPE = ("seed", "models", "data", "inversion", "objective", "train", "optim")  # what config.yaml says of the result
+RECIPE = (
+    "seed",
+    "models",
+    "data",
+    "inversion",
+    "objective",
+    "train",
+    "optim",
+    "online",
+)  # what config.yaml says of the result
 ELSEWHERE = ("models.base", "models.random", "data.source")  # told in other sections
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOAD = """```python
@@ -72,6 +81,7 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
     front["tags"] = ["text-to-image", tag, "preference-alignment", family, *(["lora"] if is_lora else [])]
     lora = 'pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")\n' if is_lora else ""
     source = (hub_id or "PATH_OF_THE_BASE_MODEL") if is_lora else "PATH_OF_THIS_FOLDER"
+    recipe = [name for name in RECIPE if name != "online" or config.get(name, {}).get("every")]
     return "\n\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -85,7 +95,7 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
             "## Data",
             _table(_data(manifest["data"])),
             "## Recipe",
-            _table({k: v for k, v in _flat({k: config[k] for k in RECIPE}).items() if k not in ELSEWHERE}),
+            _table({k: v for k, v in _flat({k: config[k] for k in recipe}).items() if k not in ELSEWHERE}),
             "## Provenance",
             _table(_flat({key: value for key, value in manifest.items() if key not in ("variant", "data")})),
             "Written by inpo-fast from the files of the run.\n",

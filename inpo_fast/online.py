@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +22,7 @@ import torch
 
 from inpo_fast import distributed, draws
 from inpo_fast.checkpoint import found, step_of
+from inpo_fast.config import OnlineConfig, RunConfig
 from inpo_fast.data.images import png
 from inpo_fast.data.parquet import ParquetSource
 from inpo_fast.data.places import File
@@ -34,9 +34,6 @@ from inpo_fast.models import Models
 from inpo_fast.preemption import Preemption
 from inpo_fast.refusal import Refusal
 from inpo_fast.sample import draw, drawing_with
-
-if TYPE_CHECKING:
-    from inpo_fast.config import OnlineConfig, RunConfig
 
 FOLDER = "online"  # of the run
 CHUNK = 64  # pairs of a file: what an interruption costs at most
@@ -55,15 +52,10 @@ SCHEMA = pa.schema(
 )
 
 
-def evaluations_a_pair(how: "OnlineConfig") -> int:
-    """UNet evaluations that drawing one pair takes."""
-    return how.candidates * how.sampler_steps * (2 if how.guidance > 1 else 1)
-
-
 class Online:
     """The rounds of a run. `begin` before a round's first step, then `pair` for its positions."""
 
-    def __init__(self, how: "OnlineConfig", *, seed: int, steps: int, pairs_per_step: int, run: Path, judge: Judge):
+    def __init__(self, how: OnlineConfig, *, seed: int, steps: int, pairs_per_step: int, run: Path, judge: Judge):
         """steps, pairs_per_step: as of train.*; run: the run's folder."""
         self.how, self.seed, self.steps, self.pairs_per_step, self.judge = how, seed, steps, pairs_per_step, judge
         self.folder, self.checkpoints = run / FOLDER, run / "checkpoints"
@@ -151,7 +143,7 @@ class Online:
         return {
             "online_pairs": len(self._index),
             "online_ties": len(positions) - len(self._index),
-            "online_evaluations": len(positions) * evaluations_a_pair(self.how),
+            "online_evaluations": len(positions) * self.how.evaluations_a_pair,
         }
 
     def _chunk(self, positions: Sequence[int], models: Models, prompt_of: Callable[[int], str]) -> pa.Table:
@@ -196,7 +188,7 @@ class Online:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def open_online(config: "RunConfig", device: torch.device) -> Online | None:
+def open_online(config: RunConfig, device: torch.device) -> Online | None:
     """None for a run without rounds. Refusal where the judge cannot be had."""
     how, train = config.online, config.train
     if not how.every:

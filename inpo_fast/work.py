@@ -4,7 +4,7 @@ Three floors follow. Matrix work alone; the serial roofline, which adds the pass
 (traffic.roofline_bytes; one forward pass is the same in every phase); and the passes that the fused path makes as it
 is written (traffic.least_bytes, and the gradient sums of a micro-batch). The VAE and the text encoders are diffusers'
 and transformers' own in each. Left out: the optimizer, the loss and the inversion's update, together below 0.1 % of
-the published recipe.
+the published recipe; of online training the VAE that decodes what is drawn, and the judge.
 """
 
 from collections.abc import Sequence
@@ -57,16 +57,18 @@ def work_of_a_pair(
         "policy forward": sides * passes_before,
         "policy backward": sides,
     }
+    if config.online.every:
+        times["drawing"] = _drawn(config)
     run_vae, run_texts = partial(ask_vae, vae, pixels), partial(ask_texts, texts, tokens)
     flop = {"VAE encoding": forward_flop(run_vae), "text encoding": forward_flop(run_texts)}
-    flop |= dict.fromkeys(("inversion", "reference", "policy forward"), passes.forward_flop)
+    flop |= dict.fromkeys(("inversion", "reference", "policy forward", "drawing"), passes.forward_flop)
     flop["policy backward"] = passes.backward_flop
 
     make_fast(unet, "fused")
     moved = unet_traffic(unet, side, tokens)
     traffic = {"VAE encoding": forward_traffic(run_vae), "text encoding": forward_traffic(run_texts)}
     traffic |= {"inversion": moved.inversion, "reference": moved.forward}
-    traffic |= {"policy forward": moved.forward, "policy backward": moved.backward}
+    traffic |= {"policy forward": moved.forward, "policy backward": moved.backward, "drawing": moved.forward}
     fused = {phase: n * least_bytes(traffic[phase]) for phase, n in times.items()}
     fused["policy backward"] += _gradient_sums(unet) / config.train.micro_batch
     alike = traffic | {"inversion": moved.forward}  # one kernel for product and gate is the fused path's own choice
@@ -88,6 +90,12 @@ def _evaluations(config: RunConfig) -> float:
     schedule = Schedule(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
     climb = plan(schedule, t, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at)
     return climb.evaluations.double().mean().item() * evaluations_a_step(how.estimator, how.refinements)
+
+
+def _drawn(config: RunConfig) -> float:
+    """UNet evaluations that online training spends on drawing pairs, of the run's mean pair."""
+    how, steps = config.online, config.train.steps
+    return how.mix * how.evaluations_a_pair * max(0, steps - how.start) / steps
 
 
 def _gradient_sums(unet: torch.nn.Module) -> int:
