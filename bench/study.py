@@ -4,9 +4,10 @@
     python -m bench.study mine --grid method=inpo,dpo --grid objective.beta=1000,2000 --set train.steps=20 --seeds 3
     python -m bench.study mine … --split tuning                     choose settings here, report on the other split
 
-Any keys of the configuration, over configs/pocket.yaml. One file per setting and seed in bench/results/study/runs,
-written whole and shared by all studies: an interrupted one goes on, more seeds add to it. Processes with one thread
-each share the work. The table and the plot are in bench/results/study/NAME.
+Any keys of the configuration, over configs/pocket.yaml. One file per setting and seed in FOLDER/runs, written
+whole and shared by all studies: an interrupted one goes on, more seeds add to it. Processes with one thread each share
+the work. The table and the plot are in FOLDER/NAME. With --folder bench/results/study the tables of docs/study.md are
+made from the results that are kept there.
 """
 
 import json
@@ -26,7 +27,7 @@ from bench.study_presets import PRESETS
 from inpo_fast.files import write_text
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
 
-FOLDER = ROOT / "bench" / "results" / "study"
+FOLDER = ROOT / "build" / "study"
 CONTROL = 1.01
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, help="of the held-out prompts; default: reporting")
     parser.add_argument("--pictures", type=int, help="of each prompt; default: the preset's, else 2")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one for each core")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where FOLDER/runs and FOLDER/NAME are")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="default: build/study")
     asked = parser.parse_args()
     os.chdir(ROOT)  # the recipe's paths are the repository's
     if asked.list or not asked.name:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from bench.study_measures import MEASURES
 from inpo_fast.files import write_text
 
 RESAMPLES = 2000
@@ -29,8 +30,8 @@ def two_level(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def matrix(results: list[dict], name: str) -> np.ndarray:
-    """(seeds, prompts) of one cell. name: points, gain, outside, or a part."""
-    return np.array([r[name] if name in r else r["parts"][name] for r in results])
+    """(seeds, prompts) of one cell. name: points, gain, outside, a part or a measure."""
+    return np.array([r[name] if name in r else (r["parts"] | r["measures"])[name] for r in results])
 
 
 def by_cell(results: list[dict]) -> dict[str, list[dict]]:
@@ -47,7 +48,7 @@ def table(results: list[dict], kind: str) -> str:
     head = (
         ["cell", "relative error", *(f"t = {t}" for t in results[0]["by_t"]), "rms(tau)", "UNet evaluations an image"]
         if kind == "reconstruct"
-        else ["cell", "label", "seeds", "win-rate", "gain", "alignment", "looks", "outside", "brightness", "diversity",
+        else ["cell", "label", "seeds", "win-rate", "gain", "alignment", "looks", "outside", *MEASURES, "diversity",
               "eps_scale", "UNet evaluations", "seconds"]
     )  # fmt: skip
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
@@ -70,7 +71,7 @@ def _training(name: str, runs: list[dict]) -> list[str]:
         _span(two_level(matrix(runs, "points"))),
         _span(two_level(matrix(runs, "gain")), 4),
         *(_span(two_level(matrix(runs, part))) for part in ("alignment", "looks", "outside")),
-        _span(two_level(matrix(runs, "brightness"))),
+        *(_span(two_level(matrix(runs, measure))) for measure in MEASURES),
         diversity,
         f"{scale:.3f}" if trained else "-",
         f"{mean('unet_evaluations'):,.0f}" if trained else "-",

@@ -8,17 +8,21 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from bench.results import provenance
-from bench.study_cells import Cell, Study, config_of, first_of, settings_of, split_prompts
+from bench.results import ROOT, provenance
+from bench.study_cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
+from bench.study_measures import MEASURES
 from inpo_fast import train
 from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.evaluate import Gallery, diversity, read_prompts
+from inpo_fast.files import whole
 from inpo_fast.judges.registry import make_judge
 from inpo_fast.models import load_pipeline, quiet_libraries
 from inpo_fast.sample import draw, scaled_eps, use_ddim
@@ -27,6 +31,7 @@ from inpo_fast.win_rates import points
 RECIPE_WORDS = ["--config", "configs/pocket.yaml"]
 SCALARS = ("loss", "implicit_accuracy", "winner_delta", "loser_delta", "eps_scale", "tau_rms_winner", "tau_rms_loser")
 LAST = 10  # steps that they are averaged over
+PICTURES = ROOT / "build" / "study" / "pictures"
 
 
 @dataclass
@@ -65,7 +70,7 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
         "seconds": sum(run.seconds for run in runs),
         "cpu_seconds": sum(run.cpu_seconds for run in runs),
         "training": {name: value for name, value in values.items() if np.isfinite(value)},
-        **judged(study, last.unet),
+        **judged(study, last.unet, result_name(study, cell, seed)),
         **provenance(),
     }
 
@@ -88,17 +93,19 @@ def run_base(study: Study, scale: float) -> dict:
     """The base with its noise prediction scaled, against the base itself: 1.01 is the control."""
     quiet_libraries()
     torch.set_num_threads(1)
-    return {"control": f"base, eps x {scale:g}", "seed": 0, **judged(study, None, scale), **provenance()}
+    name = f"control-{scale:g}-{study.split}-{study.pictures}"
+    return {"control": f"base, eps x {scale:g}", "seed": 0, **judged(study, None, name, scale), **provenance()}
 
 
 def evaluation() -> EvaluateConfig:
     return parse("python -m bench.study", RECIPE_WORDS).evaluate
 
 
-def judged(study: Study, unet: torch.nn.Module | None, scale: float = 1.0) -> dict:
-    """Points and gain of each prompt, by both judges and by part."""
+def judged(study: Study, unet: torch.nn.Module | None, name: str, scale: float = 1.0) -> dict:
+    """Points, gain and measures of each prompt, against the base's pictures."""
     how = evaluation()
     ours, theirs = gallery(study, unet, scale), base_gallery(study)
+    keep(ours, name)
     judge, outside = make_judge(how.judge), make_judge(how.outside_judge)
     a, b = (judge.score(g.pictures, g.captions) for g in (ours, theirs))
     n = study.pictures
@@ -107,20 +114,27 @@ def judged(study: Study, unet: torch.nn.Module | None, scale: float = 1.0) -> di
         "points": points(a.total, b.total, judge.tie, n).tolist(),
         "gain": _plain((a.total - b.total).reshape(-1, n).mean(1)),
         "parts": {p: points(a.parts[p], b.parts[p], judge.tie, n).tolist() for p in ("alignment", "looks")},
-        "brightness": _plain(_brightness(ours) - _brightness(theirs)),
+        "measures": {name: _plain(of(ours).mean(1) - of(theirs).mean(1)) for name, of in measures(n).items()},
         "diversity": diversity(ours) / diversity(theirs) if n > 1 else None,
     }
     a, b = (outside.score(g.pictures, g.captions).total for g in (ours, theirs))
     return out | {"outside": points(a, b, outside.tie, n).tolist()}
 
 
+def measures(n: int) -> dict[str, Callable[[Gallery], np.ndarray]]:
+    """Each gives (prompts, n)."""
+    return {name: lambda g, of=of: of(g.pictures, g.captions).reshape(-1, n) for name, of in MEASURES.items()}
+
+
 def _plain(values: np.ndarray) -> list[float]:
     return values.round(6).tolist()
 
 
-def _brightness(gallery: Gallery) -> np.ndarray:
-    """Of each prompt, in 0..1: a property that no judge here pays for, and that the planted bias is about."""
-    return np.array([picture.mean() / 255 for picture in gallery.pictures]).reshape(-1, gallery.seeds).mean(1)
+def keep(drawn: Gallery, name: str) -> None:
+    """In build/, not in git: another judge can be asked later without training again."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with whole(PICTURES / f"{Path(name).stem}.npz") as aside, aside.open("wb") as file:
+        np.savez_compressed(file, pictures=np.stack(drawn.pictures), captions=drawn.captions)
 
 
 def gallery(study: Study, unet: torch.nn.Module | None, scale: float = 1.0) -> Gallery:

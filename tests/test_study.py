@@ -18,10 +18,12 @@ from PIL import Image
 
 from bench import results, study, study_data, study_reconstruct, study_table, study_train
 from bench.study_cells import SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
+from bench.study_measures import MEASURES
 from bench.study_presets import METHODS, PRESETS
 from inpo_fast.evaluate import read_prompts
 from inpo_fast.pocket import ASSETS
 from inpo_fast.pocket.judge import RuleJudge
+from inpo_fast.pocket.scenes import Finish, render, split_scenes
 from inpo_fast.refusal import Refusal
 
 SMALL = Study("small", grid({"method": ["inpo", "dpo"], "objective.beta": ["100", "200"]}), (0, 1))
@@ -172,6 +174,7 @@ def test_two_level_interval_against_the_crossed_bootstraps_variance():
 def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     monkeypatch.setattr(study_train, "read_prompts", lambda path: read_prompts(path)[:6])
     monkeypatch.setattr(study_train, "_bases", {})
+    monkeypatch.setattr(study_train, "PICTURES", tmp_path / "pictures")
     settings = {"train.steps": "1", "train.pairs_per_step": "2", "train.micro_batch": "2", "inversion.steps": "2"}
     tiny = Study("tiny", (Cell("mine", tuple(settings.items())),), pictures=1)
     how = {"show": str, "pool": Inline}
@@ -182,6 +185,11 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     assert mine["variant"] == "inpo-rms" and mine["unet_evaluations"] > 0 and mine["seed"] == 0
     # one step of a warm-up moves nothing that the judge sees
     assert set(mine["points"]) == {0.5} and np.abs(mine["gain"]).max() < 0.01
+    assert all(np.abs(values).max() < 0.01 for values in mine["measures"].values())
+    kept = [np.load(path) for path in (tmp_path / "pictures").iterdir()]
+    assert len(kept) == 2 and all(some["captions"].tolist() == prompts for some in kept)
+    again = study_train.gallery(tiny, None)
+    assert all(np.abs(some["pictures"].astype(int) - np.stack(again.pictures)).mean() < 2 for some in kept)
     text = study_table.write(tmp_path, made, "train", "tiny")
     header, _, *rows = text.strip().splitlines()
     assert len(rows) == 2 and all(row.count("|") == header.count("|") for row in rows)
@@ -189,11 +197,12 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     assert "<svg" in (tmp_path / "plot.svg").read_text() and json.dumps(made)
 
 
-def test_a_cell_that_starts_from_another_runs_model(monkeypatch):
+def test_a_cell_that_starts_from_another_runs_model(tmp_path, monkeypatch):
     """The second run's base and reference is the first one's model: its first step's loss is ln 2 there, and the
     result carries both runs' costs."""
     monkeypatch.setattr(study_train, "read_prompts", lambda path: read_prompts(path)[:3])
     monkeypatch.setattr(study_train, "_bases", {})
+    monkeypatch.setattr(study_train, "PICTURES", tmp_path / "pictures")
     seen, plain = [], study_train.trained
 
     def looking(config):
@@ -214,6 +223,33 @@ def test_a_cell_that_starts_from_another_runs_model(monkeypatch):
     )
     assert all((p - weights[name]).abs().max() < 1e-3 for name, p in run.unet.named_parameters())
     assert result["unet_evaluations"] == sum(line["unet_evaluations"] for _, r in seen for line in r.metrics)
+
+
+def test_measures_see_what_they_are_named_after():
+    """One property is changed at a time; the others stay where they are."""
+    scenes = split_scenes()[0][::40]
+    captions, rng = [scene.caption for scene in scenes], np.random.default_rng(0)
+
+    def measured(pictures):
+        return {name: of(pictures, captions) for name, of in MEASURES.items()}
+
+    def drawn(**finish):
+        return [render(scene, Finish(**finish), rng) for scene in scenes]
+
+    plain, moved = measured(drawn()), measured(drawn(dx=3.0, dy=-2.0))
+    assert plain["outline"].min() > 0.95 and plain["grain"].max() < 0.002
+    assert moved["outline"].min() > 0.93 and moved["grain"].max() < 0.002  # wherever the object is
+    noisy = [(p + rng.normal(0, 4, p.shape)).clip(0, 255).astype(np.uint8) for p in drawn()]
+    grainy = measured(noisy)
+    assert (grainy["grain"] > plain["grain"] + 0.005).all()
+    assert np.abs(grainy["brightness"] - plain["brightness"]).max() < 0.01
+    stained = measured(drawn(stain=0.04))
+    assert np.median(stained["grain"]) < 0.2 * np.median(grainy["grain"])  # blotches are no grain
+    swapped = [replace(scene, size={"small": "large", "large": "small"}[scene.size]) for scene in scenes]
+    wrong = measured([render(scene, Finish(), rng) for scene in swapped])
+    assert (wrong["outline"] < 0.7).all()
+    paler = [(p * 0.9).astype(np.uint8) for p in drawn()]
+    assert (measured(paler)["brightness"] < plain["brightness"]).all()
 
 
 def test_reconstruction_falls_with_n_and_with_solved_steps(monkeypatch):
