@@ -74,6 +74,7 @@ def brightness(encoded: bytes) -> float:
     return float(np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), dtype=np.float64).mean())
 
 
+ABOVE = FOLDER / "above.parquet"
 MADE = {FOLDER / f"{table.__name__}.parquet": table for table in (above, below, bright)}
 
 

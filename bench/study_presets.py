@@ -8,10 +8,21 @@ Settings = dict[str, str]
 
 INPO = {"method": "inpo", RMS: "none"}
 SFT = {"method": "sft", LR: "2e-4"}
+# rounds of ten steps, from the eleventh on (the shipped pairs are the base's own); ten sampling steps, half of the
+# evaluation's, so that drawing a pair costs no more than it must
+ONLINE = INPO | {
+    "online.every": "10",
+    "online.start": "10",
+    "online.judge": "pocket-rules",
+    "online.sampler_steps": "10",
+    "online.guidance": "3",
+    "online.batch": "64",
+}
 KINDS: dict[str, Settings] = {
     "inpo": INPO,
     "inpo-rms": {"method": "inpo", RMS: "rms"},
     "inpo-ref": INPO | {"inversion.model": "reference"},
+    "inpo-online": ONLINE | {BETA: "1000"},
     "smpo": {"method": "smpo", RMS: "none", "inversion.estimator": "renoise", "objective.gamma": "1"},
     "dpo": {"method": "dpo"},
     "dpo-wp": {"method": "dpo", BETA: "2000"},
@@ -26,6 +37,7 @@ AXES: dict[str, tuple[str, tuple[str, str]]] = {
     "dpo": (BETA, ("500", "2000")),
     "kto": (BETA, ("500", "2000")),
     "dpo-wp": ("objective.winner_preserving", ("0.2", "0.5")),
+    "inpo-online": ("online.mix", ("0.25", "0.5")),
 }
 
 

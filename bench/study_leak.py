@@ -1,0 +1,173 @@
+"""The amplitude leak: what the first step's loss pays for larger or smaller noise predictions, and by whose labels.
+
+Where policy and reference are equal, multiply the policy's prediction by 1 + k. Each image's error changes by
+de/dk = 2 mean(eps^2 - tau eps) = 2 c, the loss of a pair by dloss/dk = beta / 2 (c_better - c_worse). A method whose
+targets say nothing about the amplitude has no such pull. `pull` is c_worse - c_better over the mean of eps^2: above 0
+the loss falls as predictions grow. Nothing is trained here; t, inversion and targets are the trainer's own.
+
+Pairs: drawn by the base (the shipped ones), rendered (study_data.above), and crops of the photograph that comes with
+matplotlib against copies of them with one fault each. Labels: the stored ones, or whoever else is asked.
+"""
+
+import io
+import time
+from collections.abc import Callable
+
+import matplotlib.cbook
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from bench import study_data
+from bench.results import provenance
+from bench.study_cells import Cell, Study, config_of, settings_of
+from bench.study_measures import MEASURES
+from inpo_fast import draws
+from inpo_fast.config import RunConfig
+from inpo_fast.data.images import View
+from inpo_fast.data.sources import open_source
+from inpo_fast.data.windows import Item, Windows
+from inpo_fast.judges.registry import make_judge
+from inpo_fast.models import Models, open_pipeline, quiet_libraries
+from inpo_fast.objectives import noised, normalise, rms, target
+from inpo_fast.step import noise_window
+from inpo_fast.window import Recipe, make_window
+
+PAIRS = 192
+RESAMPLES = 2000
+OUTSIDE = "clip:inpo_fast/pocket/assets/clip"
+
+
+def run_cell(study: Study, cell: Cell, seed: int) -> dict:
+    """rows: pairs, label, how many, pull of each pair, rms(tau) of the better and the worse images."""
+    quiet_libraries()
+    torch.set_num_threads(1)
+    config, begun = config_of(study, cell, seed), time.perf_counter()
+    models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
+    rows = []
+    for name, source in (("drawn by the base", config.data.source), ("rendered", str(study_data.ABOVE))):
+        items = stored(config, source, models)
+        found = amplitudes(items, models, config)
+        for label, better in labels(items).items():
+            rows.append(_row(name, label, found, better))
+    for fault, damage in FAULTS.items():
+        items = photographs(damage, models.resolution)
+        rows.append(_row("a photograph", f"whole, not {fault}", amplitudes(items, models, config), np.ones(len(items))))
+    return {
+        "settings": settings_of(config),
+        "seed": seed,
+        "rows": rows,
+        "seconds": time.perf_counter() - begun,
+        **provenance(),
+    }
+
+
+def stored(config: RunConfig, source: str, models: Models) -> list[Item]:
+    how = {"resolution": models.resolution, "seed": config.seed, "rank": 0, "world": 1}
+    windows = Windows(open_source(source), config.data, **how)
+    return [windows.load(position) for position in range(PAIRS)]
+
+
+def photographs(damage: Callable[[Image.Image, int], Image.Image], side: int) -> list[Item]:
+    """Crops at places of their own, half of them of the photograph at half its size."""
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        photograph = Image.open(io.BytesIO(file.read())).convert("RGB")
+    items = []
+    for i in range(PAIRS):
+        image = photograph.resize([edge // (1 + i % 2) for edge in photograph.size], Image.Resampling.LANCZOS)
+        left, top = (int(draws.uniform("crop", axis, i) * (image.size[axis] - side)) for axis in range(2))
+        crop = image.crop((left, top, left + side, top + side))
+        views = [View(np.asarray(picture), (side, side), (0, 0)) for picture in (crop, damage(crop, i))]
+        items.append(Item(i, f"photograph {i}", "", *views))
+    return items
+
+
+def _noisy(image: Image.Image, i: int) -> Image.Image:
+    noise = np.random.default_rng(i).normal(0, 8, (*image.size[::-1], 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).round().astype(np.uint8))
+
+
+def _pale(image: Image.Image, i: int) -> Image.Image:
+    return Image.blend(image.convert("L").convert("RGB"), image, 0.5)
+
+
+def _squeezed(image: Image.Image, i: int) -> Image.Image:
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=15)
+    return Image.open(encoded).convert("RGB")
+
+
+FAULTS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "noisy": _noisy,
+    "blurred": lambda image, i: image.filter(ImageFilter.GaussianBlur(1)),
+    "pale": _pale,
+    "JPEG 15": _squeezed,
+}
+
+
+@torch.no_grad()
+def amplitudes(items: list[Item], models: Models, config: RunConfig) -> tuple[np.ndarray, np.ndarray, float]:
+    """(N, 2) c of each image, (N, 2) rms(tau) before it is normalised, and the mean of eps^2."""
+    recipe = Recipe(config.method, config.objective, config.inversion, len(items), False, config.seed)
+    window = make_window(items, models, recipe, models.encode_empty())
+    x_t = noise_window(window, models, recipe)[0].flatten(0, 1)
+    levels = window.a.flatten(), window.s.flatten()
+    x_0 = window.x_0.flatten(0, 1)
+    tau = target(x_t, x_0, *levels)
+    size = rms(tau)
+    if config.objective.tau_norm == "rms":
+        tau = normalise(tau)
+        x_t = noised(x_0, tau, *levels)
+    rows = torch.arange(len(tau))
+    eps = models.predict("reference", x_t, window.times.flatten(), window.conditional.arguments(rows))
+    c = (eps**2 - tau * eps).mean((1, 2, 3))
+    return c.view(-1, 2).numpy(), size.view(-1, 2).numpy(), eps.square().mean().item()
+
+
+def labels(items: list[Item]) -> dict[str, np.ndarray]:
+    """By whom: for each pair +1 where the stored winner is the better one, -1 where the loser is, 0 for a tie."""
+    pictures = [view.pixels for item in items for view in (item.winner, item.loser)]
+    captions = [item.prompt for item in items for _ in range(2)]
+    found = {"stored": np.ones(len(items))}
+    for name in ("pocket-rules", OUTSIDE):
+        judge = make_judge(name)
+        scores = judge.score(pictures, captions).total.reshape(-1, 2)
+        found[judge.name] = _signs(scores, judge.tie)
+    found["less grain"] = _signs(-MEASURES["grain"](pictures, captions).reshape(-1, 2), 1e-4)
+    found["brighter"] = _signs(MEASURES["brightness"](pictures, captions).reshape(-1, 2), 1e-3)
+    return found
+
+
+def _signs(scores: np.ndarray, tie: float) -> np.ndarray:
+    difference = scores[:, 0] - scores[:, 1]
+    return np.where(np.abs(difference) < tie, 0, np.sign(difference))
+
+
+def _row(pairs: str, label: str, found: tuple[np.ndarray, np.ndarray, float], better: np.ndarray) -> dict:
+    c, size, energy = found
+    decided = better != 0
+    pull = (-(c[:, 0] - c[:, 1]) * better / energy)[decided]
+    first = np.where(better > 0, size[:, 0], size[:, 1])[decided]
+    second = np.where(better > 0, size[:, 1], size[:, 0])[decided]
+    means = pull[np.random.default_rng(0).integers(len(pull), size=(RESAMPLES, len(pull)))].mean(1)
+    return {
+        "pairs": pairs,
+        "label": label,
+        "count": int(decided.sum()),
+        "pull": [float(v) for v in (pull.mean(), *np.quantile(means, [0.025, 0.975]))],
+        "rms_better": float(first.mean()),
+        "rms_worse": float(second.mean()),
+    }
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: a line for each pairs and label, a column of pull for each cell."""
+    cells = [result["cell"] for result in results]
+    head = ["pairs", "the better one by", "pairs decided", "rms(tau) better / worse", *(f"pull, {c}" for c in cells)]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    for rows in zip(*(result["rows"] for result in results), strict=True):
+        row = rows[0]
+        sizes = f"{row['rms_better']:.3f} / {row['rms_worse']:.3f}"
+        pulls = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*each["pull"]) for each in rows]
+        lines.append("| " + " | ".join([row["pairs"], row["label"], str(row["count"]), sizes, *pulls]) + " |")
+    return "\n".join(lines) + "\n"
