@@ -39,7 +39,7 @@ OUTSIDE = "clip:inpo_fast/pocket/assets/clip"
 
 
 def run_cell(study: Study, cell: Cell, seed: int) -> dict:
-    """rows: pairs, label, how many, pull of each pair, rms(tau) of the better and the worse images."""
+    """rows: pairs, label, how many are decided, mean pull with its interval over pairs, tau of better and worse."""
     quiet_libraries()
     torch.set_num_threads(1)
     config, begun = config_of(study, cell, seed), time.perf_counter()
@@ -106,22 +106,25 @@ FAULTS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 @torch.no_grad()
-def amplitudes(items: list[Item], models: Models, config: RunConfig) -> tuple[np.ndarray, np.ndarray, float]:
-    """(N, 2) c of each image, (N, 2) rms(tau) before it is normalised, and the mean of eps^2."""
+def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str, np.ndarray]:
+    """Of each image, (N, 2) all: c over the mean of eps^2; rms of tau before it is normalised; the correlation of tau
+    with x_0, and of tau with itself one place to the right: both 0 for noise."""
     recipe = Recipe(config.method, config.objective, config.inversion, len(items), False, config.seed)
     window = make_window(items, models, recipe, models.encode_empty())
     x_t = noise_window(window, models, recipe)[0].flatten(0, 1)
     levels = window.a.flatten(), window.s.flatten()
     x_0 = window.x_0.flatten(0, 1)
     tau = target(x_t, x_0, *levels)
-    size = rms(tau)
+    size, own = rms(tau), (tau * x_0).mean((1, 2, 3)) / (rms(tau) * rms(x_0))
+    neighbours = (tau[..., 1:] * tau[..., :-1]).mean((1, 2, 3)) / tau.square().mean((1, 2, 3))
     if config.objective.tau_norm == "rms":
         tau = normalise(tau)
         x_t = noised(x_0, tau, *levels)
     rows = torch.arange(len(tau))
     eps = models.predict("reference", x_t, window.times.flatten(), window.conditional.arguments(rows))
-    c = (eps**2 - tau * eps).mean((1, 2, 3))
-    return c.view(-1, 2).numpy(), size.view(-1, 2).numpy(), eps.square().mean().item()
+    c = (eps**2 - tau * eps).mean((1, 2, 3)) / eps.square().mean()
+    found = {"c": c, "rms": size, "with x_0": own, "with its neighbour": neighbours}
+    return {name: values.view(-1, 2).numpy() for name, values in found.items()}
 
 
 def labels(items: list[Item]) -> dict[str, np.ndarray]:
@@ -143,31 +146,36 @@ def _signs(scores: np.ndarray, tie: float) -> np.ndarray:
     return np.where(np.abs(difference) < tie, 0, np.sign(difference))
 
 
-def _row(pairs: str, label: str, found: tuple[np.ndarray, np.ndarray, float], better: np.ndarray) -> dict:
-    c, size, energy = found
+def _row(pairs: str, label: str, found: dict[str, np.ndarray], better: np.ndarray) -> dict:
     decided = better != 0
-    pull = (-(c[:, 0] - c[:, 1]) * better / energy)[decided]
-    first = np.where(better > 0, size[:, 0], size[:, 1])[decided]
-    second = np.where(better > 0, size[:, 1], size[:, 0])[decided]
+    sides = np.where(better[:, None] > 0, [0, 1], [1, 0])[decided]  # (n, 2): the better one first
+    ordered = {name: np.take_along_axis(values[decided], sides, 1) for name, values in found.items()}
+    pull = ordered["c"][:, 1] - ordered["c"][:, 0]
     means = pull[np.random.default_rng(0).integers(len(pull), size=(RESAMPLES, len(pull)))].mean(1)
     return {
         "pairs": pairs,
         "label": label,
         "count": int(decided.sum()),
         "pull": [float(v) for v in (pull.mean(), *np.quantile(means, [0.025, 0.975]))],
-        "rms_better": float(first.mean()),
-        "rms_worse": float(second.mean()),
+        "tau": {name: values.mean(0).tolist() for name, values in ordered.items() if name != "c"},
     }
 
 
 def table(results: list[dict]) -> str:
     """Markdown: a line for each pairs and label, a column of pull for each cell."""
     cells = [result["cell"] for result in results]
-    head = ["pairs", "the better one by", "pairs decided", "rms(tau) better / worse", *(f"pull, {c}" for c in cells)]
+    tau = list(results[0]["rows"][0]["tau"])
+    head = [
+        "pairs",
+        "the better one by",
+        "decided",
+        *(f"tau: {n}, better / worse" for n in tau),
+        *(f"pull, {c}" for c in cells),
+    ]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for rows in zip(*(result["rows"] for result in results), strict=True):
         row = rows[0]
-        sizes = f"{row['rms_better']:.3f} / {row['rms_worse']:.3f}"
+        values = ["{:.3f} / {:.3f}".format(*row["tau"][name]) for name in tau]
         pulls = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*each["pull"]) for each in rows]
-        lines.append("| " + " | ".join([row["pairs"], row["label"], str(row["count"]), sizes, *pulls]) + " |")
+        lines.append("| " + " | ".join([row["pairs"], row["label"], str(row["count"]), *values, *pulls]) + " |")
     return "\n".join(lines) + "\n"
