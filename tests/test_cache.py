@@ -334,8 +334,9 @@ def test_a_second_cache_into_the_same_folder_is_refused(source, tmp_path, capsys
     with cache.alone(tmp_path / "cache"), pytest.raises(SystemExit) as end:
         run_command(module, *words)
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 2 and "is being filled by another process; wait for it" in said
-    assert said.startswith("python -m inpo_fast.cache: ") and [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert end.value.code == 2 and said.startswith("python -m inpo_fast.cache: ")
+    assert "is being filled by another process; wait for it" in said
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_disk_that_fills_up(source, tmp_path, monkeypatch):
