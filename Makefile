@@ -23,7 +23,7 @@ train: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite
 
 test: .venv/ready
-	$(BIN)/python -m pytest tests -n 2 -q
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -q
 	$(BIN)/python -m pytest bench --check -n 2 -q
 
 lint: .venv/ready

@@ -10,6 +10,19 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Every step is a checkpoint and none is removed, for tests/faults and tests/distributed; files that want another
+    world have a fixture of this name."""
+    from tiny_runs import save_recipe  # imports triton
+
+    folder = tmp_path_factory.mktemp("world")
+    save_recipe(
+        folder, train={"micro_batch": 1, "checkpoint_every": 1, "keep_checkpoints": 9}, optim={"average": "last-half"}
+    )
+    return folder
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile with the tracing and without the C++ compiler, which takes a minute; counts the graphs."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 from rich.console import Console
+from tiny_runs import run_command
 from tiny_world import pair_table, save_tiny_model, tiny_pipeline, tiny_xl
 
 from inpo_fast import cache, latents, shards
@@ -327,13 +328,15 @@ def test_the_need_that_is_printed_is_what_lies_on_disk(source, tmp_path, monkeyp
     assert needs[1] == 0
 
 
-def test_a_second_cache_into_the_same_folder_is_refused(source, tmp_path):
-    """The command itself, while another process fills the folder: one line, status 2, nothing written."""
-    model = save_tiny_model(tmp_path / "model")
-    with cache.alone(tmp_path / "cache"):
-        out = subprocess.run(command(source, tmp_path / "cache", model), capture_output=True, text=True)
-    assert out.returncode == 2 and "is being filled by another process; wait for it" in out.stderr
-    assert "Traceback" not in out.stderr and [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
+def test_a_second_cache_into_the_same_folder_is_refused(source, tmp_path, capsys):
+    """The command itself, while the folder's lock is held elsewhere: one line, status 2, nothing written."""
+    _, _, module, *words = command(source, tmp_path / "cache", save_tiny_model(tmp_path / "model"))
+    with cache.alone(tmp_path / "cache"), pytest.raises(SystemExit) as end:
+        run_command(module, *words)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and said.startswith("python -m inpo_fast.cache: ")
+    assert "is being filled by another process; wait for it" in said
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_disk_that_fills_up(source, tmp_path, monkeypatch):

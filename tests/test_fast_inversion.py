@@ -74,7 +74,7 @@ def test_compiled(traced, items, pipeline):
     assert len(traced) == 1
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_cache_of_trajectories_keeps_the_one_graph(traced, items, tmp_path, frozen):
     """However many images of a window are new: ten in calls of six, then two, then none; x_t as on the plain path."""
     how = replace(RECIPE.inversion, model="reference", cache=str(tmp_path), frozen=frozen)

@@ -1,51 +1,32 @@
 """--dry-run against counts known from elsewhere, the published recipe's numbers, and the tables in the documents."""
 
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
+from plans import CONFIGS, counted_once, plan_of, recipe, unet_passes
 from rich.console import Console
 from tiny_world import save_tiny_model
 
 from inpo_fast import plan
 from inpo_fast.architectures import make_unet, make_vae
 from inpo_fast.config import parse
-from inpo_fast.costs import ask_vae, forward_flop, unet_passes
+from inpo_fast.costs import ask_vae, forward_flop
 from inpo_fast.models import Models, ModelsConfig, open_pipeline
 from inpo_fast.optim import OptimConfig, make_optimizer
 from inpo_fast.plan import GIB, make_plan, show
 from inpo_fast.refusal import Refusal
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RECIPES = ["sd15", "sdxl", "sd15-lora", "sdxl-lora", "sd15-published", "sdxl-published"]
 
 
-def recipe(name: str, *more: str):
-    """A shipped recipe on random weights of its architecture."""
-    model = ("--models.base=", f"--models.random={name.partition('-')[0]}")
-    return parse("test", ["--config", str(CONFIGS / f"{name}.yaml"), *model, *more])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def counted_once():
-    """The passes of a UNet are counted once for each shape: SDXL's take seconds, and beta does not change them."""
-    counts, real = {}, plan.unet_passes
-
-    def unet_passes(unet, *how):
-        key = (str(unet.config), unet.dtype, sum(p.numel() for p in unet.parameters() if p.requires_grad), how)
-        if key not in counts:
-            counts[key] = real(unet, *how)
-        return counts[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "unet_passes", unet_passes)
-        yield
-
-
-@cache
-def plan_of(name: str, *more: str, gpus: int = 1):
-    return make_plan(recipe(name, *more), gpus)
+def test_a_count_that_is_remembered_is_the_count(tmp_path):
+    """Of the tests' own shortcut: a plan from remembered counts is the one that make_plan makes alone."""
+    plain = recipe("sd15", "--models.base=" + save_tiny_model(tmp_path), "--models.random=null")
+    frugal = replace(plain, models=replace(plain.models, gradient_checkpointing=True))  # counting leaves its mark
+    for other in (plain, frugal):
+        counted_once(other, 1)
+    assert counted_once(frugal, 1) == make_plan(frugal, 1)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_plan import plan_of, recipe
+from plans import plan_of, recipe
 from tiny_world import save_pairs, save_tiny_model
 
 from inpo_fast import profile

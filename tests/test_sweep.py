@@ -35,9 +35,17 @@ def world(tmp_path_factory):
     return save_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+KINDS = {"sd": ("sd", HOW), "w1": ("sd", replace(HOW, guidance=1.0, grid="snap")), "xl": ("xl", HOW)}
+SHORT = {("sd", "bf16"), ("w1", "bf16"), ("xl", "fp32")}  # each kind and each precision; the others are slow
+
+
 @pytest.mark.parametrize(
-    ("base", "how"), [("sd", HOW), ("sd", replace(HOW, guidance=1.0, grid="snap")), ("xl", HOW)], ids=["sd", "w1", "xl"]
+    ("base", "how", "precision"),
+    [
+        pytest.param(*KINDS[name], precision, id=f"{name}-{precision}", marks=[pytest.mark.slow] * (not short))
+        for name, precision in product(KINDS, ("fp32", "bf16"))
+        for short in [(name, precision) in SHORT]
+    ],
 )
 def test_cold_warm_and_mixed_equal_the_uncached_run(world, tmp_path, base, how, precision):
     """Bit for bit, one image at a time: batches round. mixed: another seed's run has left some of the views."""

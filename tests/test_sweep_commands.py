@@ -23,16 +23,31 @@ def world(tmp_path_factory):
     return save_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture
-def command(world, tmp_path):
+def command_in(folder: Path, world: Path):
     save_recipe(
-        tmp_path,
+        folder,
         models={"base": str(world / "sd")},
         data={"source": str(world / "pairs.parquet"), "vae_sample": False},
-        inversion={"steps": 3, "batch": 1, "model": "reference", "cache": str(tmp_path / "cache")},
-        train={"checkpoint_every": 1},
+        inversion={"steps": 3, "batch": 1, "model": "reference", "cache": str(folder / "cache")},
+        train={"checkpoint_every": 1, "keep_checkpoints": 9},
     )
-    return lambda name, *extra: train_in(tmp_path, name, *extra)
+    return lambda name, *extra: train_in(folder, name, *extra)
+
+
+@pytest.fixture
+def command(world, tmp_path):
+    return command_in(tmp_path, world)
+
+
+@pytest.fixture(scope="module")
+def cut(world, tmp_path_factory):
+    """A folder with a whole run, and one that ended after step 2 and left the cache `second`."""
+    folder = tmp_path_factory.mktemp("cut")
+    command = command_in(folder, world)
+    command("whole")
+    for path in command("cut", f"--inversion.cache={folder / 'second'}").glob("checkpoints/step-000[34]"):
+        shutil.rmtree(path)
+    return folder
 
 
 def each(folder: Path, name: str) -> list[float]:
@@ -66,18 +81,15 @@ def test_commands(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("cache", ["same", pytest.param("other", marks=pytest.mark.slow), "null"])
-def test_resume(command, tmp_path, cache):
+def test_resume(command, cut, tmp_path, cache):
     """From step 2, with the cache it had, an empty one or none: the same bits. frozen may not change."""
-    whole = command("whole")
-    cut = command("cut", f"--inversion.cache={tmp_path / 'second'}")
-    for step in (3, 4):
-        shutil.rmtree(cut / "checkpoints" / f"step-000{step}", ignore_errors=True)
-    shutil.copytree(whole / "checkpoints" / "step-0003", cut / "checkpoints" / "step-0003")
-    shutil.rmtree(cut / "checkpoints" / "step-0003")
+    for name in ("cut", "second"):
+        shutil.copytree(cut / name, tmp_path / name)
+    assert max(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()) == "step-0002"
     folder = {"same": tmp_path / "second", "other": tmp_path / "third", "null": "null"}[cache]
     with pytest.raises(Refusal, match=r"--resume: inversion\.frozen is True but"):
         command("cut", "--resume", "--inversion.frozen=true")
-    assert equal(command("cut", "--resume", f"--inversion.cache={folder}"), whole)
+    assert equal(command("cut", "--resume", f"--inversion.cache={folder}"), cut / "whole")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.step import train_step
 from inpo_fast.window import Recipe, make_window
 
-INVERSION = InversionConfig(steps=5, batch=7)
+INVERSION = InversionConfig(steps=3, batch=5)
 RECIPE = Recipe("inpo", ObjectiveConfig(beta=500.0), INVERSION, 2, True, 0)
 KINDS = {
     "plain": RECIPE,
@@ -62,7 +62,7 @@ def meta_is_cuda(monkeypatch):
 @pytest.fixture(scope="module")
 def items(tmp_path_factory):
     source = open_source(save_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet"))
-    return next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 8))
+    return next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 4))
 
 
 def one_step(models: Models, items: list, recipe: Recipe, optimizer):

@@ -5,13 +5,14 @@ from functools import cache
 
 import pytest
 import torch
+from plans import unet_traffic
 from torch.utils.flop_counter import FlopCounterMode
 
 from inpo_fast import traffic
 from inpo_fast.architectures import make_unet
 from inpo_fast.costs import ask_unet, fused_attention
 from inpo_fast.fast_unet import inverting, make_fast
-from inpo_fast.traffic import SECOND, Traffic, least_bytes, roofline_bytes, unet_traffic
+from inpo_fast.traffic import SECOND, Traffic, least_bytes, roofline_bytes
 
 META = torch.device("meta")
 BF16 = 2  # bytes
@@ -176,7 +177,7 @@ def test_kernels_of_sd15(monkeypatch):
             module.register_forward_hook(look)
     with torch.no_grad(), fused_attention(), Traffic() as plain:
         ask_unet(made, 64, 77)
-    fast = unet_traffic(unet("sd15", "fused"), 64, 77)
+    fast = traffic.unet_traffic(unet("sd15", "fused"), 64, 77)  # by the kinds above
     plain, inversion, forward = (
         {kind: size / 1e6 for kind, size in of.items()} for of in (plain.bytes, fast.inversion, fast.forward)
     )
@@ -226,7 +227,7 @@ def test_what_is_counted():
 
 def test_a_leftover_gradient_is_not_added_to():
     made = unet("sd15", "fused")
-    assert unet_traffic(made, 8, 77) == unet_traffic(made, 8, 77)
+    assert traffic.unet_traffic(made, 8, 77) == traffic.unet_traffic(made, 8, 77)
 
 
 def test_conventions():

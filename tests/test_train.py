@@ -2,21 +2,15 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny_runs import save_recipe, train_in
+from tiny_runs import run_command, save_recipe, train_in
 
 from inpo_fast import checkpoint
 from inpo_fast.refusal import Refusal
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-COMMAND = [sys.executable, "-m", "inpo_fast.train"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +23,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(world):
     """An uninterrupted run of one process."""
-    return train_in(world, "whole")
+    return train_in(world, "whole", curves=True)
 
 
 def weights(out: Path, step: int = 4) -> dict[str, torch.Tensor]:
@@ -59,6 +53,7 @@ def test_outputs_have_their_fixed_names_and_diffusers_opens_the_model(whole):
         "order": {"shuffle": "full"},
         "dropped": [],
     }
+    assert "Curve of Loss" in (whole / "report.html").read_text()
     pipeline = StableDiffusionPipeline.from_pretrained(whole / "model", safety_checker=None)
     average = {k.removeprefix("average/"): v for k, v in weights(whole).items() if k.startswith("average/")}
     for name, parameter in pipeline.unet.named_parameters():
@@ -117,10 +112,11 @@ def test_a_taken_folder_is_refused_and_left_alone(world, whole):
     assert (whole / "manifest.json").read_bytes() == before
 
 
-def test_refusal_is_one_line_and_a_non_zero_exit(world):
-    done = subprocess.run([*COMMAND, "--optim.lrr=1"], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == [
+def test_refusal_is_one_line_and_a_non_zero_exit(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_command("inpo_fast.train", "--optim.lrr=1")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
         "inpo_fast.train: unknown key 'optim.lrr'; did you mean 'optim.lr'? (--help lists all)"
     ]
 

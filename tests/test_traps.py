@@ -37,7 +37,7 @@ def test_policy_and_reference_take_the_same_matrix_product():
     assert all(p.requires_grad for p in models.reference.parameters())
 
 
-@pytest.mark.parametrize("fast", ["off", "fused", "compiled"])
+@pytest.mark.parametrize("fast", ["off", "fused", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_micro_batches_add_up(traced, tmp_path, fast):
     """Four accumulated micro-steps, one of four times the size, and pairs inverted and trained one by one at their own
     t give one gradient: sums in another order through five chained evaluations, 1e-4."""

@@ -1,17 +1,23 @@
-"""The trainer's command line on the tiny world: in this process, which saves the imports of a new one, in another, and
-under torchrun."""
+"""The trainer's command line on the tiny world: in this process, which saves the imports of a new one, in others that
+are forked with the imports done, in one that begins anew, and under torchrun."""
 
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from tiny_world import save_pairs, save_tiny_model
 
 from inpo_fast import checkpoint, train
+from inpo_fast.report import plots
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -32,19 +38,63 @@ def save_recipe(folder: Path, **groups: dict) -> None:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def train_in(folder: Path, name: str, *extra: str) -> Path:
-    """A run of folder/tiny.yaml; its output folder."""
-    out = folder / name
-    argv, sys.argv = sys.argv, ["train", *_words(folder, name, *extra)]
-    try:
+def train_in(folder: Path, name: str, *extra: str, curves: bool = False) -> Path:
+    """A run of folder/tiny.yaml; its output folder. The report has its curves only if asked: to draw them takes as long
+    as everything else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train", *_words(folder, name, *extra)])
+        if not curves:
+            patch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
         train.main()
-    finally:
-        sys.argv = argv
-    return out
+    return folder / name
 
 
-def command(folder: Path, name: str, *extra: str) -> list[str]:
-    return [sys.executable, "-m", "inpo_fast.train", *_words(folder, name, *extra)]
+class Forked:
+    """`run(*args)` in a process of its own, with these environment variables; it has imported the trainer before it
+    begins. Named as in subprocess.Popen; what it prints is in the file `said`, what goes to stderr in `complaints`."""
+
+    def __init__(self, place: Path, run: Callable, *args, **environment: str):
+        self.said, self.complaints = place.with_suffix(".out"), place.with_suffix(".err")
+        files = [str(self.said), str(self.complaints)]
+        forking = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload(["tiny_runs"])
+        self._process = forking.Process(target=_child, args=(files, environment, run, args))
+        with pytest.MonkeyPatch.context() as patch:  # the first time it starts the process that imports
+            for name, value in (ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}).items():
+                patch.setenv(name, value)
+            self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 300) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"did not end within {timeout} s"
+        return self._process.exitcode
+
+
+def _child(files: list[str], environment: dict[str, str], run: Callable, args: tuple) -> None:
+    for number, name in enumerate(files, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    run(*args)
+
+
+def start(folder: Path, name: str, *extra: str) -> Forked:
+    """The trainer's command in another process."""
+    return Forked(folder / name, run_command, "inpo_fast.train", *_words(folder, name, *extra))
+
+
+def run_command(module: str, *words: str) -> None:
+    """`python -m module words` in this process: it ends with SystemExit where the command has an exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *words])
+        patch.delitem(sys.modules, module, raising=False)  # it runs as __main__, and warns of one that is there
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def torchrun(
@@ -61,6 +111,12 @@ def _words(folder: Path, name: str, *extra: str) -> list[str]:
 def finished(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     """Runs it to its end, whatever that is."""
     return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:

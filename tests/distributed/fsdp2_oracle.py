@@ -1,11 +1,10 @@
-"""Started by torchrun from test_fsdp2.py: split states against torch's own fully_shard, on the same pairs.
+"""Run in several processes by test_fsdp2.py: split states against torch's own fully_shard, on the same pairs.
 
 Each process has other pairs. Ours: whole working copies, one reduction, parts of masters. FSDP2: sharded parameters,
 gathered for each forward, gradients reduced after each backward. Both then take a clipped AdamW step.
 """
 
 import copy
-import sys
 
 import torch
 import torch.distributed as dist
@@ -95,7 +94,3 @@ def main(pairs: str) -> None:
     if rank == 0:
         print("equal")
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

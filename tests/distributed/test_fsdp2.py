@@ -1,19 +1,14 @@
 """Split states against FSDP2 (torch's fully_shard) and against plain sums, on three processes: rows do not divide."""
 
-import os
-import sys
-from pathlib import Path
-
-from tiny_runs import finished
+from distributed import fsdp2_oracle
+from tiny_runs import Forked, free_port
 from tiny_world import save_pairs
-
-TESTS = Path(__file__).resolve().parent.parent
 
 
 def test_split_states_equal_fsdp2(tmp_path):
     pairs = save_pairs(tmp_path / "pairs.parquet")
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = finished([*program, str(TESTS / "distributed" / "fsdp2_oracle.py"), str(pairs)], PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "equal"
+    meeting = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [Forked(tmp_path / f"{rank}", fsdp2_oracle.main, pairs, RANK=f"{rank}", **meeting) for rank in range(3)]
+    ends = [process.wait() for process in processes]
+    assert ends == [0, 0, 0], [process.complaints.read_text() for process in processes]
+    assert processes[0].said.read_text().strip().splitlines()[-1] == "equal"

@@ -7,26 +7,16 @@ turn where a gradient is nearly 0.
 
 import os
 import shutil
-import socket
 import subprocess
 
 import pytest
 import torch
-from tiny_runs import ENVIRONMENT, finished, metric, same_bits, save_recipe, saved, torchrun, train_in
+from tiny_runs import ENVIRONMENT, finished, free_port, metric, same_bits, saved, torchrun, train_in
 
 # of the largest element of its tensor. fp32 has 6e-8; batches of other sizes are rounded otherwise through three
 # evaluations of the inversion, and winner and loser cancel in part: 1.1e-5 was seen
 GRADIENT = 1e-4
 WEIGHTS = 1e-4  # a tenth of one step
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    save_recipe(
-        folder, train={"micro_batch": 1, "checkpoint_every": 1, "keep_checkpoints": 9}, optim={"average": "last-half"}
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +127,6 @@ def two_machines():
     finally:
         for i in (0, 1):
             run(f"ip netns delete inpo{i}")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
 
 
 def test_two_machines_meet_and_train(world, one, two_machines):

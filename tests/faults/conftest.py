@@ -4,18 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import save_recipe, train_in
+from tiny_runs import train_in
 
 STEPS = 6
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    save_recipe(
-        folder, train={"micro_batch": 1, "checkpoint_every": 1, "keep_checkpoints": 9}, optim={"average": "last-half"}
-    )
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,7 @@ import time
 
 import pytest
 from faults.conftest import STEPS
-from faults.test_killed import start
-from tiny_runs import command, metric, same_bits, train_in
+from tiny_runs import metric, same_bits, start, train_in
 
 from inpo_fast import lock
 from inpo_fast.metrics import MetricsFile
@@ -28,7 +27,8 @@ def test_disk_full(world, whole, disk):
 
 
 def test_the_newest_checkpoint_is_damaged(world, whole, caplog):
-    folder = train_in(world, "damaged", f"--train.steps={STEPS}")
+    folder = world / "damaged"
+    shutil.copytree(whole, folder)
     (shard,) = (folder / "checkpoints" / f"step-{STEPS:04d}").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-100] ^= 4  # one bit of a weight: it would load without complaint
@@ -50,7 +50,7 @@ def test_read_only_output_is_refused_before_anything_is_loaded(world, disk, monk
 
 def test_two_runs_in_one_folder(world, tmp_path):
     """The second is refused and told who the first is; when the first is killed the folder is free."""
-    first = start(command(world, "shared", "--train.steps=500"))
+    first = start(world, "shared", "--train.steps=500")
     deadline = time.monotonic() + 120
     while not (world / "shared" / "metrics.jsonl").exists():
         assert first.poll() is None and time.monotonic() < deadline

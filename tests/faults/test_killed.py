@@ -1,6 +1,7 @@
 """kill -9 of a run, of one of its processes, a process that hangs, and being asked to stop: nothing is lost.
 
-A run that was killed and continued, however often, ends with the bits of one that was left alone.
+A run that was killed and continued, however often, ends with the bits of one that was left alone. A run of one process
+is forked from one that has the imports done; what torchrun starts begins anew.
 """
 
 import random
@@ -12,18 +13,18 @@ from pathlib import Path
 
 import pytest
 from faults.conftest import STEPS
-from tiny_runs import ENVIRONMENT, command, finished, metric, same_bits, torchrun, train_in
+from tiny_runs import ENVIRONMENT, Forked, finished, metric, same_bits, start, torchrun, train_in
 
 from inpo_fast.preemption import EXIT_CODE
 
 AGENT = ("--standalone", "--max-restarts=2")
 
 
-def start(line: list[str]) -> subprocess.Popen:
+def start_agent(line: list[str]) -> subprocess.Popen:
     return subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(happened, process: subprocess.Popen, seconds: float = 120) -> bool:
+def wait_for(happened, process: subprocess.Popen | Forked, seconds: float = 120) -> bool:
     """Until it happened (True) or the process has ended."""
     deadline = time.monotonic() + seconds
     while not happened():
@@ -51,29 +52,29 @@ def steps_done(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(world, tmp_path, kills):
+def test_killed_at_random_moments(world, whole, kills):
     """Every third time while a checkpoint is being written. The long variant trains until it was killed 30 times."""
     steps = STEPS if kills == 3 else 60
-    expected = train_in(world, f"alone-{kills}", f"--train.steps={steps}", "--train.keep_checkpoints=2")
+    expected = whole if kills == 3 else train_in(world, f"alone-{kills}", f"--train.steps={steps}")
     draw, name = random.Random(kills), f"killed-{kills}"
+    words = (name, f"--train.steps={steps}", "--train.keep_checkpoints=2", "--resume")
     folder, killed, saving = world / name, 0, 0
     while killed < kills:
-        process = start(command(world, name, f"--train.steps={steps}", "--train.keep_checkpoints=2", "--resume"))
+        process = start(world, *words)
         before = steps_done(folder)
-        assert wait_for(lambda before=before: steps_done(folder) != before, process), process.stderr.read()
+        assert wait_for(lambda before=before: steps_done(folder) != before, process), process.complaints.read_text()
         if killed % 3 == 2:
             there = wait_for(lambda: list(folder.glob("checkpoints/.tmp-*")), process)
             saving += there
         else:
             time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
         killed += 1
         if (folder / "model").exists():
             break
     assert killed >= 3 and saving >= 1
-    done = finished(command(world, name, f"--train.steps={steps}", "--train.keep_checkpoints=2", "--resume"))
-    assert done.returncode == 0, done.stderr
+    train_in(world, *words)
     assert same_bits(folder, expected, steps)
     assert metric(folder, "step") == list(range(1, steps + 1))
     assert metric(folder, "loss") == metric(expected, "loss")
@@ -87,7 +88,7 @@ def test_one_of_two_processes_is_killed_and_torchrun_continues_by_itself(world, 
     expected = finished(torchrun(2, world, "two", *options, "--overwrite"))
     assert expected.returncode == 0, expected.stderr
     folder = world / f"one-killed-{rank}"
-    agent = start(torchrun(2, world, folder.name, *options, options=AGENT))
+    agent = start_agent(torchrun(2, world, folder.name, *options, options=AGENT))
     assert wait_for(lambda: (folder / "checkpoints" / "step-0002").exists(), agent)
     victim = workers(agent)[rank]
     subprocess.run(["kill", "-9", str(victim)], check=True)
@@ -100,7 +101,7 @@ def test_one_of_two_processes_is_killed_and_torchrun_continues_by_itself(world, 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_named(world):
     folder = world / "hung"
-    agent = start(
+    agent = start_agent(
         torchrun(
             2, world, "hung", "--train.steps=500", "--train.patience_minutes=0.05", "--train.checkpoint_every=1000"
         )
@@ -124,12 +125,14 @@ def test_a_process_that_hangs_is_named(world):
 
 def test_asked_to_stop_it_saves_and_says_so(world, whole):
     folder = world / "preempted"
-    process = start(command(world, "preempted", f"--train.steps={STEPS}", "--train.checkpoint_every=100"))
+    process = start(world, "preempted", f"--train.steps={STEPS}", "--train.checkpoint_every=100")
     assert wait_for(lambda: steps_done(folder) >= 2, process)
     process.send_signal(signal.SIGTERM)
-    _, problems = process.communicate(timeout=60)
-    assert process.returncode == EXIT_CODE
-    assert problems.strip().splitlines()[-1] == "inpo_fast.train: stopped by SIGTERM; continue with --resume"
+    assert process.wait(timeout=60) == EXIT_CODE
+    assert (
+        process.complaints.read_text().strip().splitlines()[-1]
+        == "inpo_fast.train: stopped by SIGTERM; continue with --resume"
+    )
     done = steps_done(folder)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step-{done:04d}"]
     train_in(world, "preempted", f"--train.steps={STEPS}", "--train.checkpoint_every=100", "--resume")
@@ -140,7 +143,7 @@ def test_asked_to_stop_it_saves_and_says_so(world, whole):
 def test_one_of_two_processes_is_asked_and_both_leave(world):
     """SIGUSR1 to the second process alone; the cluster's next start continues."""
     folder = world / "preempted-2"
-    agent = start(torchrun(2, world, folder.name, "--train.steps=500", "--train.checkpoint_every=1000"))
+    agent = start_agent(torchrun(2, world, folder.name, "--train.steps=500", "--train.checkpoint_every=1000"))
     assert wait_for(lambda: steps_done(folder) >= 2, agent)
     subprocess.run(["kill", "-USR1", str(workers(agent)[1])], check=True)
     _, problems = agent.communicate(timeout=120)

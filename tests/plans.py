@@ -1,0 +1,76 @@
+"""Plans of the shipped recipes on random weights, and what they are made of, each counted once in a process.
+
+Counts follow from shapes alone, and SDXL's take seconds: neither beta nor n nor the number of GPUs changes them. What
+counts a model, its FLOPs, activations and traffic, is remembered by the model's configuration and parameters.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from inpo_fast import costs, plan, traffic, work
+from inpo_fast.config import RunConfig, parse
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+COUNTED: dict[tuple, object] = {}
+
+
+def recipe(name: str, *more: str) -> RunConfig:
+    """A shipped recipe on random weights of its architecture."""
+    model = ("--models.base=", f"--models.random={name.partition('-')[0]}")
+    return parse("test", ["--config", str(CONFIGS / f"{name}.yaml"), *model, *more])
+
+
+@cache
+def plan_of(name: str, *more: str, gpus: int = 1) -> plan.Plan:
+    return counted_once(recipe(name, *more), gpus)
+
+
+def counted_once(config: RunConfig, gpus: int) -> plan.Plan:
+    """plan.make_plan, with the counts below."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "unet_passes", unet_passes)
+        patch.setattr(plan, "forward_bytes", partial(remembered, costs.forward_bytes))
+        patch.setattr(work, "unet_traffic", unet_traffic)
+        patch.setattr(work, "forward_flop", partial(remembered_call, costs.forward_flop))
+        patch.setattr(work, "forward_traffic", partial(remembered_call, traffic.forward_traffic))
+        return plan.make_plan(config, gpus)
+
+
+def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bool = False) -> costs.Passes:
+    passes = remembered(costs.unet_passes, unet, side, tokens, checkpointing)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()  # as the count leaves it: the traffic is that of such a UNet
+    return passes
+
+
+def unet_traffic(unet: torch.nn.Module, side: int, tokens: int) -> traffic.UnetTraffic:
+    return remembered(traffic.unet_traffic, unet, side, tokens)
+
+
+def remembered(count: Callable, unet: torch.nn.Module, *how):
+    """count(unet, *how), the first time that it is asked for such a UNet."""
+    return _once((count, _described(unet), how), lambda: count(unet, *how))
+
+
+def remembered_call(count: Callable, run: partial):
+    """count(run), the first time for such a run: work.py asks a VAE, or a list of text encoders."""
+    asked, *how = run.args
+    modules = asked if isinstance(asked, list) else [asked]
+    return _once((count, run.func, *map(_described, modules), *how), lambda: count(run))
+
+
+def _once(key: tuple, make: Callable):
+    if key not in COUNTED:
+        COUNTED[key] = make()
+    return COUNTED[key]
+
+
+def _described(module: torch.nn.Module) -> tuple:
+    """All that a count depends on: shapes, dtypes, what wants a gradient, and how the passes are made."""
+    weights = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters())
+    fast = "fast_mode" in module.__dict__
+    return str(module.config), weights, fast, getattr(module, "is_gradient_checkpointing", None)
