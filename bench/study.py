@@ -50,6 +50,7 @@ def main() -> None:
         return
     study = study_of(asked)
     folder = asked.folder.absolute() / study.name
+    folder.mkdir(parents=True, exist_ok=True)
     results = run(study, asked.folder.absolute() / "runs", asked.jobs)
     title = f"{study.name}, {study.split} prompts; raw results beside this file; {' '.join(_words(asked))}"
     print(f"\n{study_table.write(folder, results, study.kind, title)}\n{folder / 'table.md'}, {folder / 'plot.svg'}")

@@ -117,8 +117,9 @@ def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str
     tau = target(x_t, x_0, *levels)
     size, own = rms(tau), (tau * x_0).mean((1, 2, 3)) / (rms(tau) * rms(x_0))
     neighbours = (tau[..., 1:] * tau[..., :-1]).mean((1, 2, 3)) / tau.square().mean((1, 2, 3))
-    if config.objective.tau_norm == "rms":
-        tau = normalise(tau)
+    norm = config.objective.tau_norm
+    if norm != "none":
+        tau = normalise(tau, x_0 if norm == "orthogonal" else None)
         x_t = noised(x_0, tau, *levels)
     rows = torch.arange(len(tau))
     eps = models.predict("reference", x_t, window.times.flatten(), window.conditional.arguments(rows))

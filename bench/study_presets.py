@@ -1,9 +1,12 @@
 """Studies by name. What a method trains with was chosen on the tuning split: `tuning`, six settings for each method."""
 
+from collections.abc import Iterable
+
 from bench.study_cells import Cell, Study, grid
 
 SEEDS, TUNING_SEED = tuple(range(5)), 10  # what was tuned on is not reported
 BETA, LR, RMS, N = "objective.beta", "optim.lr", "objective.tau_norm", "inversion.steps"
+STEPS, BATCH = "train.steps", "train.pairs_per_step"
 Settings = dict[str, str]
 
 INPO = {"method": "inpo", RMS: "none"}
@@ -21,6 +24,7 @@ ONLINE = INPO | {
 KINDS: dict[str, Settings] = {
     "inpo": INPO,
     "inpo-rms": {"method": "inpo", RMS: "rms"},
+    "inpo-orthogonal": {"method": "inpo", RMS: "orthogonal"},
     "inpo-ref": INPO | {"inversion.model": "reference"},
     "inpo-online": ONLINE | {BETA: "1000"},
     "smpo": {"method": "smpo", RMS: "none", "inversion.estimator": "renoise", "objective.gamma": "1"},
@@ -33,7 +37,7 @@ KINDS: dict[str, Settings] = {
 LRS = ("5e-5", "1e-4", "2e-4")
 # two values of what else decides, by three learning rates; sft has nothing else, so six learning rates
 AXES: dict[str, tuple[str, tuple[str, str]]] = {
-    **dict.fromkeys(("inpo", "inpo-rms", "inpo-ref", "smpo"), (BETA, ("1000", "2000"))),
+    **dict.fromkeys(("inpo", "inpo-rms", "inpo-orthogonal", "inpo-ref", "smpo"), (BETA, ("1000", "2000"))),
     "dpo": (BETA, ("500", "2000")),
     "kto": (BETA, ("500", "2000")),
     "dpo-wp": ("objective.winner_preserving", ("0.2", "0.5")),
@@ -58,19 +62,46 @@ def _tuning() -> tuple[Cell, ...]:
     return tuple(out)
 
 
-METHODS = {
-    "inpo": {"method": "inpo", RMS: "none"},
-    "inpo-rms": {"method": "inpo", RMS: "rms"},
-    "smpo": {"method": "smpo", RMS: "none", "inversion.estimator": "renoise", "objective.gamma": "1"},
-    "dpo": {"method": "dpo", "optim.lr": "1e-4"},
-    "dpo-wp": {"method": "dpo", "optim.lr": "1e-4", "objective.winner_preserving": "0.5"},
-    "kto": {"method": "kto", "objective.beta": "1000", "optim.lr": "1e-4"},
-    "sft": {"method": "sft", "optim.lr": "1e-4"},
+# the best of `tuning` by win-rate on the tuning prompts, by gain where two are equal (a test compares with the results)
+TUNED: dict[str, Settings] = {
+    "inpo": {BETA: "1000", LR: "5e-5"},
+    "inpo-rms": {BETA: "1000", LR: "1e-4"},
+    "inpo-orthogonal": {BETA: "1000", LR: "5e-5"},
+    "inpo-ref": {BETA: "2000", LR: "5e-5"},
+    "inpo-online": {"online.mix": "0.25", LR: "5e-5"},
+    "smpo": {BETA: "1000", LR: "5e-5"},
+    "dpo": {BETA: "2000", LR: "5e-5"},
+    "dpo-wp": {"objective.winner_preserving": "0.2", LR: "5e-5"},
+    "kto": {BETA: "500", LR: "2e-4"},
+    "sft": {LR: "5e-5"},
+    "sft, then inpo": {LR: "5e-5"},
 }
+FIRST = SFT | {LR: "1e-4"}
+METHODS = {name: KINDS[name] | TUNED[name] for name in KINDS}
 
 
-def cells(table: dict[str, dict[str, str]]) -> tuple[Cell, ...]:
+def cells(table: dict[str, Settings]) -> tuple[Cell, ...]:
     return tuple(Cell(name, tuple(settings.items())) for name, settings in table.items())
+
+
+def methods(names: Iterable[str], more: Settings | None = None) -> tuple[Cell, ...]:
+    """With their tuned settings, and more."""
+    first = {"sft, then inpo": tuple((FIRST | (more or {})).items())}
+    return tuple(Cell(name, tuple((METHODS[name] | (more or {})).items()), first.get(name, ())) for name in names)
+
+
+def _equal_evaluations() -> tuple[Cell, ...]:
+    """About 24,000 UNet evaluations each, what 25 steps of inpo take; a step takes 64 times those of a pair."""
+    a_pair = {"smpo": 26.3, "dpo": 4, "dpo-wp": 4, "kto": 8, "sft": 2} | dict.fromkeys(
+        ("inpo", "inpo-rms", "inpo-ref"), 15.1
+    )
+    steps = {name: round(25 * 15.1 / cost) for name, cost in a_pair.items()}
+    found = [cell for name, n in steps.items() for cell in methods([name], {STEPS: str(n)})]
+    # sft takes half of them; a drawn pair takes 40 more, and the first round is the shipped pairs'
+    both = METHODS["sft, then inpo"] | {STEPS: "12"}
+    online = METHODS["inpo-online"] | {STEPS: "18", "online.every": "5", "online.start": "5"}
+    found.append(Cell("sft, then inpo", tuple(both.items()), tuple((FIRST | {STEPS: "94"}).items())))
+    return (*found, *cells({"inpo-online": online}))
 
 
 def _reconstruction() -> tuple[Cell, ...]:
@@ -83,6 +114,16 @@ def _reconstruction() -> tuple[Cell, ...]:
     return explicit + grid({"inversion.estimator": ["renoise", "fixed-point"], N: ["5", "10"]})
 
 
+def _batches() -> tuple[Cell, ...]:
+    """Pairs of a step: gradients of inpo agree more than those of dpo, so that it should need fewer of them."""
+    found = [(name, n) for name in ("inpo", "dpo") for n in ("8", "16", "32", "64")]
+    table = {
+        f"{name}, {n} pairs a step": METHODS[name] | {BATCH: n, "train.micro_batch": str(min(16, int(n)))}
+        for name, n in found
+    }
+    return cells(table)
+
+
 def _solver(kinds: dict[str, str]) -> tuple[Cell, ...]:
     """About as many UNet evaluations each: n times the evaluations of a step."""
     table = {"ddim n=10": {N: "10"}, "ddim n=30": {N: "30"}}
@@ -91,28 +132,28 @@ def _solver(kinds: dict[str, str]) -> tuple[Cell, ...]:
     return cells(table)
 
 
-QUALITIES = {name: {"data.source": f"build/study/{name}.parquet"} for name in ("below", "above")} | {"base": {}}
+COMPARED = ("inpo", "inpo-rms", "dpo", "sft")
+QUALITIES = {
+    "below": {"data.source": "build/study/below.parquet"},
+    "base": {},
+    "above": {"data.source": "build/study/above.parquet"},
+}
 BIASED = {"data.source": "build/study/bright.parquet"}
 SOLVERS = {"renoise": "5", "fixed-point": "5", "gradient": "3"}
+PAPER = tuple(METHODS["inpo"].items())  # what presets vary one thing of
 PRESETS = {
     "reconstruction": Study("reconstruction", _reconstruction(), kind="reconstruct"),
     "solver-error": Study("solver-error", _solver(SOLVERS), kind="reconstruct"),
-    "solver": Study("solver", _solver(SOLVERS), SEEDS),
-    "scan": Study("scan", grid({N: ["3", "5", "10", "30"]}), SEEDS),
-    "guidance": Study("guidance", grid({"inversion.guidance": ["0", "0.5", "1", "5"]}), SEEDS),
-    "timesteps": Study(
-        "timesteps", grid({"objective.timesteps.min": ["0", "100", "200", "400"]}), SEEDS
-    ),  # the last 1000, 900, 800, 600 timesteps (S9)
+    "solver": Study("solver", _solver(SOLVERS), SEEDS, PAPER),
+    "scan": Study("scan", grid({N: ["3", "5", "10", "30"]}), SEEDS, PAPER),
+    "grids": Study("grids", grid({"inversion.grid": ["exact", "spread"], N: ["3", "5", "10"]}), SEEDS, PAPER),
+    "batch": Study("batch", _batches(), SEEDS),
+    "guidance": Study("guidance", grid({"inversion.guidance": ["0", "0.5", "1", "5"]}), SEEDS, PAPER),
+    # the last 1000, 900, 800, 600 timesteps (S9)
+    "timesteps": Study("timesteps", grid({"objective.timesteps.min": ["0", "100", "200", "400"]}), SEEDS, PAPER),
     "quality": Study(
         "quality",
-        cells(
-            {
-                f"{name}, {data}": METHODS[name]
-                | ({} if data == "base" else {"data.source": f"build/study/{data}.parquet"})
-                for name in ("inpo", "inpo-rms", "dpo", "sft")
-                for data in ("below", "base", "above")
-            }
-        ),
+        cells({f"{n}, {d}": METHODS[n] | source for n in COMPARED for d, source in QUALITIES.items()}),
         SEEDS,
     ),
     "bias": Study(
@@ -126,14 +167,16 @@ PRESETS = {
             }
         ),
         SEEDS,
+        PAPER,
     ),
     "tuning": Study("tuning", _tuning(), (TUNING_SEED,), split="tuning", pictures=4),
-    "methods": Study("methods", cells(METHODS), SEEDS),
+    "methods": Study("methods", methods(METHODS), SEEDS),
+    "evaluations": Study("evaluations", _equal_evaluations(), SEEDS),
     "short": Study(
         "short",
-        cells({name: METHODS[name] for name in ("inpo", "inpo-rms", "dpo", "sft", "kto")}),
+        methods(("inpo", "inpo-rms", "dpo", "sft", "kto")),
         (0, 1),
-        (("train.steps", "16"), ("train.pairs_per_step", "32"), ("optim.warmup_steps", "2"), ("optim.lr", "1e-4")),
+        ((STEPS, "16"), (BATCH, "32"), ("optim.warmup_steps", "2")),
         pictures=1,
     ),
 }

@@ -34,8 +34,9 @@ class ObjectiveConfig:
 
     beta: float = 2000.0
     """Strength of the pull to the reference. Paper: 2000 (SD1.5), 5000 (SDXL)."""
-    tau_norm: Literal["none", "rms"] = "none"
-    """none: the paper. rms: tau / rms(tau) for each image, x_t rebuilt from it; labelled `inpo-rms`."""
+    tau_norm: Literal["none", "rms", "orthogonal"] = "none"
+    """none: the paper. rms: tau / rms(tau) for each image, x_t rebuilt from it; labelled `inpo-rms`. orthogonal: the
+    same after tau's part along x_0 was taken away, as noise has none; labelled `inpo-orthogonal`."""
     winner_preserving: float | None = None
     """mu of Diffusion-SDPO (arXiv 2511.03317) in [0, 1]: scales the loser's gradient so that the winner's
     error falls to first order. None: off."""
@@ -65,9 +66,16 @@ def rms(x: torch.Tensor) -> torch.Tensor:
     return x.square().mean((1, 2, 3)).sqrt()
 
 
-def normalise(tau: torch.Tensor) -> torch.Tensor:
-    """tau_norm: rms. Explicit inversion gives smooth images a smaller tau than grainy ones, and winners are
-    smoother: without this the loss pays for under-predicting noise."""
+def normalise(tau: torch.Tensor, x_0: torch.Tensor | None = None) -> torch.Tensor:
+    """tau_norm: rms; with x_0, orthogonal. (B, C, H, W) both.
+
+    Explicit inversion gives smooth images a smaller tau than grainy ones, and winners are smoother: without this the
+    loss pays for under-predicting noise. It also leaves some of x_0 in tau, more of it where the model would not have
+    drawn the image: then the loss pays for predicting the image as noise (docs/study.md has both, measured).
+    """
+    if x_0 is not None:
+        along = (tau * x_0).sum((1, 2, 3)) / x_0.square().sum((1, 2, 3)).clamp_min(torch.finfo(x_0.dtype).tiny)
+        tau = tau - _wide(along) * x_0
     return tau / _wide(rms(tau))
 
 

@@ -211,10 +211,11 @@ def micro_step(
         v[pairs].transpose(0, 1).flatten(0, 1) for v in (images, window.x_0, x_t, window.times, window.a, window.s)
     )
     amplitude = None
-    if recipe.objective.tau_norm == "rms" and uses_inversion(recipe):
+    norm = recipe.objective.tau_norm
+    if norm != "none" and uses_inversion(recipe):
         tau = obj.target(x_t, x_0, a_t, s_t)
         amplitude = obj.rms(tau)
-        x_t = obj.noised(x_0, obj.normalise(tau), a_t, s_t)
+        x_t = obj.noised(x_0, obj.normalise(tau, x_0 if norm == "orthogonal" else None), a_t, s_t)
 
     arguments = window.conditional.arguments(images)
     with torch.no_grad(), phase("reference"):

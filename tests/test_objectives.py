@@ -82,6 +82,12 @@ def test_normalise():
     np.testing.assert_allclose(obj.rms(tau).numpy(), want, rtol=1e-6)
     np.testing.assert_allclose(obj.normalise(tau).numpy(), tau.numpy() / want[:, None, None, None], rtol=1e-6)
     torch.testing.assert_close(obj.rms(obj.normalise(tau)), torch.ones(len(t)), atol=1e-6, rtol=0)
+    x_0 = normal(seed=1) + 0.5 * tau
+    x, y = (v.double().numpy().reshape(len(t), -1) for v in (x_0, tau))
+    rest = y - (x * y).sum(1, keepdims=True) / (x * x).sum(1, keepdims=True) * x
+    rest /= np.sqrt((rest**2).mean(1, keepdims=True))
+    np.testing.assert_allclose(obj.normalise(tau, x_0).flatten(1).numpy(), rest, atol=1e-5)
+    assert obj.normalise(tau, torch.zeros_like(tau)).equal(obj.normalise(tau))  # a latent of zeros has no direction
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.25, 0.9, 1.0])
@@ -136,6 +142,7 @@ def test_gate_gradient_keeps_the_value():
         ("inpo", "inpo", {}, {}),
         ("inpo", "inpo", {"beta": 5000.0}, {"steps": 30, "batch": 8}),  # the paper varies these
         ("inpo-rms", "inpo", {"tau_norm": "rms"}, {}),
+        ("inpo-orthogonal", "inpo", {"tau_norm": "orthogonal"}, {}),
         ("inpo-ref", "inpo", {}, {"model": "reference"}),
         ("inpo-spread", "inpo", {}, {"grid": "spread"}),
         ("inpo-target", "inpo", {}, {"evaluate_at": "target"}),

@@ -91,7 +91,7 @@ def test_micro_batch_inversion_batch_and_order_change_nothing(moved):
     ("method", "changes"),
     [
         ("inpo", {}),
-        ("inpo", {"tau_norm": "rms"}),
+        ("inpo", {"tau_norm": "orthogonal"}),
         ("inpo", {"winner_preserving": 0.9}),
         ("dpo", {}),
         ("inpo", {"label_smoothing": 0.2}),
@@ -240,22 +240,24 @@ def test_sft_descends_the_winners_error_only(moved):
     assert torch.equal(gradient(models, losers_changed, replace(RECIPE, method="sft"))[0], got)
 
 
-def test_tau_norm_gives_unit_tau_and_keeps_step_zero(world):
+@pytest.mark.parametrize("norm", ["rms", "orthogonal"])
+def test_tau_norm_gives_unit_tau_and_keeps_step_zero(world, norm, monkeypatch):
+    """Of what x_t is rebuilt from; orthogonal: nothing of the image is in it."""
     models, items = world
-    recipe = replace(RECIPE, objective=replace(RECIPE.objective, tau_norm="rms"))
-    seen = {}
-    original = obj.normalise
+    recipe = replace(RECIPE, objective=replace(RECIPE.objective, tau_norm=norm))
+    seen, plain = [], obj.noised
 
-    def spy(tau):
-        seen["rms"] = obj.rms(original(tau))
-        return original(tau)
+    def spy(x_0, tau, a_t, s_t):
+        seen.append((x_0, tau))
+        return plain(x_0, tau, a_t, s_t)
 
-    obj.normalise = spy
-    try:
-        _, _, logits = gradient(models, items, recipe)
-    finally:
-        obj.normalise = original
-    torch.testing.assert_close(seen["rms"], torch.ones_like(seen["rms"]))
+    monkeypatch.setattr(obj, "noised", spy)
+    _, _, logits = gradient(models, items, recipe)
+    x_0, tau = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert len(tau) == 2 * PAIRS
+    torch.testing.assert_close(obj.rms(tau), torch.ones(len(tau)))
+    along = (x_0 * tau).mean((1, 2, 3)) / obj.rms(x_0)
+    assert (along.abs().max() < 1e-6) == (norm == "orthogonal")
     assert torch.equal(logits, torch.zeros(PAIRS))
 
 
