@@ -136,6 +136,10 @@ def wanted_of(study: Study, runs: Path) -> list[tuple[Path, Cell | None, int]]:
 def run_one(study: Study, cell: Cell | None, seed: int) -> dict:
     if study.kind == "reconstruct":
         return study_reconstruct.run_cell(study, cell, seed)
+    if study.kind == "landscape":
+        from bench import study_landscape
+
+        return study_landscape.run_cell(study, cell, seed)
     from bench import study_train  # the trainer's imports, only where something is trained
 
     return study_train.run_base(study, CONTROL) if cell is None else study_train.run_cell(study, cell, seed)

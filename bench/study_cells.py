@@ -29,7 +29,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """shared: settings of all cells. kind: train (runs, pictures, a judge) or reconstruct (no training)."""
+    """shared: settings of all cells. kind: train (runs, pictures, a judge), reconstruct (no training) or landscape (the
+    loss around the base)."""
 
     name: str
     cells: tuple[Cell, ...]

@@ -81,6 +81,10 @@ def _solver(kinds: dict[str, str]) -> tuple[Cell, ...]:
 
 QUALITIES = {name: {"data.source": f"build/study/{name}.parquet"} for name in ("below", "above")} | {"base": {}}
 BIASED = {"data.source": "build/study/bright.parquet"}
+ALIKE = {"data.filters.score": "alike", "data.filters.min_score": "0.98"}  # keeps half of the pairs
+DRAWN_BY = {"base": {}} | {
+    f"{name} model": {"data.source": f"build/study/{name}.parquet"} for name in ("better", "worse")
+}
 SOLVERS = {"renoise": "5", "fixed-point": "5", "gradient": "3"}
 PRESETS = {
     "reconstruction": Study("reconstruction", _reconstruction(), kind="reconstruct"),
@@ -103,6 +107,23 @@ PRESETS = {
         ),
         SEEDS,
     ),
+    "transfer": Study(
+        "transfer",
+        cells(
+            {
+                f"{name}, pairs by the {who}": METHODS[name] | source
+                for name in ("inpo", "inpo-rms", "dpo", "sft")
+                for who, source in DRAWN_BY.items()
+            }
+        ),
+        SEEDS,
+    ),
+    "landscape": Study(
+        "landscape",
+        grid({"inversion.guidance": ["0", "0.5", "1", "5"]}),
+        shared=(("train.steps", "12"), ("optim.warmup_steps", "2"), ("optim.average", "none")),  # of the run of update
+        kind="landscape",
+    ),
     "bias": Study(
         "bias",
         cells(
@@ -111,6 +132,8 @@ PRESETS = {
                 "planted bias": BIASED,
                 "planted bias, smoothed labels": BIASED | {"objective.label_smoothing": "0.15"},
                 "planted bias, winner preserving": BIASED | {"objective.winner_preserving": "0.5"},
+                "planted bias, filtered": BIASED | ALIKE,
+                "planted bias, weighted": {"data.source": "build/study/balanced.parquet"},
             }
         ),
         SEEDS,

@@ -43,6 +43,10 @@ def by_cell(results: list[dict]) -> dict[str, list[dict]]:
 
 def table(results: list[dict], kind: str) -> str:
     """Markdown."""
+    if kind == "landscape":
+        alphas = [f"alpha = {alpha:g}" for alpha in results[0]["alphas"]]
+        rows = [row for cell in by_cell(results).items() for row in _landscape(*cell)]
+        return _markdown(["cell", "seeds", "along", *alphas, "curvature at 0", "cosine of gradients"], rows)
     rows = [_reconstruction(*cell) if kind == "reconstruct" else _training(*cell) for cell in by_cell(results).items()]
     head = (
         ["cell", "relative error", *(f"t = {t}" for t in results[0]["by_t"]), "rms(tau)", "UNet evaluations an image"]
@@ -50,6 +54,10 @@ def table(results: list[dict], kind: str) -> str:
         else ["cell", "label", "seeds", "win-rate", "gain", "alignment", "looks", "outside", "brightness", "diversity",
               "eps_scale", "UNet evaluations", "seconds"]
     )  # fmt: skip
+    return _markdown(head, rows)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(lines) + "\n"
 
@@ -90,8 +98,45 @@ def _reconstruction(name: str, runs: list[dict]) -> list[str]:
     ]
 
 
+def _landscape(name: str, runs: list[dict]) -> list[list[str]]:
+    """A row for each direction: loss at each alpha, and its second difference there. Seeds have pairs of their own."""
+    own = [agreement(np.array(run["cosines"])) for run in runs]
+    mean, error = np.mean([m for m, _ in own]), np.sqrt(np.sum([e**2 for _, e in own])) / len(own)
+    rows = []
+    for direction in runs[0]["losses"]:
+        losses = np.array([run["losses"][direction] for run in runs])  # seeds, alphas, pairs
+        bend = curvature(np.array(runs[0]["alphas"]), losses.swapaxes(0, 1))
+        told = [f"{loss:.4f}" for loss in losses.mean((0, 2))]
+        cosine = f"{mean:.3f} ± {error:.3f}" if not rows else ""
+        rows.append([name, f"{len(runs)}", direction, *told, _span(two_level(bend), 4), cosine])
+    return rows
+
+
+def curvature(alphas: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Second difference of losses (alphas, …) at alpha = 0, with the nearest alphas on either side, equally far."""
+    zero = int(np.flatnonzero(alphas == 0)[0])
+    down, up = alphas[zero] - alphas[zero - 1], alphas[zero + 1] - alphas[zero]
+    assert down == up, (down, up)
+    return (losses[zero + 1] - 2 * losses[zero] + losses[zero - 1]) / up**2
+
+
+def agreement(cosines: np.ndarray) -> tuple[float, float]:
+    """Mean of the cosines (B, B) between different minibatches' gradients, and its standard error.
+
+    Pairs of minibatches share minibatches, so the error is the jackknife's: each minibatch left out in turn.
+    """
+    n = len(cosines)
+    rows = cosines.sum(1) - np.diag(cosines)
+    total = rows.sum()
+    without = (total - 2 * rows) / ((n - 1) * (n - 2))
+    return float(total / n / (n - 1)), float(np.sqrt((n - 1) * without.var()))
+
+
 def plot(results: list[dict], kind: str, path: Path) -> None:
-    """An SVG: what a cell costs in UNet evaluations against what it brings, with both intervals in one bar."""
+    """An SVG: what a cell costs in UNet evaluations against what it brings, with both intervals in one bar; of a
+    landscape, the loss along each direction."""
+    if kind == "landscape":
+        return _plot_landscape(results, path)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
@@ -106,7 +151,28 @@ def plot(results: list[dict], kind: str, path: Path) -> None:
     axes.set_xlabel("UNet evaluations " + ("an image" if kind == "reconstruct" else "of the training"))
     axes.set_ylabel("relative error" if kind == "reconstruct" else "win-rate against the base")
     axes.set_xscale("log")
-    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _plot_landscape(results: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    FigureCanvasSVG(figure)
+    directions = list(results[0]["losses"])
+    panels = figure.subplots(1, len(directions), sharey=True)
+    for axes, direction in zip(panels, directions, strict=True):
+        for name, runs in by_cell(results).items():
+            losses = np.mean([run["losses"][direction] for run in runs], axis=(0, 2))
+            label = name if axes is panels[0] else None
+            axes.plot(runs[0]["alphas"], losses, marker="o", markersize=3, linewidth=1.2, label=label)
+        axes.set_title(f"along the {direction} direction", fontsize=9)
+        axes.set_xlabel("alpha, in lengths of the update")
+    panels[0].set_ylabel("training loss")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
