@@ -48,8 +48,8 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
         assert same.numpy() == pytest.approx(np.ones((2, 2)), abs=1e-5) and abs(some[0, 1]) < 0.9
         models.policy.load_state_dict(runs[0][1].unet.state_dict())
         tally, _ = train_step(make_window(items[:3], models, recipe, empty), models, recipe, 3, 1.0)
-        expected = tally.values()["loss"]
-        assert losses["update"][2].mean() == pytest.approx(expected, abs=2e-6) and abs(expected - math.log(2)) > 1e-4
+        expected = tally.values()["loss"]  # theta_0 + (theta - theta_0) is theta but for fp32's rounding
+        assert losses["update"][2].mean() == pytest.approx(expected, abs=3e-5) and abs(expected - math.log(2)) > 1e-2
         assert np.abs(losses["random"][2] - losses["update"][2]).max() > 1e-4
     ends = [np.array(result["losses"]["update"])[2] for result in made]
     assert np.abs(ends[0] - ends[1]).max() > 1e-5  # each cell inverts in its own way
