@@ -85,8 +85,8 @@ def drawn_by_other(name: str, winners: str) -> pa.Table:
     """DRAWN rows as the shipped ones, with the same prompts and noise, drawn by the base fine-tuned (OTHER) on the
     winners of the other made pairs.
 
-    Sampler, judge and label noise are draw_pairs' own; the closest rows are ties. Mean score of the first 96 pictures by
-    the rule judge: better 0.942, base 0.863, worse 0.680 (looks 0.884, 0.725, 0.400).
+    Sampler, judge and label noise are draw_pairs' own; the closest rows are ties. Mean score of the first 96 pictures
+    by the rule judge: better 0.942, base 0.863, worse 0.680 (looks 0.884, 0.725, 0.400).
     """
     from bench import study_train  # the trainer's imports, only where something is trained
 
