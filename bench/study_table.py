@@ -180,6 +180,7 @@ def _save(figure: Figure, path: Path) -> None:
 def write(folder: Path, results: list[dict], kind: str, title: str) -> str:
     """table.md and plot.svg into the folder; the table."""
     text = table(results, kind)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", f"{title}\n\n{text}")
     plot(results, kind, folder / "plot.svg")
     return text

@@ -54,11 +54,11 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
     ends = [np.array(result["losses"]["update"])[2] for result in made]
     assert np.abs(ends[0] - ends[1]).max() > 1e-5  # each cell inverts in its own way
 
-    text = study_table.write(tmp_path, made, "landscape", "tiny")
+    text = study_table.write(tmp_path / "tiny", made, "landscape", "tiny")
     header, _, *rows = text.strip().splitlines()
     assert len(rows) == 4 and all(row.count("|") == header.count("|") for row in rows)
     assert "alpha = -1" in header and f"{ends[0].mean():.4f}" in rows[0] and rows[1].startswith("| w=0 | 1 | random")
-    assert (tmp_path / "plot.svg").read_text().count("<svg") == 1
+    assert (tmp_path / "tiny" / "plot.svg").read_text().count("<svg") == 1
 
 
 def test_a_random_direction_has_the_updates_norm_in_each_filter():
