@@ -10,6 +10,7 @@ the work. The table and the plot are in FOLDER/NAME. With --folder bench/results
 made from the results that are kept there.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
-from bench import study_data, study_reconstruct, study_table
+from bench import study_data, study_plot, study_table
 from bench.results import ROOT
 from bench.study_cells import SPLITS, Cell, Study, config_of, grid, result_name
 from bench.study_presets import PRESETS
@@ -29,6 +30,12 @@ from inpo_fast.refusal import Refusal, command_line, run_or_refuse
 
 FOLDER = ROOT / "build" / "study"
 CONTROL = 1.01
+KINDS = {
+    "train": "bench.study_train",
+    "reconstruct": "bench.study_reconstruct",
+    "landscape": "bench.study_landscape",
+    "leak": "bench.study_leak",
+}
 
 
 def main() -> None:
@@ -50,10 +57,18 @@ def main() -> None:
         return
     study = study_of(asked)
     folder = asked.folder.absolute() / study.name
-    folder.mkdir(parents=True, exist_ok=True)
     results = run(study, asked.folder.absolute() / "runs", asked.jobs)
     title = f"{study.name}, {study.split} prompts; raw results beside this file; {' '.join(_words(asked))}"
-    print(f"\n{study_table.write(folder, results, study.kind, title)}\n{folder / 'table.md'}, {folder / 'plot.svg'}")
+    print(f"\n{write(folder, results, study.kind, title)}\n{folder / 'table.md'}, {folder / 'plot.svg'}")
+
+
+def write(folder: Path, results: list[dict], kind: str, title: str) -> str:
+    """table.md and plot.svg into the folder; the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = study_table.table(results, kind)
+    write_text(folder / "table.md", f"{title}\n\n{text}")
+    study_plot.plot(results, kind, folder / "plot.svg")
+    return text
 
 
 def _words(asked) -> list[str]:
@@ -77,6 +92,8 @@ def study_of(asked) -> Study:
     study = replace(study, shared=shared, pictures=asked.pictures or study.pictures, split=asked.split or study.split)
     study = study if asked.seeds is None else replace(study, seeds=tuple(range(asked.seeds)))
     sources = {config_of(study, cell, 0).data.source for cell in study.cells}
+    if study.kind == "leak":
+        sources.add(str(study_data.ABOVE))
     study_data.make({source for source in sources if source})
     return study
 
@@ -136,11 +153,8 @@ def wanted_of(study: Study, runs: Path) -> list[tuple[Path, Cell | None, int]]:
 
 
 def run_one(study: Study, cell: Cell | None, seed: int) -> dict:
-    if study.kind == "reconstruct":
-        return study_reconstruct.run_cell(study, cell, seed)
-    from bench import study_train  # the trainer's imports, only where something is trained
-
-    return study_train.run_base(study, CONTROL) if cell is None else study_train.run_cell(study, cell, seed)
+    kind = importlib.import_module(KINDS[study.kind])  # the trainer is imported only where something is trained
+    return kind.run_base(study, CONTROL) if cell is None else kind.run_cell(study, cell, seed)
 
 
 def _start_worker(parent: int) -> None:

@@ -29,7 +29,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """shared: settings of all cells. kind: train (runs, pictures, a judge) or reconstruct (no training)."""
+    """shared: settings of all cells. kind: train (runs, pictures, a judge), reconstruct (no training), landscape (the
+    loss around the base) or leak (what its first step pays for)."""
 
     name: str
     cells: tuple[Cell, ...]

@@ -107,7 +107,7 @@ FAULTS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 @torch.no_grad()
 def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str, np.ndarray]:
-    """Of each image, (N, 2) all: c over the mean of eps^2; rms of tau before it is normalised; the correlation of tau
+    """Of each image, (N, 2) all: c; the mean of eps^2; rms of tau before it is normalised; the correlation of tau
     with x_0, and of tau with itself one place to the right: both 0 for noise."""
     recipe = Recipe(config.method, config.objective, config.inversion, len(items), False, config.seed)
     window = make_window(items, models, recipe, models.encode_empty())
@@ -123,8 +123,14 @@ def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str
         x_t = noised(x_0, tau, *levels)
     rows = torch.arange(len(tau))
     eps = models.predict("reference", x_t, window.times.flatten(), window.conditional.arguments(rows))
-    c = (eps**2 - tau * eps).mean((1, 2, 3)) / eps.square().mean()
-    found = {"c": c, "rms": size, "with x_0": own, "with its neighbour": neighbours}
+    energy = eps.square().mean((1, 2, 3))
+    found = {
+        "c": energy - (tau * eps).mean((1, 2, 3)),
+        "energy": energy,
+        "rms": size,
+        "with x_0": own,
+        "with its neighbour": neighbours,
+    }
     return {name: values.view(-1, 2).numpy() for name, values in found.items()}
 
 
@@ -151,32 +157,12 @@ def _row(pairs: str, label: str, found: dict[str, np.ndarray], better: np.ndarra
     decided = better != 0
     sides = np.where(better[:, None] > 0, [0, 1], [1, 0])[decided]  # (n, 2): the better one first
     ordered = {name: np.take_along_axis(values[decided], sides, 1) for name, values in found.items()}
-    pull = ordered["c"][:, 1] - ordered["c"][:, 0]
+    pull = (ordered["c"][:, 1] - ordered["c"][:, 0]) / found["energy"].mean()
     means = pull[np.random.default_rng(0).integers(len(pull), size=(RESAMPLES, len(pull)))].mean(1)
     return {
         "pairs": pairs,
         "label": label,
         "count": int(decided.sum()),
         "pull": [float(v) for v in (pull.mean(), *np.quantile(means, [0.025, 0.975]))],
-        "tau": {name: values.mean(0).tolist() for name, values in ordered.items() if name != "c"},
+        "tau": {name: values.mean(0).tolist() for name, values in ordered.items() if name not in ("c", "energy")},
     }
-
-
-def table(results: list[dict]) -> str:
-    """Markdown: a line for each pairs and label, a column of pull for each cell."""
-    cells = [result["cell"] for result in results]
-    tau = list(results[0]["rows"][0]["tau"])
-    head = [
-        "pairs",
-        "the better one by",
-        "decided",
-        *(f"tau: {n}, better / worse" for n in tau),
-        *(f"pull, {c}" for c in cells),
-    ]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
-    for rows in zip(*(result["rows"] for result in results), strict=True):
-        row = rows[0]
-        values = ["{:.3f} / {:.3f}".format(*row["tau"][name]) for name in tau]
-        pulls = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*each["pull"]) for each in rows]
-        lines.append("| " + " | ".join([row["pairs"], row["label"], str(row["count"]), *values, *pulls]) + " |")
-    return "\n".join(lines) + "\n"

@@ -139,6 +139,10 @@ QUALITIES = {
     "above": {"data.source": "build/study/above.parquet"},
 }
 BIASED = {"data.source": "build/study/bright.parquet"}
+ALIKE = {"data.filters.score": "alike", "data.filters.min_score": "0.98"}  # keeps half of the pairs
+DRAWN_BY = {"base": {}} | {
+    f"{name} model": {"data.source": f"build/study/{name}.parquet"} for name in ("better", "worse")
+}
 SOLVERS = {"renoise": "5", "fixed-point": "5", "gradient": "3"}
 PAPER = tuple(METHODS["inpo"].items())  # what presets vary one thing of
 PRESETS = {
@@ -156,6 +160,24 @@ PRESETS = {
         cells({f"{n}, {d}": METHODS[n] | source for n in COMPARED for d, source in QUALITIES.items()}),
         SEEDS,
     ),
+    "transfer": Study(
+        "transfer",
+        cells(
+            {
+                f"{name}, pairs by the {who}": METHODS[name] | source
+                for name in COMPARED
+                for who, source in DRAWN_BY.items()
+            }
+        ),
+        SEEDS,
+    ),
+    "landscape": Study(
+        "landscape",
+        grid({"inversion.guidance": ["0", "0.5", "1", "5"]}),
+        shared=(("train.steps", "12"), ("optim.warmup_steps", "2"), ("optim.average", "none")),  # of the run of update
+        kind="landscape",
+    ),
+    "leak": Study("leak", grid({RMS: ["none", "rms", "orthogonal"]}), kind="leak"),
     "bias": Study(
         "bias",
         cells(
@@ -164,6 +186,8 @@ PRESETS = {
                 "planted bias": BIASED,
                 "planted bias, smoothed labels": BIASED | {"objective.label_smoothing": "0.15"},
                 "planted bias, winner preserving": BIASED | {"objective.winner_preserving": "0.5"},
+                "planted bias, filtered": BIASED | ALIKE,
+                "planted bias, weighted": {"data.source": "build/study/balanced.parquet"},
             }
         ),
         SEEDS,

@@ -1,4 +1,4 @@
-"""A study's results as a table and a plot. Intervals over training seeds and over prompts at once.
+"""A study's results as a table. Intervals over training seeds and over prompts at once.
 
 Two-level bootstrap: all cells draw the same prompts, so the values of a cell are a matrix, seeds by prompts. A resample
 draws rows and columns with replacement, each on its own, and takes the mean of what they cross in; the interval is the
@@ -6,14 +6,9 @@ middle 95 % of 2,000 such means. It is somewhat too narrow for few seeds: the sp
 sqrt((k - 1) / k) of the true one on average, and with one seed none of it is in the interval, which the table says.
 """
 
-from pathlib import Path
-
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from bench.study_measures import MEASURES
-from inpo_fast.files import write_text
 
 RESAMPLES = 2000
 
@@ -44,19 +39,53 @@ def by_cell(results: list[dict]) -> dict[str, list[dict]]:
 
 def table(results: list[dict], kind: str) -> str:
     """Markdown."""
-    rows = [_reconstruction(*cell) if kind == "reconstruct" else _training(*cell) for cell in by_cell(results).items()]
-    head = (
-        ["cell", "relative error", *(f"t = {t}" for t in results[0]["by_t"]), "rms(tau)", "UNet evaluations an image"]
-        if kind == "reconstruct"
-        else ["cell", "label", "seeds", "win-rate", "gain", "alignment", "looks", "outside", *MEASURES, "diversity",
-              "eps_scale", "UNet evaluations", "seconds"]
-    )  # fmt: skip
+    return TABLES[kind](results)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(lines) + "\n"
 
 
 def _span(values: tuple[float, float, float], digits: int = 3) -> str:
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*values, d=digits)
+
+
+def trainings(results: list[dict]) -> str:
+    head = ["cell", "label", "seeds", "win-rate", "gain", "alignment", "looks", "outside", *MEASURES, "diversity"]
+    head += ["eps_scale", "UNet evaluations", "seconds of a core"]
+    return _markdown(head, [_training(*cell) for cell in by_cell(results).items()])
+
+
+def reconstructions(results: list[dict]) -> str:
+    head = [
+        "cell",
+        "relative error",
+        *(f"t = {t}" for t in results[0]["by_t"]),
+        "rms(tau)",
+        "UNet evaluations an image",
+    ]
+    return _markdown(head, [_reconstruction(*cell) for cell in by_cell(results).items()])
+
+
+def landscapes(results: list[dict]) -> str:
+    alphas = [f"alpha = {alpha:g}" for alpha in results[0]["alphas"]]
+    rows = [row for cell in by_cell(results).items() for row in _landscape(*cell)]
+    return _markdown(["cell", "seeds", "along", *alphas, "curvature at 0", "cosine of gradients"], rows)
+
+
+def leaks(results: list[dict]) -> str:
+    """A line for each pairs and label, a column of pull for each cell."""
+    properties = list(results[0]["rows"][0]["tau"])
+    head = ["pairs", "the better one by", "decided", *(f"tau: {name}, better / worse" for name in properties)]
+    head += [f"pull, {result['cell']}" for result in results]
+    lines = []
+    for rows in zip(*(result["rows"] for result in results), strict=True):
+        row = rows[0]
+        values = ["{:.3f} / {:.3f}".format(*row["tau"][name]) for name in properties]
+        pulls = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*each["pull"]) for each in rows]
+        lines.append([row["pairs"], row["label"], str(row["count"]), *values, *pulls])
+    return _markdown(head, lines)
 
 
 def _training(name: str, runs: list[dict]) -> list[str]:
@@ -71,11 +100,11 @@ def _training(name: str, runs: list[dict]) -> list[str]:
         _span(two_level(matrix(runs, "points"))),
         _span(two_level(matrix(runs, "gain")), 4),
         *(_span(two_level(matrix(runs, part))) for part in ("alignment", "looks", "outside")),
-        *(_span(two_level(matrix(runs, measure))) for measure in MEASURES),
+        *(_span(two_level(matrix(runs, name)), 4) if name in runs[0]["measures"] else "-" for name in MEASURES),
         diversity,
         f"{scale:.3f}" if trained else "-",
         f"{mean('unet_evaluations'):,.0f}" if trained else "-",
-        f"{mean('seconds'):.0f}" if trained else "-",
+        f"{mean('cpu_seconds'):.0f}" if trained else "-",
     ]
 
 
@@ -91,30 +120,38 @@ def _reconstruction(name: str, runs: list[dict]) -> list[str]:
     ]
 
 
-def plot(results: list[dict], kind: str, path: Path) -> None:
-    """An SVG: what a cell costs in UNet evaluations against what it brings, with both intervals in one bar."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    for name, runs in by_cell(results).items():
-        mean, low, high = two_level(matrix(runs, "points"))
-        cost = "evaluations_an_image" if kind == "reconstruct" else "unet_evaluations"
-        if cost not in runs[0]:
-            axes.axhline(mean, color="0.6", linewidth=1, linestyle="--", label=name)
-            continue
-        x = np.mean([run[cost] for run in runs])
-        axes.errorbar(x, mean, [[max(mean - low, 0)], [max(high - mean, 0)]], fmt="o", capsize=3, label=name)
-    axes.set_xlabel("UNet evaluations " + ("an image" if kind == "reconstruct" else "of the training"))
-    axes.set_ylabel("relative error" if kind == "reconstruct" else "win-rate against the base")
-    axes.set_xscale("log")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+def _landscape(name: str, runs: list[dict]) -> list[list[str]]:
+    """A row for each direction: loss at each alpha, and its second difference there. Seeds have pairs of their own."""
+    own = [agreement(np.array(run["cosines"])) for run in runs]
+    mean, error = np.mean([m for m, _ in own]), np.sqrt(np.sum([e**2 for _, e in own])) / len(own)
+    rows = []
+    for direction in runs[0]["losses"]:
+        losses = np.array([run["losses"][direction] for run in runs])  # seeds, alphas, pairs
+        bend = curvature(np.array(runs[0]["alphas"]), losses.swapaxes(0, 1))
+        told = [f"{loss:.4f}" for loss in losses.mean((0, 2))]
+        cosine = f"{mean:.3f} ± {error:.3f}" if not rows else ""
+        rows.append([name, f"{len(runs)}", direction, *told, _span(two_level(bend), 4), cosine])
+    return rows
 
 
-def write(folder: Path, results: list[dict], kind: str, title: str) -> str:
-    """table.md and plot.svg into the folder; the table."""
-    text = table(results, kind)
-    write_text(folder / "table.md", f"{title}\n\n{text}")
-    plot(results, kind, folder / "plot.svg")
-    return text
+TABLES = {"train": trainings, "reconstruct": reconstructions, "landscape": landscapes, "leak": leaks}
+
+
+def curvature(alphas: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Second difference of losses (alphas, …) at alpha = 0, with the nearest alphas on either side, equally far."""
+    zero = int(np.flatnonzero(alphas == 0)[0])
+    down, up = alphas[zero] - alphas[zero - 1], alphas[zero + 1] - alphas[zero]
+    assert down == up, (down, up)
+    return (losses[zero + 1] - 2 * losses[zero] + losses[zero - 1]) / up**2
+
+
+def agreement(cosines: np.ndarray) -> tuple[float, float]:
+    """Mean of the cosines (B, B) between different minibatches' gradients, and its standard error.
+
+    Pairs of minibatches share minibatches, so the error is the jackknife's: each minibatch left out in turn.
+    """
+    n = len(cosines)
+    rows = cosines.sum(1) - np.diag(cosines)
+    total = rows.sum()
+    without = (total - 2 * rows) / ((n - 1) * (n - 2))
+    return float(total / n / (n - 1)), float(np.sqrt((n - 1) * without.var()))

@@ -75,13 +75,13 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     }
 
 
-def trained(config: RunConfig) -> Trained:
-    """One run from its first step to its model, in this process."""
+def trained(config: RunConfig, console: Console | None = None) -> Trained:
+    """One run from its first step to its model, in this process. console: where its progress is shown, if anywhere."""
     config = replace(config, train=replace(config.train, checkpoint_every=config.train.steps))
     begun, cpu = time.perf_counter(), time.process_time()
     run = train.prepare(config, 0, 1, torch.device("cpu"))
     try:
-        train.train(run, Console(file=io.StringIO()))
+        train.train(run, console or Console(file=io.StringIO()))
         lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
         seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
         return Trained(train.finish(run), run.variant, lines, seconds, cpu)

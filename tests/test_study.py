@@ -14,15 +14,19 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from bench import results, study, study_data, study_reconstruct, study_table, study_train
 from bench.study_cells import SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
 from bench.study_measures import MEASURES
-from bench.study_presets import METHODS, PRESETS
+from bench.study_presets import METHODS, PRESETS, methods
+from inpo_fast.data.windows import open_data
 from inpo_fast.evaluate import read_prompts
+from inpo_fast.models import load_unet
 from inpo_fast.pocket import ASSETS
 from inpo_fast.pocket.judge import RuleJudge
+from inpo_fast.pocket.pairs import write_pairs
 from inpo_fast.pocket.scenes import Finish, render, split_scenes
 from inpo_fast.refusal import Refusal
 
@@ -70,6 +74,22 @@ def test_presets_are_valid_runs_with_different_names(name):
 def test_every_method_has_a_valid_setting():
     chosen = Study("methods", PRESETS["methods"].cells)
     assert [config_of(chosen, cell, 0).method for cell in chosen.cells] == [m["method"] for m in METHODS.values()]
+
+
+RUNS = results.ROOT / "bench" / "results" / "study" / "runs"
+
+
+def test_tuned_settings_are_the_best_of_the_tuning_that_is_kept():
+    """By win-rate on the tuning prompts, by gain where two are equal; each method had as many tries."""
+    tuning, tries = PRESETS["tuning"], {}
+    for cell in tuning.cells:
+        result = json.loads((RUNS / result_name(tuning, cell, tuning.seeds[0])).read_text())
+        score = round(float(np.mean(result["points"])), 6), np.mean(result["gain"])
+        tries.setdefault(cell.name.partition(":")[0], []).append((score, cell))
+    assert tries.keys() == METHODS.keys() and {len(some) for some in tries.values()} == {6}
+    for cell in methods(METHODS):
+        best = max(tries[cell.name], key=lambda one: one[0])[1]
+        assert (best.settings, best.first) == (cell.settings, cell.first), cell.name
 
 
 def test_a_result_is_of_one_setting_only():
@@ -190,7 +210,7 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     assert len(kept) == 2 and all(some["captions"].tolist() == prompts for some in kept)
     again = study_train.gallery(tiny, None)
     assert all(np.abs(some["pictures"].astype(int) - np.stack(again.pictures)).mean() < 2 for some in kept)
-    text = study_table.write(tmp_path, made, "train", "tiny")
+    text = study.write(tmp_path, made, "train", "tiny")
     header, _, *rows = text.strip().splitlines()
     assert len(rows) == 2 and all(row.count("|") == header.count("|") for row in rows)
     assert "0.500 [0.500, 0.500]" in rows[1] and "prompts only" in rows[1]
@@ -288,3 +308,62 @@ def test_made_pairs_have_the_quality_and_the_bias_they_are_named_after(tmp_path,
     monkeypatch.setattr(study_data, "MADE", {tmp_path / "x" / "one.parquet": study_data.above})
     study_data.make({str(tmp_path / "x" / "one.parquet"), "elsewhere.parquet"})
     assert pq.read_table(tmp_path / "x" / "one.parquet").num_rows == 24 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_pairs_by_another_model_are_the_shipped_ones_but_for_the_model(tmp_path, monkeypatch):
+    """Base in the other model's place: the shipped pictures come back. A model that sees no noise: others do. What it
+    is trained on are the rendered winners."""
+    base = study_train.pipeline_of_base().unet
+    blind = load_unet("blind", str(ASSETS / "model"), base)
+    torch.nn.init.zeros_(blind.conv_out.weight)
+    shipped = pq.read_table(ASSETS / "pairs.parquet").to_pylist()
+    assert len(shipped) == study_data.DRAWN
+    asked = []
+    monkeypatch.setattr(study_data, "FOLDER", tmp_path)
+    monkeypatch.setattr(study_data, "ROWS", 2)
+    monkeypatch.setattr(study_data, "DRAWN", 2)
+    made = {tmp_path / f"{table.__name__}.parquet": table for table in (study_data.above, study_data.below)}
+    monkeypatch.setattr(study_data, "MADE", made)
+
+    def pixels(row):
+        return np.stack([np.asarray(Image.open(io.BytesIO(row[key])), dtype=float) for key in ("jpg_0", "jpg_1")])
+
+    for unet, table, source in ((base, study_data.better, "above"), (blind, study_data.worse, "below")):
+        monkeypatch.setattr(
+            study_train,
+            "trained",
+            lambda config, console, unet=unet: asked.append(config) or study_train.Trained(unet, "", [], 0.0, 0.0),
+        )
+        rows, name = table().to_pylist(), table.__name__
+        assert asked[-1].method == "sft" and asked[-1].data.source == str(tmp_path / f"{source}.parquet")
+        assert asked[-1].seed == 0 and pq.read_table(tmp_path / f"{source}.parquet").num_rows == 2
+        assert [(row["model_0"], row["model_1"]) for row in rows] == [(f"pocket-{name}",) * 2] * 2
+        assert [row["caption"] for row in rows] == [row["caption"] for row in shipped[:2]]
+        apart = [np.abs(pixels(row) - pixels(old)).mean() for row, old in zip(rows, shipped, strict=False)]
+        assert max(apart) < 1 if unet is base else min(apart) > 10, (name, apart)
+
+
+def test_what_filter_and_weights_leave_of_the_bias(tmp_path):
+    """Read as the trainer reads them. The filter keeps the half of the pairs that are alike in brightness; the weights
+    give what the brighter and what the darker picture won the same sum, and a mean of 1."""
+    cells = {cell.name: cell for cell in PRESETS["bias"].cells}
+
+    def opened(name, table):
+        data = config_of(PRESETS["bias"], cells[name], 0).data
+        assert data.source == str(study_data.FOLDER / f"{table.__name__}.parquet")
+        write_pairs(table(), tmp_path / f"{table.__name__}.parquet")
+        source = open_data(replace(data, source=str(tmp_path / f"{table.__name__}.parquet")))
+        return [source.read(i) for i in range(len(source))]
+
+    def lead(pair):
+        return study_data.brightness(pair.winner) - study_data.brightness(pair.loser)
+
+    biased, kept = (opened(f"planted bias{how}", study_data.bright) for how in ("", ", filtered"))
+    leads = sorted(abs(lead(pair)) for pair in biased)
+    assert len(kept) == pytest.approx(len(biased) / 2, rel=0.05)
+    assert max(abs(lead(pair)) for pair in kept) == pytest.approx(leads[len(kept) - 1])
+    weighted = opened("planted bias, weighted", study_data.balanced)
+    assert [(p.winner, p.weight) for p in weighted] != [(p.winner, p.weight) for p in biased]
+    assert [p.winner for p in weighted] == [p.winner for p in biased]
+    sums = [sum(pair.weight for pair in weighted if (lead(pair) > 0) == side) for side in (True, False)]
+    assert sums == pytest.approx([len(weighted) / 2] * 2) and len({pair.weight for pair in weighted}) == 2

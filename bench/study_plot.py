@@ -1,0 +1,84 @@
+"""A study's results as a picture, an SVG for each kind."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from bench.study_table import by_cell, matrix, two_level
+
+MARKERS = "os^"
+
+
+def plot(results: list[dict], kind: str, path: Path) -> None:
+    PLOTS[kind](results, path)
+
+
+def costs(results: list[dict], path: Path) -> None:
+    """What a cell costs in UNet evaluations against what it brings, with both intervals in one bar."""
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    untrained = "by_t" in results[0]
+    cost = "evaluations_an_image" if untrained else "unet_evaluations"
+    for number, (name, runs) in enumerate(by_cell(results).items()):
+        mean, low, high = two_level(matrix(runs, "points"))
+        if cost not in runs[0]:
+            axes.axhline(mean, color="0.6", linewidth=1, linestyle="--", label=name)
+            continue
+        x, marker = np.mean([run[cost] for run in runs]), MARKERS[number // 10 % len(MARKERS)]
+        axes.errorbar(x, mean, [[max(mean - low, 0)], [max(high - mean, 0)]], fmt=marker, capsize=3, label=name)
+    axes.set_xlabel("UNet evaluations " + ("an image" if untrained else "of the training"))
+    axes.set_ylabel("relative error" if untrained else "win-rate against the base")
+    axes.set_xscale("log")
+    _save(figure, path)
+
+
+def landscapes(results: list[dict], path: Path) -> None:
+    """The loss along each direction."""
+    figure = _figure(9, 3.8)
+    directions = list(results[0]["losses"])
+    panels = figure.subplots(1, len(directions), sharey=True)
+    for axes, direction in zip(panels, directions, strict=True):
+        for name, runs in by_cell(results).items():
+            losses = np.mean([run["losses"][direction] for run in runs], axis=(0, 2))
+            label = name if axes is panels[0] else None
+            axes.plot(runs[0]["alphas"], losses, marker="o", markersize=3, linewidth=1.2, label=label)
+        axes.set_title(f"along the {direction} direction", fontsize=9)
+        axes.set_xlabel("alpha, in lengths of the update")
+    panels[0].set_ylabel("training loss")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def leaks(results: list[dict], path: Path) -> None:
+    """The pull of each pairs and label, a bar for each cell."""
+    figure, rows = _figure(8, 5), results[0]["rows"]
+    axes = figure.subplots()
+    at, height = np.arange(len(rows)), 0.8 / len(results)
+    for number, result in enumerate(results):
+        mean, low, high = np.array([row["pull"] for row in result["rows"]]).T
+        place = at + (number - (len(results) - 1) / 2) * height
+        axes.barh(
+            place, mean, height, xerr=[mean - low, high - mean], label=result["cell"], error_kw={"linewidth": 0.8}
+        )
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.set_yticks(at, [f"{row['pairs']}: {row['label'].partition(':')[0]}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("pull on the size of predictions; right of 0 they grow")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure
+
+
+PLOTS = {"train": costs, "reconstruct": costs, "landscape": landscapes, "leak": leaks}
