@@ -94,7 +94,7 @@ def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateCon
     use_ddim(base)
     base_unet = base.unet
     total = (3 * len(prompts) + 2 * len(seen)) * config.seeds // world
-    for each, pictures in ((judge, 3 * len(prompts) + 2 * len(seen)), (outside, 2 * len(prompts))):
+    for each, pictures in ((judge, 3 * len(prompts) + 2 * len(seen)), (outside, 3 * len(prompts))):
         if rank == 0 and hasattr(each, "cost"):
             print(f"judge {each.name}: {each.cost(pictures * config.seeds)}")
     with picture_progress(total, "evaluate", shown=rank == 0) as advance:
@@ -165,7 +165,7 @@ def summarise(
         ratio = diversity(galleries["aligned"]) / max(diversity(galleries["base"]), 1e-9)
         guards["diversity_ratio"] = {"value": ratio, "ok": ratio >= DIVERSITY_FLOOR}
     if outside is not None:
-        guards["outside"] = _outside_guard(outside, galleries["aligned"], galleries["base"])
+        guards["outside"] = _outside_guard(outside, galleries)
     if "aligned_seen" in scores:
         on_seen = compare("aligned_seen", "base_seen")
         gap = on_seen["win_rate"] - main["win_rate"]
@@ -186,14 +186,18 @@ def summarise(
     }
 
 
-def _outside_guard(judge: Judge, aligned: Gallery, base: Gallery) -> dict:
+def _outside_guard(judge: Judge, galleries: dict[str, Gallery]) -> dict:
     """Win-rate by a judge outside the reward; it fails when the base is clearly preferred, however slightly.
 
     shift says how large the change is: that of the mean, in units of what two pictures of one prompt differ by.
+    control: what this judge says of the control, which is no better and no worse than the base.
     """
-    ours, theirs = (judge.score(g.pictures, g.captions).total for g in (aligned, base))
-    rate, low, high = win_rate(ours, theirs, judge.tie, base.seeds)
-    spread = theirs.reshape(-1, base.seeds).std(1).mean() if base.seeds > 1 else theirs.std()
+    base, seeds = galleries["base"], galleries["base"].seeds
+    ours, theirs, control = (
+        judge.score(galleries[name].pictures, base.captions).total for name in ("aligned", "base", "control")
+    )
+    rate, low, high = win_rate(ours, theirs, judge.tie, seeds)
+    spread = theirs.reshape(-1, seeds).std(1).mean() if seeds > 1 else theirs.std()
     shift = float((ours.mean() - theirs.mean()) / max(spread, 1e-9))
     return {
         "judge": judge.name,
@@ -203,6 +207,7 @@ def _outside_guard(judge: Judge, aligned: Gallery, base: Gallery) -> dict:
         "mean": float(ours.mean()),
         "base_mean": float(theirs.mean()),
         "shift": shift,
+        "control": list(win_rate(control, theirs, judge.tie, seeds)),
         "ok": high >= 0.5,
     }
 

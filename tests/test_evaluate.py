@@ -14,6 +14,7 @@ from inpo_fast.config import EvaluateConfig
 from inpo_fast.judges import Scores
 from inpo_fast.pocket.scenes import split_scenes
 from inpo_fast.refusal import Refusal
+from inpo_fast.report.results import guards
 from inpo_fast.sample import draw, scaled_eps, use_ddim
 
 
@@ -89,6 +90,12 @@ def test_summary_has_its_keys_and_guards_can_fail():
     assert not result["guards"]["control"]["ok"]  # a judge that the control fools
     assert result["guards"]["seen"]["ok"] and result["guards"]["outside"]["ok"]
     assert result["guards"]["outside"]["shift"] > 0
+    assert result["guards"]["outside"]["control"] == [1.0, 1.0, 1.0]  # what it says of a model that is no better
+    fooled = "Of the control it says 100 % (100 to 100): what it sees also moves"
+    assert any(fooled in guard.meaning for guard in guards(result))
+    same = ev.summarise(galleries | {"control": gallery(50)}, scores, judge, Brightness(), config, "inpo-rms")
+    assert same["guards"]["outside"]["control"] == [0.5, 0.5, 0.5]
+    assert any("Of the control it says 50 % (50 to 50)." in guard.meaning for guard in guards(same))
     worse = ev.summarise(galleries | {"aligned": gallery(40)}, scores, judge, Brightness(), config, "inpo-rms")
     assert worse["guards"]["outside"]["shift"] < -0.5 and not worse["guards"]["outside"]["ok"]
     json.dumps(result)

@@ -222,6 +222,8 @@ def test_rounds_and_segments():
     assert [own.round_of(step) for step in range(10)] == [None, None, 2, 2, 2, 5, 5, 5, 8, 8]
     assert own.segments(0) == [(0, 2), (2, 5), (5, 8), (8, 10)]
     assert own.segments(6) == [(6, 8), (8, 10)] and own.segments(5) == [(5, 8), (8, 10)]
+    late = rounds(every=2, start=5)
+    assert [step for step in range(10) if late.begins(step)] == [5, 7, 9] and late.round_of(4) is None
     last = own.positions(8)
     assert min(last) >= 400 and max(last) < 500 and len(last) == pytest.approx(50, abs=15)
     assert rounds(mix=1.0).positions(8) == list(range(400, 500))

@@ -104,6 +104,12 @@ def _guard(name: str, values: dict) -> Guard:
             "prefers the base: the gain exists for the first judge only. Its mean moved by "
             f"{values['shift']:+.2f} of what two pictures of one prompt differ by."
         )
+        if "control" in values:  # not in evaluations of earlier versions
+            rate, low, high = values["control"]
+            meaning += f" Of the control it says {100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+            meaning += (
+                "." if low <= 0.5 <= high else ": what it sees is also moved by the size of the noise prediction."
+            )
     elif name == "seen":
         value = f"gap {100 * values['gap']:+.1f} points"
         meaning = (
