@@ -107,9 +107,8 @@ def _guard(name: str, values: dict) -> Guard:
         if "control" in values:  # not in evaluations of earlier versions
             rate, low, high = values["control"]
             meaning += f" Of the control it says {100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-            meaning += (
-                "." if low <= 0.5 <= high else ": what it sees is also moved by the size of the noise prediction."
-            )
+            fooled = ": what it sees also moves with the size of the noise prediction."
+            meaning += "." if low <= 0.5 <= high else fooled
     elif name == "seen":
         value = f"gap {100 * values['gap']:+.1f} points"
         meaning = (
