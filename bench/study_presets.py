@@ -68,7 +68,7 @@ TUNED: dict[str, Settings] = {
     "inpo-rms": {BETA: "1000", LR: "1e-4"},
     "inpo-orthogonal": {BETA: "1000", LR: "5e-5"},
     "inpo-ref": {BETA: "2000", LR: "5e-5"},
-    "inpo-online": {"online.mix": "0.25", LR: "5e-5"},
+    "inpo-online": {"online.mix": "0.25", LR: "1e-4"},
     "smpo": {BETA: "1000", LR: "5e-5"},
     "dpo": {BETA: "2000", LR: "5e-5"},
     "dpo-wp": {"objective.winner_preserving": "0.2", LR: "5e-5"},
