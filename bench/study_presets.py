@@ -71,7 +71,7 @@ TUNED: dict[str, Settings] = {
     "inpo-online": {"online.mix": "0.25", LR: "1e-4"},
     "smpo": {BETA: "1000", LR: "5e-5"},
     "dpo": {BETA: "2000", LR: "5e-5"},
-    "dpo-wp": {"objective.winner_preserving": "0.2", LR: "5e-5"},
+    "dpo-wp": {"objective.winner_preserving": "0.5", LR: "1e-4"},
     "kto": {BETA: "500", LR: "2e-4"},
     "sft": {LR: "5e-5"},
     "sft, then inpo": {LR: "5e-5"},
