@@ -6,9 +6,8 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 
-from inpo_fast.config import RunConfig, parse, to_dict
+from inpo_fast.config import RunConfig, flat, parse, to_dict
 from inpo_fast.refusal import Refusal
-from inpo_fast.run_folder import flat
 
 RECIPE = "configs/pocket.yaml"
 SPLITS = ("reporting", "tuning")

@@ -255,6 +255,14 @@ def to_dict(config) -> dict:
     return out
 
 
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested groups of a configuration as one, keys joined by dots."""
+    out = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
 def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from inpo_fast.config import flat
 from inpo_fast.evaluate import verdict
 from inpo_fast.files import write_text
 from inpo_fast.refusal import Refusal, run_or_refuse
@@ -95,9 +96,9 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
             "## Data",
             _table(_data(manifest["data"])),
             "## Recipe",
-            _table({k: v for k, v in _flat({k: config[k] for k in recipe}).items() if k not in ELSEWHERE}),
+            _table({k: v for k, v in _told({k: config[k] for k in recipe}).items() if k not in ELSEWHERE}),
             "## Provenance",
-            _table(_flat({key: value for key, value in manifest.items() if key not in ("variant", "data")})),
+            _table(_told({key: value for key, value in manifest.items() if key not in ("variant", "data")})),
             "Written by inpo-fast from the files of the run.\n",
         ]
     )
@@ -124,19 +125,16 @@ def _data(data: dict) -> dict:
     """The manifest's account; a long list of dropped pairs as its length and its beginning."""
     dropped = data.get("dropped", [])
     more = f": {', '.join(map(str, dropped[:5]))}{', …' * (len(dropped) > 5)}" if dropped else ""
-    return _flat({**data, "dropped": f"{len(dropped)}{more}"})
+    return _told({**data, "dropped": f"{len(dropped)}{more}"})
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def _told(tree: dict) -> dict:
     """Dotted keys. Of a path of this machine only its name."""
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            is_path = isinstance(value, str) and "/" in value and (Path(value).exists() or not HUB_ID.fullmatch(value))
-            out[prefix + key] = Path(value).name if is_path else value
-    return out
+    return {key: Path(value).name if _is_path(value) else value for key, value in flat(tree).items()}
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and "/" in value and (Path(value).exists() or not HUB_ID.fullmatch(value))
 
 
 def _table(rows: dict) -> str:

@@ -19,7 +19,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from inpo_fast import lock
-from inpo_fast.config import RunConfig, to_dict, to_yaml
+from inpo_fast.config import RunConfig, flat, to_dict, to_yaml
 from inpo_fast.data.order import describe, make_order
 from inpo_fast.data.sources import Source
 from inpo_fast.files import write_text
@@ -188,14 +188,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    """Nested groups of a configuration as one, keys joined by dots."""
-    out = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def _version(package: str) -> str | None:

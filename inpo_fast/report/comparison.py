@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from inpo_fast.files import write_text
+from inpo_fast.report.page import render
 from inpo_fast.report.pictures import ENLARGED, picture_uris
 from inpo_fast.report.plots import PALETTE
 from inpo_fast.report.results import Interval
@@ -80,14 +80,8 @@ def html(result: dict, shown: list[Row]) -> str:
     """Everything that comes from data is escaped by the template's engine."""
     pictures = [shot.picture for row in shown for shot in row.shots]
     uris = picture_uris(pictures, PICTURE_BYTES)
-    engine = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return engine.get_template("comparison.html.j2").render(
+    return render(
+        "comparison.html.j2",
         result=result,
         models=list(next(iter(result["scores"].values()))),
         intervals=intervals(result),

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from inpo_fast.files import write_bytes, write_text
 from inpo_fast.refusal import Refusal
 from inpo_fast.report import curves, pictures, plots, reasons, results
+from inpo_fast.report.page import render
 
 if TYPE_CHECKING:
     from inpo_fast.evaluate import Evaluation
@@ -53,14 +52,8 @@ def page(folder: Path, evaluation: "Evaluation | None") -> str:
             why = reasons.extremes(galleries["base"], galleries["aligned"], scores["base"], scores["aligned"])
     extreme = [case.comparison for case in (*why.gains, *why.losses)] if why else []
     uris = pictures.data_uris([*before_after, *extreme], PICTURE_BYTES)
-    engine = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return engine.get_template("template.html.j2").render(
+    return render(
+        "template.html.j2",
         variant=manifest.get("variant") or (result or {}).get("variant") or "unnamed run",
         subtitle=list(_subtitle(manifest, series, result)),
         verdict=results.headline(result) if result else None,
