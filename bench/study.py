@@ -59,15 +59,15 @@ def main() -> None:
     folder = asked.folder.absolute() / study.name
     results = run(study, asked.folder.absolute() / "runs", asked.jobs)
     title = f"{study.name}, {study.split} prompts; raw results beside this file; {' '.join(_words(asked))}"
-    print(f"\n{write(folder, results, study.kind, title)}\n{folder / 'table.md'}, {folder / 'plot.svg'}")
+    print(f"\n{write(folder, results, study, title)}\n{folder / 'table.md'}, {folder / 'plot.svg'}")
 
 
-def write(folder: Path, results: list[dict], kind: str, title: str) -> str:
+def write(folder: Path, results: list[dict], study: Study, title: str) -> str:
     """table.md and plot.svg into the folder; the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = study_table.table(results, kind)
+    text = study_table.table(results, study.kind, study.against)
     write_text(folder / "table.md", f"{title}\n\n{text}")
-    study_plot.plot(results, kind, folder / "plot.svg")
+    study_plot.plot(results, study.kind, folder / "plot.svg")
     return text
 
 

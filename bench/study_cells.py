@@ -38,6 +38,7 @@ class Study:
     kind: str = "train"
     split: str = "reporting"
     pictures: int = 2  # of each prompt
+    against: str | None = None  # the cell that the others are compared with, prompt by prompt and seed by seed
 
 
 def grid(axes: dict[str, list[str]]) -> tuple[Cell, ...]:

@@ -194,8 +194,8 @@ PRESETS = {
         PAPER,
     ),
     "tuning": Study("tuning", _tuning(), (TUNING_SEED,), split="tuning", pictures=4),
-    "methods": Study("methods", methods(METHODS), SEEDS),
-    "evaluations": Study("evaluations", _equal_evaluations(), SEEDS),
+    "methods": Study("methods", methods(METHODS), SEEDS, against="dpo"),
+    "evaluations": Study("evaluations", _equal_evaluations(), SEEDS, against="dpo"),
     "short": Study(
         "short",
         methods(("inpo", "inpo-rms", "dpo", "sft", "kto")),

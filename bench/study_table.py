@@ -37,9 +37,9 @@ def by_cell(results: list[dict]) -> dict[str, list[dict]]:
     return {name: sorted(some, key=lambda r: r["seed"]) for name, some in cells.items()}
 
 
-def table(results: list[dict], kind: str) -> str:
-    """Markdown."""
-    return TABLES[kind](results)
+def table(results: list[dict], kind: str, against: str | None = None) -> str:
+    """Markdown. against: a cell of trainings whose win-rates are taken off the others'."""
+    return trainings(results, against) if kind == "train" else TABLES[kind](results)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -51,10 +51,25 @@ def _span(values: tuple[float, float, float], digits: int = 3) -> str:
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*values, d=digits)
 
 
-def trainings(results: list[dict]) -> str:
+def trainings(results: list[dict], against: str | None) -> str:
     head = ["cell", "label", "seeds", "win-rate", "gain", "alignment", "looks", "outside", *MEASURES, "diversity"]
     head += ["eps_scale", "UNet evaluations", "seconds of a core"]
-    return _markdown(head, [_training(*cell) for cell in by_cell(results).items()])
+    cells = by_cell(results)
+    rows = [_training(*cell) for cell in cells.items()]
+    if against is not None:
+        head.insert(4, f"less {against}'s")
+        for row, (name, runs) in zip(rows, cells.items(), strict=True):
+            row.insert(4, _difference(runs, cells[against]) if name != against else "-")
+    return _markdown(head, rows)
+
+
+def _difference(runs: list[dict], others: list[dict]) -> str:
+    """Of the win-rates: the same prompts, noise and training seeds, so that what they share falls out."""
+    seeds = [run["seed"] for run in runs]
+    if seeds != [other["seed"] for other in others]:
+        return "-"
+    mean, low, high = two_level(matrix(runs, "points") - matrix(others, "points"))
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def reconstructions(results: list[dict]) -> str:
@@ -134,7 +149,7 @@ def _landscape(name: str, runs: list[dict]) -> list[list[str]]:
     return rows
 
 
-TABLES = {"train": trainings, "reconstruct": reconstructions, "landscape": landscapes, "leak": leaks}
+TABLES = {"reconstruct": reconstructions, "landscape": landscapes, "leak": leaks}
 
 
 def curvature(alphas: np.ndarray, losses: np.ndarray) -> np.ndarray:

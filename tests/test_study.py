@@ -191,6 +191,28 @@ def test_two_level_interval_against_the_crossed_bootstraps_variance():
     assert (one[2] - one[1]) / 2 == pytest.approx(1.96 * values[0].std() / 40**0.5, rel=0.08)
 
 
+def test_differences_from_a_cell_leave_out_what_they_share():
+    """Two cells whose prompts are equally hard: the interval of each is wide, that of their difference is not."""
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 1, 40)
+    rest = {name: dict.fromkeys(("alignment", "looks"), [0.5] * 40) for name in ("parts",)}
+    rest |= {"measures": {name: [0.0] * 40 for name in MEASURES}, "outside": [0.5] * 40, "gain": [0.0] * 40}
+    rest |= {"diversity": 1.0, "training": {"eps_scale": 1.0}, "unet_evaluations": 10, "cpu_seconds": 1, "variant": "v"}
+    results = [
+        {"cell": name, "seed": seed, "points": (hard + add + rng.normal(0, 0.01, 40)).tolist(), **rest}
+        for name, add in (("one", 0.0), ("two", 0.05))
+        for seed in range(3)
+    ]
+    head, _, one, two = (line.split("|") for line in study_table.table(results, "train", "one").strip().splitlines())
+    place = [cell.strip() for cell in head].index("less one's")
+    assert one[place].strip() == "-"
+    mean, low, high = (float(part.strip(" ],[")) for part in two[place].replace("[", ",").split(","))
+    assert mean == pytest.approx(0.05, abs=0.01) and low > 0.03 and high < 0.07
+    assert "less" not in study_table.table(results, "train")
+    fewer = [result for result in results if (result["cell"], result["seed"]) != ("two", 2)]
+    assert study_table.table(fewer, "train", "one").strip().splitlines()[-1].split("|")[place].strip() == "-"
+
+
 def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     monkeypatch.setattr(study_train, "read_prompts", lambda path: read_prompts(path)[:6])
     monkeypatch.setattr(study_train, "_bases", {})
@@ -210,7 +232,7 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     assert len(kept) == 2 and all(some["captions"].tolist() == prompts for some in kept)
     again = study_train.gallery(tiny, None)
     assert all(np.abs(some["pictures"].astype(int) - np.stack(again.pictures)).mean() < 2 for some in kept)
-    text = study.write(tmp_path, made, "train", "tiny")
+    text = study.write(tmp_path, made, tiny, "tiny")
     header, _, *rows = text.strip().splitlines()
     assert len(rows) == 2 and all(row.count("|") == header.count("|") for row in rows)
     assert "0.500 [0.500, 0.500]" in rows[1] and "prompts only" in rows[1]

@@ -54,7 +54,7 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
     ends = [np.array(result["losses"]["update"])[2] for result in made]
     assert np.abs(ends[0] - ends[1]).max() > 1e-5  # each cell inverts in its own way
 
-    text = study.write(tmp_path / "tiny", made, "landscape", "tiny")
+    text = study.write(tmp_path / "tiny", made, tiny, "tiny")
     header, _, *rows = text.strip().splitlines()
     assert len(rows) == 4 and all(row.count("|") == header.count("|") for row in rows)
     assert "alpha = -1" in header and f"{ends[0].mean():.4f}" in rows[0] and rows[1].startswith("| w=0 | 1 | random")

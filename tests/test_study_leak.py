@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import study, study_leak
-from bench.study_cells import Study, config_of
+from bench.study_cells import config_of
 from bench.study_presets import PRESETS
 from inpo_fast.metrics import Tally
 from inpo_fast.models import Models, open_pipeline
@@ -88,7 +88,6 @@ def test_faults_are_on_the_second_picture(models):
 def test_table_and_picture(tmp_path):
     row = {"pairs": "some", "label": "x", "count": 3, "pull": [0.01, -0.02, 0.03], "tau": {"rms": [0.5, 0.6]}}
     results = [{"cell": name, "seed": 0, "rows": [row, row]} for name in ("a", "b")]
-    text = study.write(tmp_path, results, "leak", "leak")
+    text = study.write(tmp_path, results, LEAK, "leak")
     assert text.count("+0.0100 [-0.0200, +0.0300]") == 4 and "0.500 / 0.600" in text and "pull, b" in text
     assert "<svg" in (tmp_path / "plot.svg").read_text()
-    assert Study("x", (), kind="leak").kind in study.KINDS
