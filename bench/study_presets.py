@@ -132,7 +132,7 @@ def _solver(kinds: dict[str, str]) -> tuple[Cell, ...]:
     return cells(table)
 
 
-COMPARED = ("inpo", "inpo-rms", "dpo", "sft")
+COMPARED = ("inpo", "inpo-rms", "inpo-orthogonal", "dpo", "sft")
 QUALITIES = {
     "below": {"data.source": "build/study/below.parquet"},
     "base": {},

@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from tiny_runs import finished, metric, metrics, policy, same_bits, save_recipe, torchrun, train_in
+from tiny_world import tiny_xl
 
 from inpo_fast import draws, online
 from inpo_fast.config import OnlineConfig, parse
@@ -22,10 +24,12 @@ from inpo_fast.data.sources import BadPair, Pair, open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.judges import Scores
 from inpo_fast.judges.registry import make_judge
+from inpo_fast.models import load_pipeline
 from inpo_fast.online import Online
 from inpo_fast.pocket import ASSETS
 from inpo_fast.preemption import EXIT_CODE
 from inpo_fast.refusal import Refusal
+from inpo_fast.sample import draw, use_ddim
 from inpo_fast.work import _drawn
 
 CLIP = f"clip:{ASSETS / 'clip'}"
@@ -203,6 +207,27 @@ def test_two_processes_draw_the_same(world):
     assert rows(world / "two", 0) == rows(world / "full", 0)  # equal weights, equal batches: the same bytes
     assert metrics(world / "two")[0]["online_pairs"] == metrics(world / "full")[0]["online_pairs"]
     assert metric(world / "two", "grad_norm")[0] == pytest.approx(metric(world / "full", "grad_norm")[0], rel=1e-4)
+
+
+def test_an_adapter_of_sdxl_draws_with_the_adapter(tmp_path):
+    """bf16, LoRA: the second round's pictures are those of the trained adapter, not of the base under it."""
+    tiny_xl().save_pretrained(tmp_path / "xl")
+    save_recipe(
+        tmp_path,
+        models={"base": str(tmp_path / "xl"), "precision": "bf16", "lora": {"rank": 2}},
+        train={"steps": 2, "checkpoint_every": 2},
+        optim={"lr": 0.1, "warmup_steps": 0},
+        online=HOW | {"every": 1, "mix": 1.0},
+    )
+    out = train_in(tmp_path, "xl-run")
+    assert metrics(out)[0]["online_pairs"] and metrics(out)[1]["online_pairs"]
+    row = rows(out, 1)[0]
+    pipeline = load_pipeline(str(tmp_path / "xl"), torch.bfloat16)
+    use_ddim(pipeline)
+    keys = [("online", SEED, row["position"], k) for k in range(2)]
+    base = draw(pipeline, [row["caption"]] * 2, keys, steps=3, guidance=2.0)
+    nearest = min(np.abs(pixels(row["jpg_0"]) - picture.astype(int)).mean() for picture in base)
+    assert nearest > 2  # levels of 255; rounding alone moves none by more than one
 
 
 def rounds(run=Path("nowhere"), **how):
