@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from bench import results, study, study_data, study_reconstruct, study_table, study_train
-from bench.study_cells import SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
+from bench.study_cells import RECIPE, SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
 from bench.study_measures import MEASURES
 from bench.study_presets import METHODS, PRESETS, methods
+from inpo_fast.config import parse
 from inpo_fast.data.windows import open_data
 from inpo_fast.evaluate import read_prompts
 from inpo_fast.models import load_unet
@@ -90,6 +91,14 @@ def test_tuned_settings_are_the_best_of_the_tuning_that_is_kept():
     for cell in methods(METHODS):
         best = max(tries[cell.name], key=lambda one: one[0])[1]
         assert (best.settings, best.first) == (cell.settings, cell.first), cell.name
+
+
+def test_the_pockets_default_is_what_the_study_found():
+    """Of inpo-rms, the variant that it names; the study's own recipe stays what it was."""
+    default, chosen = parse("train", ["--config", RECIPE]), methods(["inpo-rms"])[0]
+    found = config_of(Study("methods", ()), chosen, 0)
+    assert (found.objective, found.optim, found.inversion) == (default.objective, default.optim, default.inversion)
+    assert config_of(Study("x", ()), Cell("x", ()), 0).objective.beta == 2000
 
 
 def test_a_result_is_of_one_setting_only():
