@@ -1,6 +1,7 @@
 """A run's configuration: dataclasses <-> YAML and `--group.key=value`. Strict: an unknown key is an error."""
 
 import difflib
+import functools
 import re
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -183,6 +184,7 @@ class StrictParser(ArgumentParser):
         raise Refusal(_explain(message, _keys(RunConfig)))
 
 
+@functools.cache  # it takes a sixth of a second, most of what parsing takes
 def make_parser(program: str) -> StrictParser:
     parser = StrictParser(prog=program, description=RunConfig.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; later ones win")

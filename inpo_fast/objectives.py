@@ -71,7 +71,7 @@ def normalise(tau: torch.Tensor, x_0: torch.Tensor | None = None) -> torch.Tenso
 
     Explicit inversion gives smooth images a smaller tau than grainy ones, and winners are smoother: without this the
     loss pays for under-predicting noise. It also leaves some of x_0 in tau, more of it where the model would not have
-    drawn the image: then the loss pays for predicting the image as noise (docs/study.md has both, measured).
+    drawn the image (docs/study.md has both, measured).
     """
     if x_0 is not None:
         along = (tau * x_0).sum((1, 2, 3)) / x_0.square().sum((1, 2, 3)).clamp_min(torch.finfo(x_0.dtype).tiny)

@@ -26,7 +26,7 @@ def command(tmp_path, monkeypatch):
     return command
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_it_prints_rates_and_ratios_and_keeps_them(command, capsys, tmp_path, precision):
     command(
         "--contenders=naive,lockstep,plain,fused", "--lockstep-batch=3", "--repeats=2",

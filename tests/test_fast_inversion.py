@@ -57,7 +57,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
+@pytest.mark.parametrize("pipeline", [pytest.param(tiny_pipeline, marks=pytest.mark.slow), tiny_xl])
 def test_compiled(traced, items, pipeline):
     """x_t as on the plain path, one graph whatever the timesteps, and new weights are seen by the old graph."""
     plain, fast = world(pipeline), world(pipeline, fast="compiled")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from tiny_runs import finished, metric, metrics, policy, same_bits, save_recipe, torchrun, train_in
+from tiny_runs import Forked, free_port, metric, metrics, policy, run_command, same_bits, save_recipe, train_in
 from tiny_world import tiny_xl
 
 from inpo_fast import draws, online
@@ -202,8 +202,15 @@ def test_stopped_while_it_draws_it_keeps_what_it_has(world, monkeypatch):
 
 
 def test_two_processes_draw_the_same(world):
-    done = finished(torchrun(2, world, "two", "--train.micro_batch=1"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = ["--config", str(world / "tiny.yaml"), "--output", str(world / "two"), "--train.micro_batch=1"]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        Forked(world / f"two-{rank}", run_command, "inpo_fast.train", *words, RANK=f"{rank}", LOCAL_RANK="0", **meeting)
+        for rank in range(2)
+    ]
+    ends = [process.wait() for process in processes]
+    assert ends == [0, 0], [process.complaints.read_text()[-2000:] for process in processes]
+    assert json.loads((world / "two" / "manifest.json").read_text())["processes"] == 2
     assert rows(world / "two", 0) == rows(world / "full", 0)  # equal weights, equal batches: the same bytes
     assert metrics(world / "two")[0]["online_pairs"] == metrics(world / "full")[0]["online_pairs"]
     assert metric(world / "two", "grad_norm")[0] == pytest.approx(metric(world / "full", "grad_norm")[0], rel=1e-4)

@@ -82,7 +82,7 @@ def test_planned_states_are_what_the_optimizer_allocates(kind, tmp_path):
     assert planned == pytest.approx(sum(v.nbytes for v in held if isinstance(v, torch.Tensor)), rel=0.02)
 
 
-@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("gpus", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize(("name", "beta", "optimizer"), [("sd15", "2000", "adamw"), ("sdxl", "5000", "adafactor")])
 def test_published_recipe(name, beta, optimizer, gpus):
     """1.024e-5 after 200 steps of warm-up, 1024 pairs, the paper's beta: printed alike for 1 and 8 GPUs."""

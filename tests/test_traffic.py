@@ -190,7 +190,7 @@ def test_kernels_of_sd15(monkeypatch):
     assert copies == pytest.approx(564, rel=0.005)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_fused_path_does_the_same_matrix_work(name):
     """Also where projection and gate are one kernel; none of it is counted as traffic."""
     flop = []

@@ -129,6 +129,7 @@ def two_machines():
             run(f"ip netns delete inpo{i}")
 
 
+@pytest.mark.slow
 def test_two_machines_meet_and_train(world, one, two_machines):
     prefixes, address, own, device = two_machines
     port = str(free_port())
