@@ -116,9 +116,9 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     if trajectories is not None:
         trajectories.shards.start()
     if rank == 0:
+        folder.start(run.done, source, models, run.variant, world)  # takes the lock: only now may anything be removed
         if online is not None:
             online.forget_after(run.done)
-        folder.start(run.done, source, models, run.variant, world)
     distributed.barrier()
     return run
 
