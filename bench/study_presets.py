@@ -6,7 +6,7 @@ from bench.study_cells import Cell, Study, grid
 
 SEEDS, TUNING_SEED = tuple(range(5)), 10  # what was tuned on is not reported
 BETA, LR, RMS, N = "objective.beta", "optim.lr", "objective.tau_norm", "inversion.steps"
-STEPS, BATCH = "train.steps", "train.pairs_per_step"
+STEPS, BATCH, PER_PAIR = "train.steps", "train.pairs_per_step", "objective.timesteps.per_pair"
 Settings = dict[str, str]
 
 INPO = {"method": "inpo", RMS: "none"}
@@ -33,7 +33,9 @@ KINDS: dict[str, Settings] = {
     "kto": {"method": "kto"},
     "sft": {"method": "sft"},
     "sft, then inpo": INPO | {BETA: "2000"},
+    "sft, then dpo": {"method": "dpo", BETA: "2000"},  # what of the gain is the first half's
 }
+THEN = ("sft, then inpo", "sft, then dpo")
 LRS = ("5e-5", "1e-4", "2e-4")
 # two values of what else decides, by three learning rates; sft has nothing else, so six learning rates
 AXES: dict[str, tuple[str, tuple[str, str]]] = {
@@ -50,7 +52,7 @@ def _tuning() -> tuple[Cell, ...]:
     for name, kind in KINDS.items():
         if name == "sft":
             choices = [{LR: lr} for lr in ("2e-5", "5e-5", "1e-4", "2e-4", "4e-4", "8e-4")]
-        elif name == "sft, then inpo":
+        elif name in THEN:
             choices = [{"first": first, LR: lr} for first in ("1e-4", "2e-4") for lr in LRS]
         else:
             key, values = AXES[name]
@@ -75,6 +77,7 @@ TUNED: dict[str, Settings] = {
     "kto": {BETA: "500", LR: "2e-4"},
     "sft": {LR: "5e-5"},
     "sft, then inpo": {LR: "5e-5"},
+    "sft, then dpo": {LR: "5e-5"},
 }
 FIRST = SFT | {LR: "1e-4"}
 METHODS = {name: KINDS[name] | TUNED[name] for name in KINDS}
@@ -86,7 +89,7 @@ def cells(table: dict[str, Settings]) -> tuple[Cell, ...]:
 
 def methods(names: Iterable[str], more: Settings | None = None) -> tuple[Cell, ...]:
     """With their tuned settings, and more."""
-    first = {"sft, then inpo": tuple((FIRST | (more or {})).items())}
+    first = dict.fromkeys(THEN, tuple((FIRST | (more or {})).items()))
     return tuple(Cell(name, tuple((METHODS[name] | (more or {})).items()), first.get(name, ())) for name in names)
 
 
@@ -124,6 +127,24 @@ def _batches() -> tuple[Cell, ...]:
     return cells(table)
 
 
+def _cheaper() -> tuple[Cell, ...]:
+    """50 steps of inpo at about 480 UNet evaluations each, half of what they take: pairs of a step, levels n, timesteps
+    that share a climb."""
+    found = {}
+    for pairs, micro, n, each in (
+        (32, 16, 10, 1),
+        (20, 10, 10, 2),
+        (14, 14, 10, 4),
+        (48, 16, 5, 1),
+        (60, 15, 3, 1),
+        (36, 12, 3, 2),
+        (22, 11, 3, 4),
+    ):
+        settings = {BATCH: str(pairs), "train.micro_batch": str(micro), N: str(n), PER_PAIR: str(each)}
+        found[f"{pairs} pairs a step, n={n}, {each} timesteps"] = METHODS["inpo"] | settings
+    return cells(found)
+
+
 def _solver(kinds: dict[str, str]) -> tuple[Cell, ...]:
     """About as many UNet evaluations each: n times the evaluations of a step."""
     table = {"ddim n=10": {N: "10"}, "ddim n=30": {N: "30"}}
@@ -132,7 +153,7 @@ def _solver(kinds: dict[str, str]) -> tuple[Cell, ...]:
     return cells(table)
 
 
-COMPARED = ("inpo", "inpo-rms", "inpo-orthogonal", "dpo", "sft")
+COMPARED = ("inpo", "inpo-rms", "dpo", "sft")
 QUALITIES = {
     "below": {"data.source": "build/study/below.parquet"},
     "base": {},
@@ -194,6 +215,7 @@ PRESETS = {
         PAPER,
     ),
     "tuning": Study("tuning", _tuning(), (TUNING_SEED,), split="tuning", pictures=4),
+    "cheaper": Study("cheaper", _cheaper(), (10, 11, 12), split="tuning", pictures=4),
     "methods": Study("methods", methods(METHODS), SEEDS, against="dpo"),
     "evaluations": Study("evaluations", _equal_evaluations(), SEEDS, against="dpo"),
     "short": Study(

@@ -73,6 +73,9 @@ def check(config: "RunConfig") -> None:
     rules.append((mu is None or 0 <= mu <= 1, "objective.winner_preserving", mu, "in 0..1, or null"))
     span = config.objective.timesteps
     rules.append((0 <= span.min <= span.max <= 999, "objective.timesteps", f"{span.min}..{span.max}", "within 0..999"))
+    most = span.max - span.min + 1
+    limits = f"in 1..{most}, the number of different ones"
+    rules.append((1 <= span.per_pair <= most, "objective.timesteps.per_pair", span.per_pair, limits))
     for good, key, value, need in rules:
         if not good:
             raise Refusal(f"{key}={value}: must be {need}")
@@ -165,6 +168,10 @@ def _check_cache(config: "RunConfig") -> None:
         (how.eta == 0, f"inversion.eta={how.eta:g}", "draws noise for each seed; take 0"),
         (how.guidance in (0.0, 1.0), f"inversion.guidance={how.guidance:g}", "mixes two answers; take 0 or 1"),
     ]
+    if how.frozen and (several := config.objective.timesteps.per_pair) > 1:
+        raise Refusal(
+            f"inversion.frozen=true keeps one t of a pair, and objective.timesteps.per_pair={several}; take 1"
+        )
     for good, key, reason in rules:
         if not good:
             raise Refusal(f"{where} keeps what the reference answers on its way, and {key} {reason}")

@@ -14,7 +14,7 @@ import torch
 from inpo_kernels.ddim_step import ddim_step_
 
 from inpo_fast.implicit import evaluations_a_step, refine
-from inpo_fast.schedule import Climb, EvaluateAt, Grid
+from inpo_fast.schedule import Climb, EvaluateAt, Grid, Schedule, has_global_levels, plan
 from inpo_fast.transfer import to_device
 
 # eps(x, time, rows): noise prediction for samples x (B, C, H, W) told time (B,), with the conditioning of
@@ -86,6 +86,20 @@ def slots(evaluations: torch.Tensor, batch: int) -> tuple[int, int]:
     return calls, -(-total // calls) if calls else batch
 
 
+def shares_climbs(how: InversionConfig, schedule: Schedule) -> bool:
+    """Whether one climb of an image serves all its timesteps."""
+    return how.estimator == "ddim" and has_global_levels(
+        schedule, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at
+    )
+
+
+def evaluations_of(how: InversionConfig, schedule: Schedule, t: torch.Tensor) -> torch.Tensor:
+    """(N,): steps of the climbs that N images need for their K timesteps, t (K, N)."""
+    climb = plan(schedule, t.flatten(), steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at)
+    each = climb.evaluations.view_as(t)
+    return each.amax(0) if shares_climbs(how, schedule) else each.sum(0)
+
+
 def utilisation(evaluations: torch.Tensor, batch: int) -> float:
     """Share of a window's slots, calls times width, that hold a sample."""
     calls, width = slots(evaluations, batch)
@@ -105,6 +119,7 @@ def invert(
     noise_keys: list[int] | None = None,
     estimator: str = "ddim",
     refinements: int = 1,
+    each: int = 1,
 ) -> tuple[torch.Tensor, int]:
     """All samples of a window to their own level.
 
@@ -114,19 +129,26 @@ def invert(
     noise_keys: (M,) 63-bit keys of the per-step noise, required when the climb has sigma > 0.
     estimator, refinements: as of InversionConfig but random; any but ddim needs a climb whose p and q take eps (not v)
     and no sigma.
-    Returns x_t (M, C, H, W) in fp32 or float64, and the number of image evaluations spent.
+    each: so many successive rows of the climb (each * M) are of one sample, which climbs once, as far as the furthest
+    of them; the others leave on the way. Needs global levels (schedule.has_global_levels), and ddim.
+    Returns x_t (each * M, C, H, W) in fp32 or float64, and the number of image evaluations spent.
     """
     noisy = bool(climb.sigma.any())
     if noisy and noise_keys is None:
         raise ValueError("inversion with eta > 0 needs noise_keys, one for each sample")
+    if each > 1 and estimator != "ddim":
+        raise ValueError(f"a step of {estimator} is solved for where it goes: climbs cannot be shared (each={each})")
     both = guidance not in (0.0, 1.0)
     first = conditional if guidance == 1.0 else eps
     device = x_0.device
     wide = torch.float64 if x_0.dtype == torch.float64 else torch.float32
-    x = x_0.to(wide, copy=True, memory_format=torch.contiguous_format)  # latents may be channels_last
+    # latents may be channels_last
+    x = x_0.to(wide, copy=True, memory_format=torch.contiguous_format).repeat_interleave(each, 0)
 
     # the whole window's bookkeeping on the CPU, then one upload of each column: no evaluation waits for the host
-    calls = fill_slots(climb.evaluations, batch)
+    left = climb.evaluations.view(-1, each)
+    furthest = torch.arange(len(left)) * each + left.argmax(1)  # the row that asks for its sample's
+    calls = fill_slots(left.amax(1), batch)
     moved = torch.cat(calls) if calls else torch.zeros(0, dtype=torch.int64)
     spent = len(moved) * (2 if both else 1) * evaluations_a_step(estimator, refinements)
     step = _times_seen(moved)
@@ -137,25 +159,34 @@ def invert(
         moved, step = fill(moved, -1), fill(step, 0)
     else:
         sizes = [len(call) for call in calls]
-    rows = moved.clamp_min(0)
-    at = (rows, step)
-    columns = [moved, rows, climb.times[at], climb.p[at].to(wide), climb.q[at].to(wide)]
-    if estimator != "ddim":
-        columns.append(climb.levels[rows, step + 1])
-    elif noisy:
-        columns += [climb.sigma[at].to(wide), torch.tensor(noise_keys)[rows], step]
-    for part in zip(*(to_device(column, device).split(sizes) for column in columns), strict=True):
-        target, here, time, p, q, *noise = part
-        asked = x[here], time, here
+    sample = moved.clamp_min(0)
+    asks = furthest[sample]
+    columns = [asks, sample, climb.times[asks, step]]
+    for k in range(each):
+        rows = sample * each + k
+        target = torch.where((moved >= 0) & (step < climb.evaluations[rows]), rows, -1)
+        at = (rows, step)
+        columns += [target, climb.p[at].to(wide), climb.q[at].to(wide)]
         if estimator != "ddim":
+            columns.append(climb.levels[rows, step + 1])
+        elif noisy:
+            columns += [climb.sigma[at].to(wide), torch.tensor(noise_keys)[sample], step]
+    for part in zip(*(to_device(column, device).split(sizes) for column in columns), strict=True):
+        here, who, time = part[:3]
+        asked = x[here], time, who
+        if estimator != "ddim":
+            target, p, q, goal = part[3:]
             ask = partial(_guided, first, conditional if both else None, guidance)
-            answer = partial(_at, ask, noise[0], here)
+            answer = partial(_at, ask, goal, who)
             ddim_step_(x, refine(estimator, answer, asked[0], ask(*asked), p, q, refinements), p, q, rows=target)
             continue
-        options = dict(zip(("sigma", "keys", "steps"), noise, strict=False))
-        if both:
-            options |= {"conditional": conditional(*asked), "guidance": guidance}
-        ddim_step_(x, first(*asked), p, q, rows=target, **options)
+        found = first(*asked)
+        options = {"conditional": conditional(*asked), "guidance": guidance} if both else {}
+        own = len(part[3:]) // each
+        for k in range(each):
+            target, p, q, *noise = part[3 + k * own : 3 + (k + 1) * own]
+            noise = dict(zip(("sigma", "keys", "steps"), noise, strict=False))
+            ddim_step_(x, found, p, q, rows=target, **options, **noise)
     return x, spent
 
 

@@ -26,6 +26,10 @@ class Timesteps:
 
     min: int = 0
     max: int = 999
+    per_pair: int = 1
+    """How many of them a pair is trained at in its step, evenly spaced around min..max from a drawn one; the loss is
+    their mean. On grids with global levels one climb of the inversion serves all. train.micro_batch counts a pair at
+    one timestep."""
 
 
 @dataclass(frozen=True)

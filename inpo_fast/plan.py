@@ -188,7 +188,9 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     console.print(recipe)
 
     window = _table(f"window of one of {plan.gpus} GPU{'s' * (plan.gpus > 1)}", "")
-    window.add_row("pairs", f"{plan.pairs_per_gpu} = {plan.micro_batches} micro-batches x {train.micro_batch}")
+    each = config.objective.timesteps.per_pair
+    times = "" if each == 1 else f", at {each} timesteps"
+    window.add_row("pairs", f"{plan.pairs_per_gpu} = {plan.micro_batches} micro-batches x {train.micro_batch}{times}")
     images = SIDES[config.method] * plan.pairs_per_gpu
     window.add_row(
         "inversion",

@@ -60,6 +60,17 @@ def snap(t: torch.Tensor, steps: int, T: int) -> torch.Tensor:
     return -(-(t + 1) * steps // T) * T // steps - 1
 
 
+def around(first: torch.Tensor, low: int, high: int, count: int) -> torch.Tensor:
+    """(count, N) int64: the given timesteps (N,) and count - 1 more of each, at equal distances round from high to low.
+
+    Where the first is uniform on low..high each of the others is too, and together they are in as many equal parts of
+    the range (systematic sampling): their mean of a function of t is unbiased, and varies less than that of as many
+    independent ones where the function is smooth.
+    """
+    width = high - low + 1
+    return low + (first - low + torch.arange(count)[:, None] * width // count) % width
+
+
 def plan(
     schedule: Schedule,
     t: torch.Tensor,

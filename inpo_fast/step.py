@@ -3,6 +3,7 @@
 What it works on, a window of pairs, and everything random is made in window.py.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from inpo_kernels.inpo_loss import COLUMNS, Objective
 from inpo_fast import draws
 from inpo_fast import objectives as obj
 from inpo_fast.fast_unet import is_fast, wants_fixed_batch
-from inpo_fast.inversion import Eps, invert, utilisation
+from inpo_fast.inversion import Eps, invert, shares_climbs, utilisation
 from inpo_fast.metrics import Tally
 from inpo_fast.models import Conditioning, Models
 from inpo_fast.phases import phase
@@ -25,7 +26,6 @@ from inpo_fast.transfer import to_device
 from inpo_fast.window import Recipe, Window, uses_inversion
 
 
-@torch.no_grad()
 def noise_window(
     window: Window,
     models: Models,
@@ -33,16 +33,30 @@ def noise_window(
     tally: Tally | None = None,
     preemption: Preemption | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """x_t of every image of the window (N, S, C, H, W) in fp32, and the UNet evaluations spent on images."""
+    """x_t of every image of the window (N, S, C, H, W) in fp32, at its own timestep alone, and the UNet evaluations
+    spent on images."""
+    (x_t,), spent = noise_moments((window,), models, recipe, tally, preemption)
+    return x_t, spent
+
+
+@torch.no_grad()
+def noise_moments(
+    moments: Sequence[Window],
+    models: Models,
+    recipe: Recipe,
+    tally: Tally | None = None,
+    preemption: Preemption | None = None,
+) -> tuple[list[torch.Tensor], int]:
+    """x_t of each of a window's moments, (N, S, C, H, W) in fp32, and the UNet evaluations spent on images."""
+    window = moments[0]
+    shape = window.x_0.shape
     flat = window.x_0.flatten(0, 1)
-    sides = window.x_0.shape[1]
-    t = window.t.repeat_interleave(sides)
     if not uses_inversion(recipe):
-        # Diffusion-DPO: the same noise for both sides of a pair
-        noise = draws.normals(flat.shape[1:], [("noise", *key[:2]) for key in window.keys])
-        noise = to_device(noise, flat.device)
-        return obj.noised(flat, noise, window.a.flatten(), window.s.flatten()).unflatten(0, window.x_0.shape[:2]), 0
+        return [_noised(moment, flat).unflatten(0, shape[:2]) for moment in moments], 0
     how = recipe.inversion
+    if len(moments) > 1 and (window.held is not None or not shares_climbs(how, models.schedule)):
+        found = [noise_moments((moment,), models, recipe, tally, preemption) for moment in moments]
+        return [x_t for (x_t,), _ in found], sum(spent for _, spent in found)
 
     shares = is_fast(models.unet(how.model))
 
@@ -67,15 +81,17 @@ def noise_window(
         raise Refusal(
             f"inversion.estimator={how.estimator} is for models that predict noise, this one predicts v; take ddim"
         )
-    climb = climb_to(t)
+    each = len(moments)
+    t = torch.stack([moment.t for moment in moments], 1).repeat_interleave(shape[1], 0).flatten()  # (N * S * each,)
     width = min(how.batch, len(flat)) if wants_fixed_batch(models.unet(how.model)) else None
     with models.inverting(how.model, how.fp8):
         if window.held is not None:
             eps = eps_with(window.conditional if how.guidance == 1.0 else window.unconditional)
             x_t, spent = window.held.noise(eps, flat, t, climb_to, how.batch, width)
-            return x_t.unflatten(0, window.x_0.shape[:2]), spent
+            return [x_t.unflatten(0, shape[:2])], spent
+        climb = climb_to(t)
         if tally is not None:
-            tally.add("slot_utilisation", utilisation(climb.evaluations, how.batch))
+            tally.add("slot_utilisation", utilisation(climb.evaluations.view(-1, each).amax(1), how.batch))
         x_t, spent = invert(
             eps_with(window.unconditional),
             flat,
@@ -84,11 +100,23 @@ def noise_window(
             width=width,
             conditional=eps_with(window.conditional),
             guidance=how.guidance,
-            noise_keys=[draws.hash_key("eta", *key) for key in window.keys],
+            noise_keys=[draws.hash_key("eta", *key, *_and(window.number)) for key in window.keys],
             estimator=how.estimator,
             refinements=how.refinements,
+            each=each,
         )
-    return x_t.unflatten(0, window.x_0.shape[:2]), spent
+    return list(x_t.view(*shape[:2], each, *shape[2:]).unbind(2)), spent
+
+
+def _noised(moment: Window, flat: torch.Tensor) -> torch.Tensor:
+    """Diffusion-DPO: the same noise for both sides of a pair."""
+    noise = draws.normals(flat.shape[1:], [("noise", *key[:2], *_and(moment.number)) for key in moment.keys])
+    return obj.noised(flat, to_device(noise, flat.device), moment.a.flatten(), moment.s.flatten())
+
+
+def _and(number: int) -> tuple[int, ...]:
+    """What tells the draws for further timesteps of a pair from those for its first, whose keys have no number."""
+    return (number,) if number else ()
 
 
 class TooLarge(Exception):
@@ -131,8 +159,9 @@ def train_step(
     """
     weights = models.weights
     weights.zero()
-    tally, logits = Tally(models.device), []
+    tally = Tally(models.device)
     preemption, stopped = preemption or Preemption(), None
+    logits = torch.zeros(0, device=models.device)
     try:
         if window is None and recipe.method == "kto":
             reference_point([], models.device)  # the other processes wait for everybody's part
@@ -146,16 +175,15 @@ def train_step(
     usable = tally.count("loss")
     torch._foreach_mul_(gradients, pairs_per_step / loss_scale / usable.clamp_min(1))  # the mean over usable pairs
     tally.put("grad_norm", weights.clip(clip))
-    return tally, torch.cat(logits) if logits else torch.zeros(0, device=models.device)
+    return tally, logits
 
 
 def _own_gradients(
     window: Window, models: Models, recipe: Recipe, tally: Tally, weight: float, preemption: Preemption
-) -> list[torch.Tensor]:
-    """Adds the gradient of this process's pairs up; their logits."""
-    logits = []
+) -> torch.Tensor:
+    """Adds the gradient of this process's pairs up; their logits (N,), the mean over their timesteps."""
     with _fits("inversion.batch", recipe.inversion.batch), phase("invert"):
-        x_t, spent = noise_window(window, models, recipe, tally, preemption)
+        x_t, spent = noise_moments(window.moments, models, recipe, tally, preemption)
     tally.add("unet_evaluations", spent, total=True)
     if window.held is not None:
         tally.add("trajectories_hit", window.held.hits.to(models.device))
@@ -163,31 +191,42 @@ def _own_gradients(
         window.point = _first_pass(window, x_t, models, recipe, tally)
     if window.point is not None:
         tally.add("reference_point", window.point)
-    for lo in range(0, len(window.items), recipe.micro_batch):
-        preemption.check()
-        pairs = slice(lo, min(lo + recipe.micro_batch, len(window.items)))
-        with _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
-            prediction, found = micro_step(window, x_t, pairs, models, recipe, tally, weight)
-            with phase("backward"):
-                prediction.backward(found.dpred)
-        logits.append(found.logit)
-    return logits
+    logits = []
+    for moment, noised in zip(window.moments, x_t, strict=True):
+        found = []
+        for pairs in _micro_batches(moment, recipe):
+            preemption.check()
+            with _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
+                prediction, objective = micro_step(moment, noised, pairs, models, recipe, tally, weight, window.point)
+                with phase("backward"):
+                    prediction.backward(objective.dpred)
+            found.append(objective.logit)
+        logits.append(torch.cat(found))
+    return torch.stack(logits).mean(0)
 
 
-def _first_pass(window: Window, x_t: torch.Tensor, models: Models, recipe: Recipe, tally: Tally) -> torch.Tensor:
+def _micro_batches(window: Window, recipe: Recipe) -> Iterator[slice]:
+    pairs = len(window.items)
+    for lo in range(0, pairs, recipe.micro_batch):
+        yield slice(lo, min(lo + recipe.micro_batch, pairs))
+
+
+def _first_pass(
+    window: Window, x_t: Sequence[torch.Tensor], models: Models, recipe: Recipe, tally: Tally
+) -> torch.Tensor:
     """kto's reference point of the step. It takes the errors of all images before the first gradient: one more forward
     pass of policy and reference, for which the result depends neither on the micro-batch nor on the processes.
 
     Nothing stops on the way, as other processes wait for this one's part.
     """
     plain, gains = replace(recipe, method="dpo"), []  # the fused kernel, for its errors
-    for lo in range(0, len(window.items), recipe.micro_batch):
-        pairs = slice(lo, min(lo + recipe.micro_batch, len(window.items)))
-        with torch.no_grad(), _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
-            _, found = micro_step(window, x_t, pairs, models, plain, Tally(models.device))
-        e, r = found.image[:, COLUMNS.index("error")], found.image[:, COLUMNS.index("reference_error")]
-        gains.append(((r - e).view(2, -1), window.weight[pairs]))
-        tally.add("unet_evaluations", 2 * len(e), total=True)
+    for moment, noised in zip(window.moments, x_t, strict=True):
+        for pairs in _micro_batches(moment, recipe):
+            with torch.no_grad(), _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
+                _, found = micro_step(moment, noised, pairs, models, plain, Tally(models.device))
+            e, r = found.image[:, COLUMNS.index("error")], found.image[:, COLUMNS.index("reference_error")]
+            gains.append(((r - e).view(2, -1), window.weight[pairs]))
+            tally.add("unet_evaluations", 2 * len(e), total=True)
     return reference_point(gains, models.device)
 
 
@@ -199,10 +238,11 @@ def micro_step(
     recipe: Recipe,
     tally: Tally,
     weight: float = 1.0,
+    point: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Objective]:
     """The policy's prediction, with its graph, for some pairs of the window, and the objective at it.
 
-    weight: of each pair's loss in the gradient, times the pair's own. Metrics go into the tally.
+    weight: of each pair's loss in the gradient, times the pair's own. point: kto's. Metrics go into the tally.
     """
     sides = window.x_0.shape[1]
     images = torch.arange(len(window.items) * sides, device=models.device).view(-1, sides)
@@ -245,7 +285,7 @@ def micro_step(
         weight * window.weight[pairs],
         window.label[pairs],
         fused=recipe.fused_loss,
-        point=window.point,
+        point=point,
     )
     if recipe.objective.winner_preserving is not None and recipe.method != "sft":
         tally.add("loser_gate", found.gate)

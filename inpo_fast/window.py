@@ -5,7 +5,7 @@ micro-batch size nor on the number of processes beyond rounding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from inpo_fast import objectives as obj
 from inpo_fast.data.images import View
 from inpo_fast.data.windows import Item
 from inpo_fast.held import Held
-from inpo_fast.inversion import InversionConfig
+from inpo_fast.inversion import InversionConfig, evaluations_of
 from inpo_fast.latents import Latents
 from inpo_fast.models import Conditioning, Models, Text
 from inpo_fast.objectives import SIDES, Method, ObjectiveConfig
-from inpo_fast.schedule import plan, snap
+from inpo_fast.schedule import around, snap
 from inpo_fast.trajectories import Trajectories
 from inpo_fast.transfer import to_device
 
@@ -63,6 +63,13 @@ class Window:
     keys: list[draws.Key] = field(default_factory=list)  # (seed, position, side) of each image
     held: Held | None = None  # what inversion.cache knows of the images
     point: torch.Tensor | None = None  # of kto, of all processes' windows; kept where a step is repeated
+    number: int = 0  # of the timestep
+    others: tuple["Window", ...] = ()  # the same pairs at their further timesteps (objective.timesteps.per_pair)
+
+    @property
+    def moments(self) -> tuple["Window", ...]:
+        """All timesteps of the pairs, each as a window."""
+        return (self, *self.others)
 
 
 @torch.no_grad()
@@ -89,19 +96,18 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text) 
         published = models.config.micro_conditioning == "published"
         told = [(*target, 0, 0) if published else (*view.original, *view.crop) for view in views]
         time_ids = to_device(torch.tensor([(*sizes, *target) for sizes in told]).float(), models.device)
-    span = recipe.objective.timesteps
     drawn = [("t", recipe.seed, item.position) for item in items] if held is None else held.t_keys(recipe.seed, items)
-    t = torch.tensor([draws.integer(span.min, span.max, *key) for key in drawn])
+    t = _timesteps(recipe, drawn)
     if recipe.inversion.grid == "snap" and uses_inversion(recipe):
         t = snap(t, recipe.inversion.steps, models.schedule.T)
-    times, a, s = (to_device(c[:, None].repeat(1, sides), models.device) for c in (t, *models.schedule.a_s(t)))
-    return Window(
+    times, a, s = (to_device(c[..., None].repeat(1, 1, sides), models.device) for c in (t, *models.schedule.a_s(t)))
+    first = Window(
         items=items,
         x_0=x_0.unflatten(0, (len(items), sides)),
-        t=t,
-        times=times,
-        a=a,
-        s=s,
+        t=t[0],
+        times=times[0],
+        a=a[0],
+        s=s[0],
         label=to_device(torch.tensor([item.label for item in items], dtype=torch.float32), models.device),
         weight=to_device(torch.tensor([item.weight for item in items], dtype=torch.float32), models.device),
         conditional=Conditioning(text, row, time_ids),
@@ -109,6 +115,17 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text) 
         keys=keys,
         held=held,
     )
+    return replace(
+        first,
+        others=tuple(replace(first, t=t[k], times=times[k], a=a[k], s=s[k], number=k) for k in range(1, len(t))),
+    )
+
+
+def _timesteps(recipe: Recipe, keys: Sequence[draws.Key]) -> torch.Tensor:
+    """(K, N): of each pair, the first drawn from its key."""
+    span = recipe.objective.timesteps
+    first = torch.tensor([draws.integer(span.min, span.max, *key) for key in keys])
+    return around(first, span.min, span.max, span.per_pair)
 
 
 def side_keys(items: list[Item], seed: int, sides: int) -> list[draws.Key]:
@@ -144,10 +161,9 @@ def _with_cached(encoded: list[torch.Tensor], items: list[Item], sides: int, dev
 
 
 def inversion_costs(positions: Sequence[int], recipe: Recipe, models: Models) -> list[int]:
-    """UNet evaluations that the inversion of each pair of the step will take, before it is read."""
-    how, span = recipe.inversion, recipe.objective.timesteps
-    t = torch.tensor([draws.integer(span.min, span.max, "t", recipe.seed, position) for position in positions])
-    return plan(models.schedule, t, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at).evaluations.tolist()
+    """UNet evaluations that the inversion of one side of each pair of the step will take, before it is read."""
+    t = _timesteps(recipe, [("t", recipe.seed, position) for position in positions])
+    return evaluations_of(recipe.inversion, models.schedule, t).tolist()
 
 
 def uses_inversion(recipe: Recipe) -> bool:

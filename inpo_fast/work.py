@@ -17,8 +17,9 @@ from inpo_fast.config import RunConfig
 from inpo_fast.costs import Passes, ask_texts, ask_vae, forward_flop
 from inpo_fast.fast_unet import make_fast
 from inpo_fast.implicit import evaluations_a_step
+from inpo_fast.inversion import evaluations_of
 from inpo_fast.objectives import SIDES, uses_inversion
-from inpo_fast.schedule import Schedule, plan
+from inpo_fast.schedule import Schedule, around
 from inpo_fast.traffic import forward_traffic, least_bytes, roofline_bytes, unet_traffic
 
 
@@ -48,14 +49,15 @@ def work_of_a_pair(
     """The models: on the meta device, in the dtypes they compute in; the UNet is made fast in place, `passes` are its
     own from before. pixels, side: edge of an image and of its latent."""
     evaluations, sides = _evaluations(config), SIDES[config.method]
-    passes_before = 2 if config.method == "kto" else 1  # its reference point takes all errors first
+    each = config.objective.timesteps.per_pair
+    forward = each * (2 if config.method == "kto" else 1)  # its reference point takes all errors first
     times = {
         "VAE encoding": sides,
         "text encoding": 1,  # at most: prompts that a window has twice are encoded once
         "inversion": sides * evaluations * (1 if config.inversion.guidance in (0.0, 1.0) else 2),
-        "reference": sides * (config.method != "sft") * passes_before,
-        "policy forward": sides * passes_before,
-        "policy backward": sides,
+        "reference": sides * (config.method != "sft") * forward,
+        "policy forward": sides * forward,
+        "policy backward": sides * each,
     }
     if config.online.every:
         times["drawing"] = _drawn(config)
@@ -70,7 +72,7 @@ def work_of_a_pair(
     traffic |= {"inversion": moved.inversion, "reference": moved.forward}
     traffic |= {"policy forward": moved.forward, "policy backward": moved.backward, "drawing": moved.forward}
     fused = {phase: n * least_bytes(traffic[phase]) for phase, n in times.items()}
-    fused["policy backward"] += _gradient_sums(unet) / config.train.micro_batch
+    fused["policy backward"] += each * _gradient_sums(unet) / config.train.micro_batch
     alike = traffic | {"inversion": moved.forward}  # one kernel for product and gate is the fused path's own choice
     return Work(
         evaluations=evaluations,
@@ -82,14 +84,14 @@ def work_of_a_pair(
 
 
 def _evaluations(config: RunConfig) -> float:
-    """Mean over all timesteps."""
+    """Of an image, for all timesteps of its pair: the mean over all that may be drawn."""
     if not uses_inversion(config.method, config.inversion):
         return 0.0
     span, how = config.objective.timesteps, config.inversion
-    t = torch.arange(span.min, span.max + 1)
+    t = around(torch.arange(span.min, span.max + 1), span.min, span.max, span.per_pair)
     schedule = Schedule(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
-    climb = plan(schedule, t, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at)
-    return climb.evaluations.double().mean().item() * evaluations_a_step(how.estimator, how.refinements)
+    steps = evaluations_of(how, schedule, t).double().mean().item()
+    return steps * evaluations_a_step(how.estimator, how.refinements)
 
 
 def _drawn(config: RunConfig) -> float:
