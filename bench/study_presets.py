@@ -80,6 +80,8 @@ TUNED: dict[str, Settings] = {
     "sft, then dpo": {LR: "5e-5"},
 }
 FIRST = SFT | {LR: "1e-4"}
+# the best of `cheaper`: inpo at half its evaluations
+CHEAP = {BATCH: "36", "train.micro_batch": "12", N: "3", PER_PAIR: "2"}
 METHODS = {name: KINDS[name] | TUNED[name] for name in KINDS}
 
 
@@ -100,6 +102,7 @@ def _equal_evaluations() -> tuple[Cell, ...]:
     )
     steps = {name: round(25 * 15.1 / cost) for name, cost in a_pair.items()}
     found = [cell for name, n in steps.items() for cell in methods([name], {STEPS: str(n)})]
+    found += cells({"inpo-cheap": METHODS["inpo"] | CHEAP})
     # sft takes half of them; a drawn pair takes 40 more, and the first round is the shipped pairs'
     both = METHODS["sft, then inpo"] | {STEPS: "12"}
     online = METHODS["inpo-online"] | {STEPS: "18", "online.every": "5", "online.start": "5"}

@@ -164,9 +164,8 @@ def invert(
     columns = [asks, sample, climb.times[asks, step]]
     for k in range(each):
         rows = sample * each + k
-        target = torch.where((moved >= 0) & (step < climb.evaluations[rows]), rows, -1)
-        at = (rows, step)
-        columns += [target, climb.p[at].to(wide), climb.q[at].to(wide)]
+        at = (rows, step)  # p = 1 and q = 0 leave those alone that are there
+        columns += [torch.where(moved < 0, -1, rows), climb.p[at].to(wide), climb.q[at].to(wide)]
         if estimator != "ddim":
             columns.append(climb.levels[rows, step + 1])
         elif noisy:

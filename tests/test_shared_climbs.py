@@ -17,7 +17,7 @@ from tiny_world import save_pairs, tiny_models
 from inpo_fast.config import parse
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
-from inpo_fast.inversion import InversionConfig, evaluations_of, invert, shares_climbs
+from inpo_fast.inversion import InversionConfig, evaluations_of, invert, shares_climbs, utilisation
 from inpo_fast.objectives import ObjectiveConfig, Timesteps
 from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import Schedule, around, plan
@@ -131,6 +131,11 @@ def test_the_gradient_is_the_mean_of_its_timesteps(world, method):
     forward = {"sft": 2, "kto": 8}.get(method, 4)  # sft: one side; kto: twice over
     if method != "inpo":
         assert values["unet_evaluations"] == EACH * PAIRS * forward
+        return
+    t = torch.stack([moment.t for moment in whole.moments])
+    furthest = evaluations_of(how.inversion, models.schedule, t).repeat_interleave(2)
+    assert values["unet_evaluations"] == EACH * PAIRS * forward + furthest.sum()
+    assert values["slot_utilisation"] == pytest.approx(utilisation(furthest, how.inversion.batch))
 
 
 def test_noise_is_new_at_each_timestep_and_the_first_is_as_ever(world):
