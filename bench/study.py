@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, help="of the held-out prompts; default: reporting")
     parser.add_argument("--pictures", type=int, help="of each prompt; default: the preset's, else 2")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one for each core")
+    parser.add_argument("--show", action="store_true", help="the table of what is there, without making what is not")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: build/study")
     asked = parser.parse_args()
     os.chdir(ROOT)  # the recipe's paths are the repository's
@@ -57,7 +58,10 @@ def main() -> None:
         return
     study = study_of(asked)
     folder = asked.folder.absolute() / study.name
-    results = run(study, asked.folder.absolute() / "runs", asked.jobs)
+    runs = asked.folder.absolute() / "runs"
+    results = there(study, runs) if asked.show else run(study, runs, asked.jobs)
+    if not results:
+        raise Refusal(f"{runs}: nothing of {study.name} is there yet; without --show it is made")
     title = f"{study.name}, {study.split} prompts; raw results beside this file; {' '.join(_words(asked))}"
     print(f"\n{write(folder, results, study, title)}\n{folder / 'table.md'}, {folder / 'plot.svg'}")
 
@@ -94,7 +98,8 @@ def study_of(asked) -> Study:
     sources = {config_of(study, cell, 0).data.source for cell in study.cells}
     if study.kind == "leak":
         sources.add(str(study_data.ABOVE))
-    study_data.make({source for source in sources if source})
+    if not asked.show:
+        study_data.make({source for source in sources if source})
     return study
 
 
@@ -141,8 +146,17 @@ def run(
                 show(f"{done}/{len(missing)} {path.stem}{' FAILED' if future.exception() else ''}, ETA {left:.0f} s")
     if failed:
         raise Refusal(f"{len(failed)} of {len(missing)} cells failed; the same command tries them again. {failed[0]}")
-    found = [(json.loads(path.read_text(encoding="utf-8")), cell) for path, cell, _ in wanted]
-    return [{"cell": result["control"] if cell is None else cell.name, **result} for result, cell in found]
+    return there(study, runs)
+
+
+def there(study: Study, runs: Path) -> list[dict]:
+    """Those results of the study's cells that are in the folder."""
+    found = [(_read(path), cell) for path, cell, _ in wanted_of(study, runs)]
+    return [
+        {"cell": result["control"] if cell is None else cell.name, **result}
+        for result, cell in found
+        if result is not None
+    ]
 
 
 def wanted_of(study: Study, runs: Path) -> list[tuple[Path, Cell | None, int]]:

@@ -56,7 +56,7 @@ def trainings(results: list[dict], against: str | None) -> str:
     head += ["eps_scale", "UNet evaluations", "seconds of a core"]
     cells = by_cell(results)
     rows = [_training(*cell) for cell in cells.items()]
-    if against is not None:
+    if against in cells:
         head.insert(4, f"less {against}'s")
         for row, (name, runs) in zip(rows, cells.items(), strict=True):
             row.insert(4, _difference(runs, cells[against]) if name != against else "-")

@@ -4,6 +4,7 @@ and one cell of either kind on the pocket model."""
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from bench import results, study, study_data, study_reconstruct, study_table, study_train
+from bench.study import wanted_of
 from bench.study_cells import RECIPE, SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
 from bench.study_measures import MEASURES
 from bench.study_presets import METHODS, PRESETS, methods
@@ -170,6 +172,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+def test_what_is_there_is_shown_and_nothing_is_made(tmp_path):
+    study, runs = PRESETS["batch"], tmp_path / "runs"
+    asked = [sys.executable, "-m", "bench.study", "batch", "--show", "--folder", str(tmp_path)]
+    told = subprocess.run(asked, capture_output=True, text=True, cwd=results.ROOT)
+    assert told.returncode == 1 and "nothing of batch is there yet" in told.stderr and not runs.exists()
+    runs.mkdir()
+    kept = [
+        path for path, cell, seed in wanted_of(study, RUNS) if cell is None or (cell in study.cells[:2] and seed < 2)
+    ]
+    for path in kept:
+        shutil.copy(path, runs)
+    subprocess.run(asked, check=True, capture_output=True, cwd=results.ROOT)
+    rows = [line.split("|")[1:4] for line in (tmp_path / "batch" / "table.md").read_text().splitlines()[4:]]
+    assert [[cell.strip() for cell in row][::2] for row in rows[1:]] == [[cell.name, "2"] for cell in study.cells[:2]]
+    assert len(list(runs.iterdir())) == len(kept) == 5
+
+
 def test_a_killed_study_leaves_no_worker_behind():
     parent = subprocess.Popen([sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, text=True, cwd=results.ROOT)
     worker = int(parent.stdout.readline())
