@@ -169,12 +169,24 @@ DRAWN_BY = {"base": {}} | {
 }
 SOLVERS = {"renoise": "5", "fixed-point": "5", "gradient": "3"}
 PAPER = tuple(METHODS["inpo"].items())  # what presets vary one thing of
+GRID, AT = "inversion.grid", "inversion.evaluate_at"
+GRIDS = {
+    f"{name}, n={n}": {GRID: name, N: n}
+    for name, n in (("exact", "5"), ("exact", "10"), ("spread", "3"), ("spread", "5"))
+}
+GRIDS |= {
+    "exact, n=10, told the target": {N: "10", AT: "target"},
+    # the published script's semantics, as in configs/sd15-published.yaml
+    "diffusers-0.20, n=10": {GRID: "diffusers-0.20", N: "10"},
+    "diffusers-0.20, n=10, with prompt and noise": {GRID: "diffusers-0.20", N: "10"}
+    | {"inversion.guidance": "1", "inversion.eta": "0.1"},
+}
 PRESETS = {
     "reconstruction": Study("reconstruction", _reconstruction(), kind="reconstruct"),
     "solver-error": Study("solver-error", _solver(SOLVERS), kind="reconstruct"),
     "solver": Study("solver", _solver(SOLVERS), SEEDS, PAPER),
     "scan": Study("scan", grid({N: ["3", "5", "10", "30"]}), SEEDS, PAPER),
-    "grids": Study("grids", grid({"inversion.grid": ["exact", "spread"], N: ["3", "5", "10"]}), SEEDS, PAPER),
+    "grids": Study("grids", cells(GRIDS), SEEDS, PAPER),
     "batch": Study("batch", _batches(), SEEDS),
     "guidance": Study("guidance", grid({"inversion.guidance": ["0", "0.5", "1", "5"]}), SEEDS, PAPER),
     # the last 1000, 900, 800, 600 timesteps (S9)
