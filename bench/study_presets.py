@@ -103,11 +103,16 @@ def _equal_evaluations() -> tuple[Cell, ...]:
     steps = {name: round(25 * 15.1 / cost) for name, cost in a_pair.items()}
     found = [cell for name, n in steps.items() for cell in methods([name], {STEPS: str(n)})]
     found += cells({"inpo-cheap": METHODS["inpo"] | CHEAP})
-    # sft takes half of them; a drawn pair takes 40 more, and the first round is the shipped pairs'
-    both = METHODS["sft, then inpo"] | {STEPS: "12"}
-    online = METHODS["inpo-online"] | {STEPS: "18", "online.every": "5", "online.start": "5"}
-    found.append(Cell("sft, then inpo", tuple(both.items()), tuple((FIRST | {STEPS: "94"}).items())))
-    return (*found, *cells({"inpo-online": online}))
+    # a drawn pair takes 40 more, and the first round is the shipped pairs'
+    found += cells({"inpo-online": METHODS["inpo-online"] | {STEPS: "18", "online.every": "5", "online.start": "5"}})
+    # sft takes half of them
+    second = {
+        "sft, then inpo": METHODS["sft, then inpo"] | {STEPS: "12"},
+        "sft, then inpo-cheap": METHODS["sft, then inpo"] | CHEAP | {STEPS: "25"},
+        "sft, then dpo": METHODS["sft, then dpo"] | {STEPS: "47"},
+    }
+    first = tuple((FIRST | {STEPS: "94"}).items())
+    return (*found, *(Cell(name, tuple(settings.items()), first) for name, settings in second.items()))
 
 
 def _reconstruction() -> tuple[Cell, ...]:
