@@ -14,6 +14,7 @@ import torch
 from inpo_kernels.ddim_step import ddim_step_
 
 from inpo_fast.implicit import evaluations_a_step, refine
+from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import Climb, EvaluateAt, Grid, Schedule, has_global_levels, plan
 from inpo_fast.transfer import to_device
 
@@ -84,6 +85,14 @@ def slots(evaluations: torch.Tensor, batch: int) -> tuple[int, int]:
     total = int(evaluations.sum())
     calls = max(int(evaluations.max()), -(-total // batch))
     return calls, -(-total // calls) if calls else batch
+
+
+def check_estimator(how: InversionConfig, predicts_v: bool) -> None:
+    """Refusal where a refined step would be of a model that predicts v."""
+    if predicts_v and how.estimator not in ("ddim", "random"):
+        raise Refusal(
+            f"inversion.estimator={how.estimator} is for models that predict noise, this one predicts v; take ddim"
+        )
 
 
 def shares_climbs(how: InversionConfig, schedule: Schedule) -> bool:

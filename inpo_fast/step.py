@@ -14,13 +14,12 @@ from inpo_kernels.inpo_loss import COLUMNS, Objective
 from inpo_fast import draws
 from inpo_fast import objectives as obj
 from inpo_fast.fast_unet import is_fast, wants_fixed_batch
-from inpo_fast.inversion import Eps, invert, shares_climbs, utilisation
+from inpo_fast.inversion import Eps, check_estimator, invert, shares_climbs, utilisation
 from inpo_fast.metrics import Tally
 from inpo_fast.models import Conditioning, Models
 from inpo_fast.phases import phase
 from inpo_fast.preemption import Preempted, Preemption
 from inpo_fast.reference_point import reference_point
-from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import plan
 from inpo_fast.transfer import to_device
 from inpo_fast.window import Recipe, Window, uses_inversion
@@ -54,6 +53,7 @@ def noise_moments(
     if not uses_inversion(recipe):
         return [_noised(moment, flat).unflatten(0, shape[:2]) for moment in moments], 0
     how = recipe.inversion
+    check_estimator(how, models.predicts_v)
     if len(moments) > 1 and (window.held is not None or not shares_climbs(how, models.schedule)):
         found = [noise_moments((moment,), models, recipe, tally, preemption) for moment in moments]
         return [x_t for (x_t,), _ in found], sum(spent for _, spent in found)
@@ -77,10 +77,6 @@ def noise_moments(
         eta=how.eta,
         predicts_v=models.predicts_v,
     )
-    if how.estimator != "ddim" and models.predicts_v:
-        raise Refusal(
-            f"inversion.estimator={how.estimator} is for models that predict noise, this one predicts v; take ddim"
-        )
     each = len(moments)
     t = torch.stack([moment.t for moment in moments], 1).repeat_interleave(shape[1], 0).flatten()  # (N * S * each,)
     width = min(how.batch, len(flat)) if wants_fixed_batch(models.unet(how.model)) else None

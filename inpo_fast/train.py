@@ -29,6 +29,7 @@ from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.evaluate import evaluate, open_inputs, verdict
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import detach_policy, output_pipeline, whole_masters
+from inpo_fast.inversion import check_estimator
 from inpo_fast.latents import Latents, open_latents
 from inpo_fast.metrics import MetricsFile, Tally
 from inpo_fast.model_card import write_cards
@@ -93,6 +94,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
     split = Split(rank, world) if config.train.shard_states and world > 1 else None
     models = Models(open_pipeline(config.models), device, config.models, split)
+    check_estimator(config.inversion, models.predicts_v)
     trajectories, notes = open_trajectories(models, config.inversion, config.objective, config.data), ()
     if trajectories is not None:
         notes = trajectories.notes(config.train.steps, config.train.pairs_per_step, len(source), world)

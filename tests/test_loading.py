@@ -8,6 +8,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
 
 from inpo_fast.architectures import random_pipeline
+from inpo_fast.config import parse
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
@@ -15,6 +16,7 @@ from inpo_fast.models import Models, ModelsConfig, open_pipeline
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.refusal import Refusal
 from inpo_fast.step import noise_window, train_step
+from inpo_fast.train import prepare
 from inpo_fast.window import Recipe, make_window
 
 CPU = torch.device("cpu")
@@ -99,6 +101,15 @@ def test_v_prediction_inverts_as_diffusers_does(v_models, items):
                     v = v_models.policy(x, torch.tensor([timestep]), text).sample
                 x = scheduler.step(v, timestep, x).prev_sample
             torch.testing.assert_close(x_t[i, side], x[0], rtol=1e-4, atol=1e-4)
+
+
+def test_refined_steps_of_v_are_refused_before_anything_is_written(v_models, tmp_path):
+    """They solve for noise."""
+    words = [f"--models.base={v_models.config.base}", f"--data.source={save_pairs(tmp_path / 'pairs.parquet')}"]
+    config = parse("test", [*words, f"--output={tmp_path / 'run'}", "--inversion.estimator=renoise"])
+    with pytest.raises(Refusal, match="renoise is for models that predict noise"):
+        prepare(config, 0, 1, CPU)
+    assert not (tmp_path / "run").exists()
 
 
 def test_v_predictions_loss_is_that_of_its_noise(v_models, items):

@@ -1,6 +1,7 @@
 """Online training: what is drawn against plain pipeline calls with the round's weights, ties, resumption at every place
 where a run can stop, and what is refused."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -216,6 +217,38 @@ def test_two_processes_draw_the_same(world):
     assert metric(world / "two", "grad_norm")[0] == pytest.approx(metric(world / "full", "grad_norm")[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_draws_its_share(world, tmp_path, monkeypatch, rank):
+    """Of two: every other file, and all are there when they go on. The other's come from the run of one process."""
+    monkeypatch.setattr(online, "CHUNK", 1)
+    monkeypatch.setattr(online.distributed, "rank_and_world", lambda: (rank, 2))
+    own = rounds(tmp_path, every=2, start=0, mix=1.0, pairs_per_step=PAIRS)
+    table = pq.read_table(next((world / "full" / "online" / "000000").glob("*.parquet")))
+    drawn, folder = [], tmp_path / "online" / "000000"
+
+    def chunk(positions, *_):
+        drawn.extend(positions)
+        at = table.schema.get_field_index("position")
+        return table.slice(0, 1).set_column(at, "position", pa.array(positions, pa.int64()))
+
+    class Other:
+        asked = None
+
+        def agree(self, *_):
+            for number in range(2 * PAIRS):
+                if not (path := folder / f"{number:05d}.parquet").exists():
+                    assert number % 2 != rank
+                    pq.write_table(chunk([number]), path)
+                    drawn.remove(number)
+
+    monkeypatch.setattr(own, "_chunk", chunk)
+    monkeypatch.setattr(online, "drawing_with", lambda *_: contextlib.nullcontext())
+    models = type("Models", (), {"pipeline": None, "policy": None})
+    values = own.begin(0, models, str, Other())
+    assert drawn == list(range(rank, 2 * PAIRS, 2)) and values["online_pairs"] == 2 * PAIRS
+    assert own.pair(3) is not None and own.pair(2 * PAIRS) is None
+
+
 def test_an_adapter_of_sdxl_draws_with_the_adapter(tmp_path):
     """bf16, LoRA: the second round's pictures are those of the trained adapter, not of the base under it."""
     tiny_xl().save_pretrained(tmp_path / "xl")
@@ -237,9 +270,9 @@ def test_an_adapter_of_sdxl_draws_with_the_adapter(tmp_path):
     assert nearest > 2  # levels of 255; rounding alone moves none by more than one
 
 
-def rounds(run=Path("nowhere"), **how):
+def rounds(run=Path("nowhere"), pairs_per_step=50, **how):
     settings = OnlineConfig(**{"every": 3, "start": 2, "judge": "x"} | how)
-    return Online(settings, seed=1, steps=10, pairs_per_step=50, run=run, judge=None)
+    return Online(settings, seed=1, steps=10, pairs_per_step=pairs_per_step, run=run, judge=None)
 
 
 def test_rounds_that_no_checkpoint_needs_go(tmp_path):
