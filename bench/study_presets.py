@@ -186,6 +186,10 @@ GRIDS |= {
     "diffusers-0.20, n=10, with prompt and noise": {GRID: "diffusers-0.20", N: "10"}
     | {"inversion.guidance": "1", "inversion.eta": "0.1"},
 }
+# what Gaussian noise instead of the inversion's leaves is the base's own, and Diffusion-DPO's too
+LEAK = grid({RMS: ["none", "rms", "orthogonal"]}) + cells(
+    {"Gaussian noise": {RMS: "none", "inversion.estimator": "random"}}
+)
 PRESETS = {
     "reconstruction": Study("reconstruction", _reconstruction(), kind="reconstruct"),
     "solver-error": Study("solver-error", _solver(SOLVERS), kind="reconstruct"),
@@ -218,7 +222,7 @@ PRESETS = {
         shared=(("train.steps", "12"), ("optim.warmup_steps", "2"), ("optim.average", "none")),  # of the run of update
         kind="landscape",
     ),
-    "leak": Study("leak", grid({RMS: ["none", "rms", "orthogonal"]}), kind="leak"),
+    "leak": Study("leak", LEAK, kind="leak"),
     "bias": Study(
         "bias",
         cells(

@@ -23,7 +23,7 @@ def models():
     return Models(open_pipeline(config.models), torch.device("cpu"), config.models)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2], ids=["none", "rms", "orthogonal"])
+@pytest.mark.parametrize("number", [0, 1, 2, 3], ids=["none", "rms", "orthogonal", "Gaussian noise"])
 def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
     """dloss/dk of the policy's prediction times 1 + k, by a central difference; x_t is found before, as the step does:
     with the policy that inverts scaled too it would be another question."""
