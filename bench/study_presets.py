@@ -223,6 +223,19 @@ PRESETS = {
         kind="landscape",
     ),
     "leak": Study("leak", LEAK, kind="leak"),
+    "drift": Study(
+        "drift",
+        cells(
+            {
+                "inpo": {},
+                "inpo, inverted by the reference": {"inversion.model": "reference"},
+                "inpo, winner preserving": {"objective.winner_preserving": "0.5"},
+                "inpo, both": {"inversion.model": "reference", "objective.winner_preserving": "0.5"},
+            }
+        ),
+        SEEDS,
+        PAPER,
+    ),
     "bias": Study(
         "bias",
         cells(
