@@ -15,21 +15,43 @@ def plot(results: list[dict], kind: str, path: Path) -> None:
     PLOTS[kind](results, path)
 
 
-def costs(results: list[dict], path: Path) -> None:
-    """What a cell costs in UNet evaluations against what it brings, with both intervals in one bar."""
+def trainings(results: list[dict], path: Path) -> None:
+    """A row for each cell, in the study's order: win-rate and gain with their intervals, and what the training took.
+
+    The dashed line is the control, a cell without training.
+    """
+    cells = by_cell(results)
+    trained = {name: runs for name, runs in cells.items() if "unet_evaluations" in runs[0]}
+    figure = _figure(9, 1.2 + 0.28 * len(trained))
+    win_rates, gains, costs = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 1.4))
+    at = np.arange(len(trained))
+    for axes, key, label in ((win_rates, "points", "win-rate against the base"), (gains, "gain", "gain in score")):
+        for name, runs in cells.items():
+            if name not in trained:
+                axes.axvline(two_level(matrix(runs, key))[0], color="0.6", linewidth=1, linestyle="--")
+        mean, low, high = np.array([two_level(matrix(runs, key)) for runs in trained.values()]).T
+        axes.errorbar(mean, at, xerr=np.maximum([mean - low, high - mean], 0), fmt="o", markersize=4, capsize=2)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)
+    spent = [np.mean([run["unet_evaluations"] for run in runs]) / 1000 for runs in trained.values()]
+    costs.barh(at, spent, 0.6, color="0.7")
+    costs.set_xlabel("UNet evaluations\nof the training, in 1,000", fontsize=8)
+    win_rates.set_yticks(at, list(trained), fontsize=8)
+    win_rates.invert_yaxis()
+    _save(figure, path)
+
+
+def reconstructions(results: list[dict], path: Path) -> None:
+    """What a cell costs in UNet evaluations against the error that is left, with its interval."""
     figure = _figure(7, 4.2)
     axes = figure.subplots()
-    untrained = "by_t" in results[0]
-    cost = "evaluations_an_image" if untrained else "unet_evaluations"
     for number, (name, runs) in enumerate(by_cell(results).items()):
         mean, low, high = two_level(matrix(runs, "points"))
-        if cost not in runs[0]:
-            axes.axhline(mean, color="0.6", linewidth=1, linestyle="--", label=name)
-            continue
-        x, marker = np.mean([run[cost] for run in runs]), MARKERS[number // 10 % len(MARKERS)]
+        x, marker = runs[0]["evaluations_an_image"], MARKERS[number // 10 % len(MARKERS)]
         axes.errorbar(x, mean, [[max(mean - low, 0)], [max(high - mean, 0)]], fmt=marker, capsize=3, label=name)
-    axes.set_xlabel("UNet evaluations " + ("an image" if untrained else "of the training"))
-    axes.set_ylabel("relative error" if untrained else "win-rate against the base")
+    axes.set_xlabel("UNet evaluations an image")
+    axes.set_ylabel("relative error")
     axes.set_xscale("log")
     _save(figure, path)
 
@@ -53,7 +75,8 @@ def landscapes(results: list[dict], path: Path) -> None:
 def _save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
@@ -81,4 +104,4 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-PLOTS = {"train": costs, "reconstruct": costs, "landscape": landscapes, "leak": leaks}
+PLOTS = {"train": trainings, "reconstruct": reconstructions, "landscape": landscapes, "leak": leaks}

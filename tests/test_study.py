@@ -171,12 +171,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_what_is_there_is_shown_and_nothing_is_made(tmp_path):
     study, runs = PRESETS["batch"], tmp_path / "runs"
     asked = [sys.executable, "-m", "bench.study", "batch", "--show", "--folder", str(tmp_path)]
     told = subprocess.run(asked, capture_output=True, text=True, cwd=results.ROOT)
-    assert told.returncode == 1 and "nothing of batch is there yet" in told.stderr and not runs.exists()
+    assert told.returncode == 2 and "nothing of batch is there yet" in told.stderr and not runs.exists()
     runs.mkdir()
     kept = [
         path for path, cell, seed in wanted_of(study, RUNS) if cell is None or (cell in study.cells[:2] and seed < 2)
@@ -187,8 +186,12 @@ def test_what_is_there_is_shown_and_nothing_is_made(tmp_path):
     rows = [line.split("|")[1:4] for line in (tmp_path / "batch" / "table.md").read_text().splitlines()[4:]]
     assert [[cell.strip() for cell in row][::2] for row in rows[1:]] == [[cell.name, "2"] for cell in study.cells[:2]]
     assert len(list(runs.iterdir())) == len(kept) == 5
+    picture = (tmp_path / "batch" / "plot.svg").read_text()
+    assert [f"<!-- {cell.name} -->" in picture for cell in study.cells] == [True, True, *6 * [False]]
+    assert "<!-- win-rate against the base -->" in picture and "<!-- gain in score -->" in picture
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_no_worker_behind():
     parent = subprocess.Popen([sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, text=True, cwd=results.ROOT)
     worker = int(parent.stdout.readline())
