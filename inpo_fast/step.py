@@ -96,7 +96,7 @@ def noise_moments(
             width=width,
             conditional=eps_with(window.conditional),
             guidance=how.guidance,
-            noise_keys=[draws.hash_key("eta", *key, *_and(window.number)) for key in window.keys],
+            noise_keys=[draws.hash_key("eta", *key) for key in window.keys],
             estimator=how.estimator,
             refinements=how.refinements,
             each=each,
@@ -106,13 +106,9 @@ def noise_moments(
 
 def _noised(moment: Window, flat: torch.Tensor) -> torch.Tensor:
     """Diffusion-DPO: the same noise for both sides of a pair."""
-    noise = draws.normals(flat.shape[1:], [("noise", *key[:2], *_and(moment.number)) for key in moment.keys])
+    number = (moment.number,) if moment.number else ()  # of the further timesteps; the first's keys never had one
+    noise = draws.normals(flat.shape[1:], [("noise", *key[:2], *number) for key in moment.keys])
     return obj.noised(flat, to_device(noise, flat.device), moment.a.flatten(), moment.s.flatten())
-
-
-def _and(number: int) -> tuple[int, ...]:
-    """What tells the draws for further timesteps of a pair from those for its first, whose keys have no number."""
-    return (number,) if number else ()
 
 
 class TooLarge(Exception):

@@ -18,7 +18,7 @@ from bench import results, study, study_reconstruct, study_table, study_train
 from bench.study import wanted_of
 from bench.study_cells import RECIPE, SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
 from bench.study_measures import MEASURES
-from bench.study_presets import METHODS, PRESETS, methods
+from bench.study_presets import CHEAP, METHODS, PRESETS, methods
 from inpo_fast.config import parse
 from inpo_fast.evaluate import read_prompts
 from inpo_fast.pocket import ASSETS
@@ -85,6 +85,15 @@ def test_tuned_settings_are_the_best_of_the_tuning_that_is_kept():
     for cell in methods(METHODS):
         best = max(tries[cell.name], key=lambda one: one[0])[1]
         assert (best.settings, best.first) == (cell.settings, cell.first), cell.name
+
+
+def test_the_cheap_inpo_is_the_best_of_what_was_tried():
+    """By the mean win-rate over the seeds of `cheaper`, on the tuning prompts."""
+    cheaper, mean = PRESETS["cheaper"], {}
+    for cell in cheaper.cells:
+        runs = [json.loads((RUNS / result_name(cheaper, cell, seed)).read_text()) for seed in cheaper.seeds]
+        mean[np.mean([run["points"] for run in runs])] = dict(cell.settings)
+    assert cheaper.split == "tuning" and mean[max(mean)].items() >= CHEAP.items()
 
 
 def test_the_pockets_default_is_what_the_study_found():
