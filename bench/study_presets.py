@@ -202,7 +202,9 @@ PRESETS = {
     "timesteps": Study("timesteps", grid({"objective.timesteps.min": ["0", "100", "200", "400"]}), SEEDS, PAPER),
     "quality": Study(
         "quality",
-        cells({f"{n}, {d}": METHODS[n] | source for n in COMPARED for d, source in QUALITIES.items()}),
+        cells({f"{n}, {d}": METHODS[n] | source for n in COMPARED for d, source in QUALITIES.items()})
+        # inpo-rms was tuned to twice inpo's learning rate: what is tau_norm's, what the learning rate's
+        + cells({f"inpo-rms as inpo, {d}": METHODS["inpo"] | {RMS: "rms"} | source for d, source in QUALITIES.items()}),
         SEEDS,
     ),
     "transfer": Study(
