@@ -1,14 +1,17 @@
 """A study's results as a picture, an SVG for each kind."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from bench.study_table import by_cell, matrix, two_level
 
 MARKERS = "os^"
+LEVELS = re.compile(r"\b(n|steps)=\d+")  # in a cell's name
 
 
 def plot(results: list[dict], kind: str, path: Path) -> None:
@@ -43,29 +46,41 @@ def trainings(results: list[dict], path: Path) -> None:
 
 
 def reconstructions(results: list[dict], path: Path) -> None:
-    """What a cell costs in UNet evaluations against the error that is left, with its interval."""
-    figure = _figure(7, 4.2)
+    """What a cell costs in UNet evaluations against the error that is left, with its interval; cells that differ in n
+    alone are one line."""
+    figure, lines = _figure(8, 4.5), {}
     axes = figure.subplots()
-    for number, (name, runs) in enumerate(by_cell(results).items()):
-        mean, low, high = two_level(matrix(runs, "points"))
-        x, marker = runs[0]["evaluations_an_image"], MARKERS[number // 10 % len(MARKERS)]
-        axes.errorbar(x, mean, [[max(mean - low, 0)], [max(high - mean, 0)]], fmt=marker, capsize=3, label=name)
+    for name, runs in by_cell(results).items():
+        point = (runs[0]["evaluations_an_image"], *two_level(matrix(runs, "points")))
+        lines.setdefault(LEVELS.sub("", name).strip(), []).append(point)
+    for number, (name, points) in enumerate(lines.items()):
+        x, mean, low, high = np.array(sorted(points)).T
+        style = {"marker": MARKERS[number % len(MARKERS)], "linestyle": "-" if number < 10 else "--", "capsize": 2}
+        spread = np.maximum([mean - low, high - mean], 0)
+        axes.errorbar(x, mean, spread, label=name, markersize=4, linewidth=1, elinewidth=0.7, **style)
     axes.set_xlabel("UNet evaluations an image")
     axes.set_ylabel("relative error")
     axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     _save(figure, path)
 
 
 def landscapes(results: list[dict], path: Path) -> None:
-    """The loss along each direction."""
+    """The loss along each direction, with twice its standard error over pairs."""
     figure = _figure(9, 3.8)
     directions = list(results[0]["losses"])
     panels = figure.subplots(1, len(directions), sharey=True)
     for axes, direction in zip(panels, directions, strict=True):
         for name, runs in by_cell(results).items():
-            losses = np.mean([run["losses"][direction] for run in runs], axis=(0, 2))
-            label = name if axes is panels[0] else None
-            axes.plot(runs[0]["alphas"], losses, marker="o", markersize=3, linewidth=1.2, label=label)
+            losses = np.concatenate([run["losses"][direction] for run in runs], axis=1)
+            mean, spread = losses.mean(1), 2 * losses.std(1) / np.sqrt(losses.shape[1])
+            label, alphas = name if axes is panels[0] else None, runs[0]["alphas"]
+            (line,) = axes.plot(alphas, mean, marker="o", markersize=3, linewidth=1.2, label=label)
+            axes.fill_between(alphas, mean - spread, mean + spread, color=line.get_color(), alpha=0.12, linewidth=0)
         axes.set_title(f"along the {direction} direction", fontsize=9)
         axes.set_xlabel("alpha, in lengths of the update")
     panels[0].set_ylabel("training loss")

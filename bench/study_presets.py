@@ -221,6 +221,7 @@ PRESETS = {
     "landscape": Study(
         "landscape",
         grid({"inversion.guidance": ["0", "0.5", "1", "5"]}),
+        SEEDS[:3],
         shared=(("train.steps", "12"), ("optim.warmup_steps", "2"), ("optim.average", "none")),  # of the run of update
         kind="landscape",
     ),

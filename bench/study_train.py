@@ -25,6 +25,8 @@ from inpo_fast.evaluate import Gallery, diversity, read_prompts
 from inpo_fast.files import whole
 from inpo_fast.judges.registry import make_judge
 from inpo_fast.models import load_pipeline, quiet_libraries
+from inpo_fast.preemption import Preempted
+from inpo_fast.refusal import Refusal
 from inpo_fast.sample import draw, scaled_eps, use_ddim
 from inpo_fast.win_rates import points
 
@@ -76,7 +78,8 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
 
 
 def trained(config: RunConfig, console: Console | None = None) -> Trained:
-    """One run from its first step to its model, in this process. console: where its progress is shown, if anywhere."""
+    """One run from its first step to its model, in this process. console: where its progress is shown, if anywhere.
+    Refusal where it is asked to stop."""
     config = replace(config, train=replace(config.train, checkpoint_every=config.train.steps))
     begun, cpu = time.perf_counter(), time.process_time()
     run = train.prepare(config, 0, 1, torch.device("cpu"))
@@ -85,6 +88,8 @@ def trained(config: RunConfig, console: Console | None = None) -> Trained:
         lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
         seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
         return Trained(train.finish(run), run.variant, lines, seconds, cpu)
+    except Preempted as asked:
+        raise Refusal(f"stopped by {asked}; the same command goes on") from asked
     finally:
         run.folder.release()
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import results, study, study_reconstruct, study_table, study_train
+from bench import results, study, study_plot, study_reconstruct, study_table, study_train
 from bench.study import wanted_of
 from bench.study_cells import RECIPE, SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
 from bench.study_measures import MEASURES
@@ -326,7 +326,7 @@ def test_measures_see_what_they_are_named_after():
     assert (measured(paler)["brightness"] < plain["brightness"]).all()
 
 
-def test_reconstruction_falls_with_n_and_with_solved_steps(monkeypatch):
+def test_reconstruction_falls_with_n_and_with_solved_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(study_reconstruct, "TIMES", (300,))
     monkeypatch.setattr(study_reconstruct, "PAIRS", 1)
     cells = grid({"inversion.estimator": ["ddim", "fixed-point"], "inversion.steps": ["3", "20"]})
@@ -336,3 +336,7 @@ def test_reconstruction_falls_with_n_and_with_solved_steps(monkeypatch):
     assert error[1] < error[0] and error[3] < 0.1, error
     assert [result["evaluations_an_image"] for result in found] == [1, 7, 2, 14]
     assert "t = 300" in study_table.table(found, "reconstruct")
+    study_plot.plot(found, "reconstruct", tmp_path / "plot.svg")
+    picture = (tmp_path / "plot.svg").read_text()  # one line for each solver, through its two n
+    assert picture.count("<!-- estimator=ddim -->") == picture.count("<!-- estimator=fixed-point -->") == 1
+    assert "steps=" not in picture
