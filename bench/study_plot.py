@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -92,7 +93,8 @@ def _save(figure: Figure, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
         figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": path.parent.name}):  # the same results are the same file
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def leaks(results: list[dict], path: Path) -> None:

@@ -99,7 +99,7 @@ def leaks(results: list[dict]) -> str:
         row = rows[0]
         values = ["{:.3f} / {:.3f}".format(*row["tau"][name]) for name in properties]
         pulls = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*each["pull"]) for each in rows]
-        lines.append([row["pairs"], row["label"], str(row["count"]), *values, *pulls])
+        lines.append([row["pairs"], row["label"].partition(":")[0], str(row["count"]), *values, *pulls])
     return _markdown(head, lines)
 
 
