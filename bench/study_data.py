@@ -4,6 +4,7 @@
     below.parquet      rendered, both sides stained, off centre and pale, the rule judge's favourite wins: worse than it
     better.parquet     drawn by another model: the base after a short SFT on above.parquet
     worse.parquet      drawn by another model: the base after a short SFT on below.parquet
+    sure.parquet       better.parquet without the noise of its labels: whichever the rule judge scores higher wins
     bright.parquet     the shipped pairs with a planted bias: in SHARE of them the brighter picture wins, come what may;
                        `alike`, 1 - |difference of the two pictures' brightness|, in 0..1, is there for a filter
     balanced.parquet   the same with a `weight`: pairs that the brighter picture won and those that the darker one won
@@ -81,6 +82,19 @@ def worse() -> pa.Table:
     return drawn_by_other("worse", "below")
 
 
+def sure() -> pa.Table:
+    source = FOLDER / "better.parquet"
+    make({str(source)})
+    rows, judge = pq.read_table(source).to_pylist(), RuleJudge()
+    captions = [row["caption"] for row in rows]
+    first, second = (judge.score([pixels(row[key]) for row in rows], captions).total for key in ("jpg_0", "jpg_1"))
+    for row, better in zip(rows, first > second, strict=True):
+        if row["label_0"] != 0.5:
+            row |= {"label_0": float(better), "label_1": float(not better)}
+            row["best_image_uid"] = row["image_0_uid" if better else "image_1_uid"]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
 def drawn_by_other(name: str, winners: str) -> pa.Table:
     """DRAWN rows as the shipped ones, with the same prompts and noise, drawn by the base fine-tuned (OTHER) on the
     winners of the other made pairs.
@@ -129,13 +143,18 @@ def balanced() -> pa.Table:
     return table.append_column("weight", pa.array(weight))
 
 
+def pixels(encoded: bytes) -> np.ndarray:
+    """A picture file's RGB values, (H, W, 3) uint8."""
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
 def brightness(encoded: bytes) -> float:
     """Mean of a picture file's RGB values, in 0..255."""
-    return float(np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), dtype=np.float64).mean())
+    return float(pixels(encoded).mean(dtype=np.float64))
 
 
 ABOVE = FOLDER / "above.parquet"
-MADE = {FOLDER / f"{table.__name__}.parquet": table for table in (above, below, better, worse, bright, balanced)}
+MADE = {FOLDER / f"{table.__name__}.parquet": table for table in (above, below, better, worse, sure, bright, balanced)}
 
 
 def make(sources: set[str]) -> None:

@@ -172,6 +172,7 @@ ALIKE = {"data.filters.score": "alike", "data.filters.min_score": "0.98"}  # kee
 DRAWN_BY = {"base": {}} | {
     f"{name} model": {"data.source": f"build/study/{name}.parquet"} for name in ("better", "worse")
 }
+SURE = {"data.source": "build/study/sure.parquet"}
 SOLVERS = {"renoise": "5", "fixed-point": "5", "gradient": "3"}
 PAPER = tuple(METHODS["inpo"].items())  # what presets vary one thing of
 GRID, AT = "inversion.grid", "inversion.evaluate_at"
@@ -215,6 +216,8 @@ PRESETS = {
                 for name in COMPARED
                 for who, source in DRAWN_BY.items()
             }
+            # a better model's pictures differ less, so that more of their labels are wrong
+            | {f"{name}, pairs by the better model, sure labels": METHODS[name] | SURE for name in ("inpo", "dpo")}
         ),
         SEEDS,
     ),

@@ -102,3 +102,22 @@ def test_what_filter_and_weights_leave_of_the_bias(tmp_path):
     assert [p.winner for p in weighted] == [p.winner for p in biased]
     sums = [sum(pair.weight for pair in weighted if (lead(pair) > 0) == side) for side in (True, False)]
     assert sums == pytest.approx([len(weighted) / 2] * 2) and len({pair.weight for pair in weighted}) == 2
+
+
+def test_sure_labels_are_the_rule_judges_own(tmp_path, monkeypatch):
+    """Of pairs drawn by the base, in the better model's place: pictures and ties stay, labels that noise turned go."""
+    shipped = pq.read_table(ASSETS / "pairs.parquet").slice(0, 96)
+    monkeypatch.setattr(study_data, "FOLDER", tmp_path)
+    pq.write_table(shipped, tmp_path / "better.parquet")
+    before, after, turned = shipped.to_pylist(), study_data.sure().to_pylist(), 0
+    for old, new in zip(before, after, strict=True):
+        captions = [old["caption"]] * 2
+        scores = RuleJudge().score([study_data.pixels(old[key]) for key in ("jpg_0", "jpg_1")], captions).total
+        wanted = 0.5 if old["label_0"] == 0.5 else float(scores[0] > scores[1])
+        assert (new["label_0"], new["label_1"]) == (wanted, 1 - wanted)
+        if wanted != 0.5:
+            assert new["best_image_uid"] == new["image_0_uid" if wanted else "image_1_uid"]
+        turned += new["label_0"] != old["label_0"]
+        labels = ("label_0", "label_1", "best_image_uid")
+        assert {k: v for k, v in new.items() if k not in labels} == {k: v for k, v in old.items() if k not in labels}
+    assert turned > 3
