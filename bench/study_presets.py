@@ -161,6 +161,9 @@ def _solver(kinds: dict[str, str]) -> tuple[Cell, ...]:
     return cells(table)
 
 
+# with inpo's beta and learning rate: what is tau_norm's or the inversion's, what the tuning's
+DPO_AS_INPO = METHODS["dpo"] | TUNED["inpo"]
+ALIKE_BUT_FOR_NOISE = {"inpo": METHODS["inpo"], "dpo as inpo": DPO_AS_INPO}
 COMPARED = ("inpo", "inpo-rms", "dpo", "sft")
 QUALITIES = {
     "below": {"data.source": "build/study/below.parquet"},
@@ -204,8 +207,8 @@ PRESETS = {
     "quality": Study(
         "quality",
         cells({f"{n}, {d}": METHODS[n] | source for n in COMPARED for d, source in QUALITIES.items()})
-        # inpo-rms was tuned to twice inpo's learning rate: what is tau_norm's, what the learning rate's
-        + cells({f"inpo-rms as inpo, {d}": METHODS["inpo"] | {RMS: "rms"} | source for d, source in QUALITIES.items()}),
+        + cells({f"inpo-rms as inpo, {d}": METHODS["inpo"] | {RMS: "rms"} | QUALITIES[d] for d in ("below", "above")})
+        + cells({f"dpo as inpo, {d}": DPO_AS_INPO | source for d, source in QUALITIES.items()}),
         SEEDS,
     ),
     "transfer": Study(
@@ -217,14 +220,17 @@ PRESETS = {
                 for who, source in DRAWN_BY.items()
             }
             # a better model's pictures differ less, so that more of their labels are wrong
-            | {f"{name}, pairs by the better model, sure labels": METHODS[name] | SURE for name in ("inpo", "dpo")}
+            | {f"{name}, sure pairs by the better model": method | SURE for name, method in ALIKE_BUT_FOR_NOISE.items()}
+            | {
+                f"dpo as inpo, pairs by the {who}": DPO_AS_INPO | DRAWN_BY[who]
+                for who in ("better model", "worse model")
+            }
         ),
         SEEDS,
     ),
     "landscape": Study(
         "landscape",
         grid({"inversion.guidance": ["0", "0.5", "1", "5"]}),
-        SEEDS[:3],
         shared=(("train.steps", "12"), ("optim.warmup_steps", "2"), ("optim.average", "none")),  # of the run of update
         kind="landscape",
     ),
