@@ -7,6 +7,7 @@ from bench.study_cells import Cell, Study, grid
 SEEDS, TUNING_SEED = tuple(range(5)), 10  # what was tuned on is not reported
 BETA, LR, RMS, N = "objective.beta", "optim.lr", "objective.tau_norm", "inversion.steps"
 STEPS, BATCH, PER_PAIR = "train.steps", "train.pairs_per_step", "objective.timesteps.per_pair"
+MIN_T = "objective.timesteps.min"
 Settings = dict[str, str]
 
 INPO = {"method": "inpo", RMS: "none"}
@@ -194,6 +195,7 @@ GRIDS |= {
 LEAK = grid({RMS: ["none", "rms", "orthogonal"]}) + cells(
     {"Gaussian noise": {RMS: "none", "inversion.estimator": "random"}}
 )
+CUT = {"inpo": (0, 100, 200, 400), "dpo": (0, 400)}  # timesteps that are not trained
 PRESETS = {
     "reconstruction": Study("reconstruction", _reconstruction(), kind="reconstruct"),
     "solver-error": Study("solver-error", _solver(SOLVERS), kind="reconstruct"),
@@ -202,8 +204,12 @@ PRESETS = {
     "grids": Study("grids", cells(GRIDS), SEEDS, PAPER),
     "batch": Study("batch", _batches(), SEEDS),
     "guidance": Study("guidance", grid({"inversion.guidance": ["0", "0.5", "1", "5"]}), SEEDS, PAPER),
-    # the last 1000, 900, 800, 600 timesteps (S9)
-    "timesteps": Study("timesteps", grid({"objective.timesteps.min": ["0", "100", "200", "400"]}), SEEDS, PAPER),
+    # the last 1000, 900, 800, 600 timesteps (S9); whether what InPO gains by it is InPO's
+    "timesteps": Study(
+        "timesteps",
+        cells({f"{n}, {1000 - t} timesteps": METHODS[n] | {MIN_T: f"{t}"} for n in ("inpo", "dpo") for t in CUT[n]}),
+        SEEDS,
+    ),
     "quality": Study(
         "quality",
         cells({f"{n}, {d}": METHODS[n] | source for n in COMPARED for d, source in QUALITIES.items()})
