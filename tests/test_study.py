@@ -20,6 +20,7 @@ from bench.study_cells import RECIPE, SPLITS, Cell, Study, config_of, grid, resu
 from bench.study_measures import MEASURES
 from bench.study_presets import CHEAP, METHODS, PRESETS, methods
 from inpo_fast.config import parse
+from inpo_fast.data.windows import Windows
 from inpo_fast.evaluate import read_prompts
 from inpo_fast.pocket import ASSETS
 from inpo_fast.pocket.scenes import Finish, render, split_scenes
@@ -297,6 +298,25 @@ def test_a_cell_that_starts_from_another_runs_model(tmp_path, monkeypatch):
     )
     assert all((p - weights[name]).abs().max() < 1e-3 for name, p in run.unet.named_parameters())
     assert result["unet_evaluations"] == sum(line["unet_evaluations"] for _, r in seen for line in r.metrics)
+
+
+def test_a_cell_that_is_asked_to_stop_says_so_in_a_line(tmp_path, monkeypatch):
+    """SIGTERM to a process that trains: a Refusal instead of a traceback, and the run's folder is free again."""
+    settings = {"train.steps": "3", "train.pairs_per_step": "2", "train.micro_batch": "2", "inversion.steps": "2"}
+    config = config_of(Study("s", ()), Cell("s", tuple(settings.items())), 0, f"{tmp_path}/run")
+    load, loaded = Windows.load, []
+
+    def stop_at_the_second_step(windows, position):
+        loaded.append(position)
+        if len(loaded) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(windows, position)
+
+    monkeypatch.setattr(Windows, "load", stop_at_the_second_step)
+    with pytest.raises(Refusal, match="stopped by SIGTERM; the same command goes on"):
+        study_train.trained(config)
+    monkeypatch.setattr(Windows, "load", load)
+    assert study_train.trained(replace(config, overwrite=True)).metrics[-1]["step"] == 3
 
 
 def test_measures_see_what_they_are_named_after():
