@@ -15,7 +15,8 @@ fixed-point iteration of Eq. 13, or by gradient descent on its residual):
 With inversion.steps=1 it is one equation between the image and t. Ours: solving it for every step of the climb, so that
 all grids work; rate = 1, where a step leaves out of r what a fixed-point iteration leaves, to first order, and equal
 weights of the answers. The published SmPO code tells the UNet s' for both answers (evaluate_at: target); with
-evaluate_at: source the first answer is told s, as the samples it sees are at s.
+evaluate_at: source the first answer is told s, as the samples it sees are at s: with k = 1 that is Heun's method for
+the sampler's equation d(x / a) = eps d(s / a), of second order; the others are of first order.
 """
 
 from collections.abc import Callable

@@ -87,6 +87,26 @@ def test_sampling_comes_back_to_the_image(kind, k):
     assert levels[0] == CLEAN and errors[kind] < errors["ddim"] * {"renoise": 0.75}.get(kind, 0.02), errors
 
 
+def test_renoise_told_its_own_levels_is_of_higher_order():
+    """With k = 1 it is Heun's method for the sampler's equation d(x / a) = eps d(s / a). Halved steps leave a half of
+    the error of first-order steps; here 2^-1.5 instead of a quarter, since s goes with the root of t and the first
+    step from the clean image is the longest."""
+    t = torch.full((len(x_0),), 800)
+
+    def climbed(n, evaluate_at="source", **how):
+        climb = plan(SCHEDULE, t, steps=n, grid="spread", evaluate_at=evaluate_at)
+        return invert(eps_of(C), x_0, climb, batch=64, **how)[0]
+
+    heun, end = {"estimator": "renoise"}, climbed(800, estimator="renoise")
+    kinds = {"heun": heun, "ddim": {}, "at the target": heun | {"evaluate_at": "target"}}
+    kinds["fixed-point"] = {"estimator": "fixed-point", "refinements": 3}
+    for name, how in kinds.items():
+        coarse, fine = ((climbed(n, **how) - end).square().mean().sqrt().item() for n in (20, 40))
+        ratio = coarse / fine
+        assert 2.7 < ratio < 3.5 if name == "heun" else 1.8 < ratio < 2.3, (name, ratio)
+        assert name != "heun" or fine < 1e-3  # 7e-3 with the others
+
+
 @pytest.mark.parametrize("kind", ["renoise", "fixed-point", "gradient"])
 def test_guided_and_padded(kind):
     """Two models are combined in every answer; full calls change nothing."""
