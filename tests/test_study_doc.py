@@ -47,8 +47,13 @@ def test_what_the_document_shows_is_in_the_kept_table(section):
     name = COMMAND.search(section)[1]
     (kept,) = tables((KEPT / name / "table.md").read_text(encoding="utf-8"))
     for head, *rows in tables(section):
-        if name == "tuning":  # a summary; test_study.py has the choices
-            assert [row[0] for row in rows] and head[0] == "method"
+        if name == "tuning":  # a summary: the chosen setting and the range of all six
+            column = kept[0].index("win-rate")
+            found = {row[0]: row[column].split()[0] for row in kept[1:]}
+            for method, chosen, best, range_ in rows:
+                six = [value for cell, value in found.items() if cell.startswith(f"{method}: ")]
+                assert found[f"{method}: {chosen}"] == best == max(six) and range_ == f"{min(six)} to {max(six)}"
+                assert len(six) == 6
             continue
         columns = [kept[0].index(title) for title in head]
         whole = [[row[column] for column in columns] for row in kept[1:]]
