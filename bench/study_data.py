@@ -28,7 +28,7 @@ from rich.console import Console
 from bench.study_cells import Cell, Study, config_of
 from inpo_fast import draws
 from inpo_fast.files import whole
-from inpo_fast.models import load_pipeline, quiet_libraries
+from inpo_fast.loading import load_pipeline, quiet_libraries
 from inpo_fast.pocket import ASSETS
 from inpo_fast.pocket.judge import RuleJudge
 from inpo_fast.pocket.pairs import SCHEMA, draw_pairs, png, write_pairs

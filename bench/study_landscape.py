@@ -26,8 +26,9 @@ from bench.study_train import trained
 from inpo_fast import draws
 from inpo_fast.config import RunConfig
 from inpo_fast.data.windows import Item, Windows, open_data
+from inpo_fast.loading import open_pipeline, quiet_libraries
 from inpo_fast.metrics import Tally
-from inpo_fast.models import Models, Text, open_pipeline, quiet_libraries
+from inpo_fast.models import Models, Text
 from inpo_fast.step import micro_step, noise_window, train_step
 from inpo_fast.window import Recipe, make_window
 

@@ -28,7 +28,8 @@ from inpo_fast.data.images import View
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import Item, Windows
 from inpo_fast.judges.registry import make_judge
-from inpo_fast.models import Models, open_pipeline, quiet_libraries
+from inpo_fast.loading import open_pipeline, quiet_libraries
+from inpo_fast.models import Models
 from inpo_fast.objectives import noised, normalise, rms, target
 from inpo_fast.step import noise_window
 from inpo_fast.window import Recipe, make_window

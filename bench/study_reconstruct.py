@@ -15,7 +15,8 @@ from bench.study_cells import Cell, Study, config_of, settings_of
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import Windows
 from inpo_fast.inversion import InversionConfig, invert
-from inpo_fast.models import Models, open_pipeline, quiet_libraries
+from inpo_fast.loading import open_pipeline, quiet_libraries
+from inpo_fast.models import Models
 from inpo_fast.objectives import ObjectiveConfig, rms, target
 from inpo_fast.schedule import plan, snap
 from inpo_fast.window import Recipe, make_window

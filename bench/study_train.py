@@ -24,7 +24,7 @@ from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.evaluate import Gallery, diversity, read_prompts
 from inpo_fast.files import whole
 from inpo_fast.judges.registry import make_judge
-from inpo_fast.models import load_pipeline, quiet_libraries
+from inpo_fast.loading import load_pipeline, quiet_libraries
 from inpo_fast.preemption import Preempted
 from inpo_fast.refusal import Refusal
 from inpo_fast.sample import draw, scaled_eps, use_ddim

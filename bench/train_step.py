@@ -31,7 +31,8 @@ from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Item, Windows
 from inpo_fast.fast_unet import make_fast
 from inpo_fast.inversion import InversionConfig
-from inpo_fast.models import DTYPES, Models, ModelsConfig, open_pipeline, quiet_libraries
+from inpo_fast.loading import open_pipeline, quiet_libraries
+from inpo_fast.models import DTYPES, Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.phases import Stopwatch, phase
 from inpo_fast.pocket import ASSETS

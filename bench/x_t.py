@@ -14,8 +14,9 @@ from bench.train_step import move_policy
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
+from inpo_fast.loading import open_pipeline, quiet_libraries
 from inpo_fast.metrics import Tally
-from inpo_fast.models import Models, ModelsConfig, open_pipeline, quiet_libraries
+from inpo_fast.models import Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig, target
 from inpo_fast.pocket import ASSETS
 from inpo_fast.refusal import run_or_refuse

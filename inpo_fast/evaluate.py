@@ -27,7 +27,8 @@ from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.files import write_text
 from inpo_fast.judges import Judge, Scores
 from inpo_fast.judges.registry import make_judge, make_judges
-from inpo_fast.models import DTYPES, load_pipeline, load_unet, quiet_libraries
+from inpo_fast.loading import load_pipeline, load_unet, quiet_libraries
+from inpo_fast.models import DTYPES
 from inpo_fast.progress import picture_progress
 from inpo_fast.prompts import read_prompt_set
 from inpo_fast.refusal import Refusal, run_or_refuse

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from inpo_fast.architectures import UNETS
-from inpo_fast.models import DTYPES, load_pipeline, quiet_libraries
+from inpo_fast.loading import load_pipeline, quiet_libraries
+from inpo_fast.models import DTYPES
 from inpo_fast.original_keys import clip_tensors, open_clip_tensors, unet_name, vae_tensors
 from inpo_fast.refusal import Refusal, run_or_refuse
 

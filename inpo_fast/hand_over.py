@@ -8,7 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 
-from inpo_fast.models import Models, open_pipeline
+from inpo_fast.loading import open_pipeline
+from inpo_fast.models import Models
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from inpo_fast.architectures import CLIP_L, OPENCLIP_G, PUBLISHED, make_tokenizer, make_unet, make_vae, text_config
 from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.costs import Passes, forward_bytes, unet_passes
-from inpo_fast.models import DTYPES, ModelsConfig, add_adapter, opening
+from inpo_fast.loading import opening
+from inpo_fast.models import DTYPES, ModelsConfig, add_adapter
 from inpo_fast.objectives import SIDES
 from inpo_fast.optim import lr_at
 from inpo_fast.refusal import Refusal

@@ -28,7 +28,8 @@ from inpo_fast.config import RunConfig, parse, variant_of
 from inpo_fast.data.images import View
 from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.files import write_text
-from inpo_fast.models import Models, open_pipeline, quiet_libraries
+from inpo_fast.loading import open_pipeline, quiet_libraries
+from inpo_fast.models import Models
 from inpo_fast.objectives import SIDES
 from inpo_fast.optim import make_optimizer
 from inpo_fast.phases import NAMES, Stopwatch, phase

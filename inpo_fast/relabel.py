@@ -29,7 +29,7 @@ from inpo_fast.files import whole, write_text
 from inpo_fast.judges import Judge, judge_id
 from inpo_fast.judges.cache import ScoreCache
 from inpo_fast.judges.registry import NAMES, make_judges
-from inpo_fast.models import quiet_libraries
+from inpo_fast.loading import quiet_libraries
 from inpo_fast.progress import picture_progress
 from inpo_fast.refusal import Refusal, run_or_refuse
 

@@ -15,7 +15,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from inpo_fast import distributed, draws
 from inpo_fast.files import write_bytes
-from inpo_fast.models import DTYPES, load_pipeline, load_unet, quiet_libraries
+from inpo_fast.loading import load_pipeline, load_unet, quiet_libraries
+from inpo_fast.models import DTYPES
 from inpo_fast.progress import picture_progress
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
 

@@ -31,9 +31,10 @@ from inpo_fast.files import write_text
 from inpo_fast.hand_over import detach_policy, output_pipeline, whole_masters
 from inpo_fast.inversion import check_estimator
 from inpo_fast.latents import Latents, open_latents
+from inpo_fast.loading import open_pipeline, quiet_libraries
 from inpo_fast.metrics import MetricsFile, Tally
 from inpo_fast.model_card import write_cards
-from inpo_fast.models import Models, open_pipeline, quiet_libraries
+from inpo_fast.models import Models
 from inpo_fast.observe import Observer, check_observing
 from inpo_fast.online import Online, open_online
 from inpo_fast.optim import Average, LossScale, lr_at, make_optimizer

@@ -9,7 +9,8 @@ from tiny_world import save_pairs, tiny_pipeline, tiny_xl
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
-from inpo_fast.models import LoraSettings, Models, ModelsConfig, open_pipeline
+from inpo_fast.loading import open_pipeline
+from inpo_fast.models import LoraSettings, Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.optim import OptimConfig, make_optimizer
 from inpo_fast.step import train_step

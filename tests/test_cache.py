@@ -212,7 +212,7 @@ def test_two_processes_share_the_work(source, tmp_path):
         data=DataConfig(source=source, resolution=32, cache=str(tmp_path / "one"), bad_pair_limit=1.0),
         train=Train(steps=3, pairs_per_step=200),
     )
-    from inpo_fast.models import load_pipeline
+    from inpo_fast.loading import load_pipeline
 
     models = Models(load_pipeline(model), torch.device("cpu"), ModelsConfig(base=model))
     one = cache.fill(config, models, 0, 1, QUIET)

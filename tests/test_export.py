@@ -17,7 +17,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from inpo_fast import architectures, export
 from inpo_fast.hand_over import output_pipeline, save_adapter
-from inpo_fast.models import LoraSettings, Models, ModelsConfig, load_pipeline, open_pipeline
+from inpo_fast.loading import load_pipeline, open_pipeline
+from inpo_fast.models import LoraSettings, Models, ModelsConfig
 from inpo_fast.refusal import Refusal
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -20,8 +20,9 @@ from inpo_fast import architectures, checkpoint, export, train
 from inpo_fast.config import parse
 from inpo_fast.evaluate import verdict
 from inpo_fast.hand_over import output_pipeline
+from inpo_fast.loading import load_pipeline, open_pipeline, quiet_libraries
 from inpo_fast.model_card import write_cards
-from inpo_fast.models import DTYPES, LoraSettings, Models, ModelsConfig, load_pipeline, open_pipeline, quiet_libraries
+from inpo_fast.models import DTYPES, LoraSettings, Models, ModelsConfig
 from inpo_fast.refusal import Refusal
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "hand-over.md"

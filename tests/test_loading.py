@@ -12,7 +12,8 @@ from inpo_fast.config import parse
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
-from inpo_fast.models import Models, ModelsConfig, open_pipeline
+from inpo_fast.loading import open_pipeline
+from inpo_fast.models import Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.refusal import Refusal
 from inpo_fast.step import noise_window, train_step

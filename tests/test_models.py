@@ -11,7 +11,8 @@ from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
-from inpo_fast.models import Models, load_pipeline
+from inpo_fast.loading import load_pipeline
+from inpo_fast.models import Models
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.refusal import Refusal
 from inpo_fast.step import train_step

@@ -25,7 +25,7 @@ from inpo_fast.data.sources import BadPair, Pair, open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.judges import Scores
 from inpo_fast.judges.registry import make_judge
-from inpo_fast.models import load_pipeline
+from inpo_fast.loading import load_pipeline
 from inpo_fast.online import Online
 from inpo_fast.pocket import ASSETS
 from inpo_fast.preemption import EXIT_CODE

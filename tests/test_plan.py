@@ -12,7 +12,8 @@ from inpo_fast import plan
 from inpo_fast.architectures import make_unet, make_vae
 from inpo_fast.config import parse
 from inpo_fast.costs import ask_vae, forward_flop
-from inpo_fast.models import Models, ModelsConfig, open_pipeline
+from inpo_fast.loading import open_pipeline
+from inpo_fast.models import Models, ModelsConfig
 from inpo_fast.optim import OptimConfig, make_optimizer
 from inpo_fast.plan import GIB, make_plan, show
 from inpo_fast.refusal import Refusal

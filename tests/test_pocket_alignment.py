@@ -14,7 +14,8 @@ from inpo_fast import objectives as obj
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
-from inpo_fast.models import Models, load_pipeline
+from inpo_fast.loading import load_pipeline
+from inpo_fast.models import Models
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.pocket import ASSETS
 from inpo_fast.step import noise_window

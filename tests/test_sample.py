@@ -10,7 +10,8 @@ from tiny_world import tiny_pipeline
 
 from inpo_fast import sample
 from inpo_fast.hand_over import save_adapter
-from inpo_fast.models import LoraSettings, Models, ModelsConfig, load_pipeline, open_pipeline
+from inpo_fast.loading import load_pipeline, open_pipeline
+from inpo_fast.models import LoraSettings, Models, ModelsConfig
 from inpo_fast.refusal import Refusal
 
 

@@ -13,7 +13,7 @@ from bench import study_data, study_train
 from bench.study_cells import config_of
 from bench.study_presets import PRESETS
 from inpo_fast.data.windows import open_data
-from inpo_fast.models import load_unet
+from inpo_fast.loading import load_unet
 from inpo_fast.pocket import ASSETS
 from inpo_fast.pocket.judge import RuleJudge
 from inpo_fast.pocket.pairs import write_pairs

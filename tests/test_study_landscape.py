@@ -10,7 +10,8 @@ import torch
 
 from bench import study, study_landscape, study_table, study_train
 from bench.study_cells import Cell, Study, config_of
-from inpo_fast.models import Models, open_pipeline
+from inpo_fast.loading import open_pipeline
+from inpo_fast.models import Models
 from inpo_fast.step import train_step
 from inpo_fast.window import Recipe, make_window
 from tests.test_study import Inline

@@ -9,8 +9,9 @@ import torch
 from bench import study, study_leak
 from bench.study_cells import config_of
 from bench.study_presets import PRESETS
+from inpo_fast.loading import open_pipeline
 from inpo_fast.metrics import Tally
-from inpo_fast.models import Models, open_pipeline
+from inpo_fast.models import Models
 from inpo_fast.step import micro_step, noise_window
 from inpo_fast.window import Recipe, make_window
 

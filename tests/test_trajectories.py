@@ -18,7 +18,8 @@ from inpo_fast import trajectories
 from inpo_fast.data.images import View
 from inpo_fast.data.windows import DataConfig, Item
 from inpo_fast.inversion import InversionConfig
-from inpo_fast.models import LoraSettings, Models, ModelsConfig, open_pipeline
+from inpo_fast.loading import open_pipeline
+from inpo_fast.models import LoraSettings, Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig, Timesteps
 from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import Schedule, has_global_levels, plan

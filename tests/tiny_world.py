@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from inpo_fast.models import Models, load_pipeline
+from inpo_fast.loading import load_pipeline
+from inpo_fast.models import Models
 from inpo_fast.pocket.base_model import WIDTH, make_pipeline, make_text_encoder, make_tokenizer
 from inpo_fast.pocket.pairs import SCHEMA, png, write_pairs
 from inpo_fast.pocket.scenes import Finish, all_scenes, random_finish, render, split_scenes

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from inpo_fast import distributed
 from inpo_fast.files import write_text
-from inpo_fast.models import quiet_libraries
+from inpo_fast.loading import quiet_libraries
 from inpo_fast.pocket import ASSETS, base_model, clip_model, pairs
 from inpo_fast.pocket.judge import RuleJudge
 from inpo_fast.pocket.scenes import all_scenes, split_scenes

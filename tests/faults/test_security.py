@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_world import save_tiny_model
 
-from inpo_fast.models import ModelsConfig, load_unet, load_vae, open_pipeline
+from inpo_fast.loading import load_unet, load_vae, open_pipeline
+from inpo_fast.models import ModelsConfig
 from inpo_fast.refusal import Refusal
 
 
