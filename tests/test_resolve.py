@@ -1,5 +1,5 @@
 """.ci/resolve.py: what it makes of uv's and pip's words, and that it tells a conflict from an index that is not there.
-The words were recorded from uv 0.9 and 0.13 and pip 23.2."""
+The words are those of uv 0.9 and 0.13 and of pip 23.2, shortened."""
 
 import functools
 import http.server
@@ -25,9 +25,12 @@ UV_13 = """error: No solution found when resolving dependencies
          And because inpo-fast depends on torch==2.13.0, we can conclude that your requirements are unsatisfiable.
 """
 UV_9 = """  \x1b[31m×\x1b[0m No solution found when resolving dependencies:
-  ╰─▶ Because torch==2.13.0 depends on triton==3.7.1 and triton==3.9.0, we can conclude that torch==2.13.0 cannot be
-      used.
-      And because inpo-fast depends on torch==2.13.0, we can conclude that your requirements are unsatisfiable.
+  ╰─▶ Because torch==2.13.0 depends on triton{python_full_version < '3.15' and
+      sys_platform == 'linux'}==3.7.1 and triton{python_full_version < '3.15'
+      and sys_platform == 'linux'}==3.9.0, we can conclude that torch==2.13.0
+      cannot be used.
+      And because inpo-fast depends on torch==2.13.0, we can conclude that
+      your requirements are unsatisfiable.
 """
 PIP = """INFO: pip is looking at multiple versions of torch. This could take a while.
 ERROR: Cannot install torch==2.13.0 because these package versions have conflicting dependencies.
@@ -43,8 +46,17 @@ To fix this you could try to:
 ERROR: ResolutionImpossible: for help visit https://pip.pypa.io/
 """
 NO_NETWORK = {
-    "uv 0.13": "error: No metadata\n  cause: Failed to fetch: https://index.example/torch/\n  cause: dns error",
-    "uv 0.9": "  × Failed to fetch: `https://index.example/torch/`\n  ├─▶ error sending request\n  ╰─▶ dns error",
+    "uv 0.13": """warning: The requested Python version 3.12 is not available; 3.11.7 will be used instead.
+error: Request failed after 3 retries in 4.5s
+  cause: Failed to fetch: https://index.example/simple/numpy/
+  cause: error sending request for url (https://index.example/simple/numpy/)
+  cause: Connection refused (os error 111)
+""",
+    "uv 0.9": """error: Failed to fetch: `https://index.example/simple/diffusers/`
+  Caused by: Request failed after 3 retries
+  Caused by: error sending request for url (https://index.example/simple/diffusers/)
+  Caused by: Connection refused (os error 111)
+""",
     "pip": """WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(<…>: Failed to establish
 a new connection: [Errno -3] Temporary failure in name resolution')': /simple/torch/
 ERROR: Could not find a version that satisfies the requirement torch (from versions: none)
