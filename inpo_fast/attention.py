@@ -33,7 +33,7 @@ def use(unet: torch.nn.Module, backend: AttentionBackend, device: torch.device) 
             import xformers.ops  # noqa: F401
         except ImportError as problem:
             raise Refusal(
-                f"models.attention=xformers: {problem}; pip install -c constraints.txt -e .[xformers], or take auto"
+                f"models.attention=xformers: {problem}; pip install 'inpo-fast[xformers]', or take auto"
             ) from problem
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     for module in unet.modules():
