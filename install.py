@@ -74,14 +74,14 @@ def set_up(torch, installer):
             f"That is PyTorch for NVIDIA GPUs; without one: make setup TORCH=cpu ({less[0]} and {less[1]} GB).", end=""
         )
     print()
-    if sources:
+    if sources and not uv:
         print(f"pip's configuration names places of its own ({', '.join(sources)}): what they have may be smaller.")
-        if not uv and shutil.which("uv"):
+        if shutil.which("uv"):
             print("uv is installed but does not read them, so pip is taken; make setup INSTALLER=uv takes uv.")
     sys.stdout.flush()
     if fresh:
         room = shutil.disk_usage(str(ROOT)).free / 1e9
-        least = SIZES["cpu"][1] if sources else size
+        least = SIZES["cpu"][1] if sources and not uv else size
         if room < least:
             raise Refusal(disk_is_full(f"{least} GB are needed for .venv and there are {room:.1f}", torch))
         make_venv(uv, torch)
