@@ -16,12 +16,16 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 
 from inpo_fast.architectures import random_pipeline
+from inpo_fast.lora import lora_file, merge_, read_lora, with_lora
 from inpo_fast.models import DTYPES, ModelsConfig
 from inpo_fast.refusal import Refusal
 
 
 def open_pipeline(config: ModelsConfig) -> DiffusionPipeline:
-    """What the configuration names, on the CPU: fp32, or for LoRA, which needs no masters, in the working precision."""
+    """What the configuration names, on the CPU: fp32, or for LoRA, which needs no masters, in the working precision.
+
+    Where models.init is a LoRA, its weights are merged, and it is kept as `pipeline.init_lora`.
+    """
     dtype = DTYPES[config.precision] if config.lora.rank else torch.float32
     if config.random:
         if config.base:
@@ -29,7 +33,10 @@ def open_pipeline(config: ModelsConfig) -> DiffusionPipeline:
         pipeline = random_pipeline(config.random, dtype)
     else:
         pipeline = load_pipeline(config.base, dtype, config.single_file_config)
-    if config.init:
+    if config.init and lora_file(config.init):
+        pipeline.init_lora = read_lora("models.init", config.init, pipeline.unet)
+        merge_(pipeline.unet, pipeline.init_lora)
+    elif config.init:
         pipeline.unet = load_unet("models.init", config.init, pipeline.unet, config.single_file_config)
     if config.vae:
         pipeline.vae = load_vae(config.vae)
@@ -81,6 +88,18 @@ def load_unet(
                 f"there {ours.get(name)})"
             )
     return unet
+
+
+def open_unet(
+    key: str, path: str, base: UNet2DConditionModel, single_file_config: str | None = None
+) -> UNet2DConditionModel:
+    """The UNet that `path` stands for beside `base`: a copy of it with the LoRA there, or another model's.
+
+    On base's device. key: the setting that named it, for the refusal.
+    """
+    if lora_file(path):
+        return with_lora(base, read_lora(key, path, base))
+    return load_unet(key, path, base, single_file_config).to(base.device)
 
 
 def load_vae(path: str) -> AutoencoderKL:

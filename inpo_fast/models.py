@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from inpo_fast.architectures import Architecture
 from inpo_fast.attention import AttentionBackend
 from inpo_fast.fast_unet import Fast, inverting, make_fast, resolve
+from inpo_fast.lora import Lora
 from inpo_fast.schedule import Schedule
 from inpo_fast.split import Split
 from inpo_fast.transfer import to_device
@@ -43,7 +44,8 @@ class ModelsConfig:
     random: Architecture | None = None
     """Instead of base: the exact architecture with seeded random weights, for timings, tests and dry runs."""
     init: str | None = None
-    """A model whose UNet policy and reference start from, e.g. one fine-tuned on the winners; the rest is base's."""
+    """A model whose UNet policy and reference start from, e.g. one fine-tuned on the winners; the rest is base's. Or a
+    LoRA of base (file or folder), which is merged into both; with models.lora a new one is trained on top of it."""
     vae: str | None = None
     """Another VAE: a folder, a hub id (e.g. the fp16-safe one of SDXL) or a single .safetensors file."""
     single_file_config: str | None = None
@@ -112,6 +114,7 @@ class Models:
         """split: each process keeps only its part of the fp32 masters (and so of the optimizer's state)."""
         self.pipeline, self.device, self.config = pipeline, device, config
         self.dtype = DTYPES[config.precision]
+        self.init_lora: Lora | None = getattr(pipeline, "init_lora", None)
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()

@@ -15,12 +15,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from inpo_fast import distributed, draws
 from inpo_fast.files import write_bytes
-from inpo_fast.loading import load_pipeline, load_unet, quiet_libraries
+from inpo_fast.loading import load_pipeline, open_unet, quiet_libraries
 from inpo_fast.models import DTYPES
 from inpo_fast.progress import picture_progress
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
-
-ADAPTER = "pytorch_lora_weights.safetensors"
 
 
 @torch.inference_mode()
@@ -91,18 +89,12 @@ def scaled_eps(pipeline: DiffusionPipeline, scale: float):
 
 @contextmanager
 def aligned(pipeline: DiffusionPipeline, model: str):
-    """Within the block the pipeline draws with another model: a LoRA folder, or anything whose UNet fits."""
+    """Within the block the pipeline draws with another model: a LoRA, or anything whose UNet fits."""
     own = pipeline.unet
-    adapter = (Path(model) / ADAPTER).is_file()
-    if adapter:
-        pipeline.load_lora_weights(model)
-    else:
-        pipeline.unet = load_unet("--model", model, own).to(own.device)
+    pipeline.unet = open_unet("--model", model, own)
     try:
         yield pipeline
     finally:
-        if adapter:
-            pipeline.unload_lora_weights()
         pipeline.unet = own
 
 
@@ -111,7 +103,7 @@ def main() -> None:
 
     parser = command_line("python -m inpo_fast.sample", __doc__)
     parser.add_argument("--base", required=True, help="a diffusers folder, .safetensors file or hub id")
-    parser.add_argument("--model", required=True, help="aligned model: the same, or a folder with a LoRA")
+    parser.add_argument("--model", required=True, help="aligned model: the same, or a LoRA (file or folder)")
     parser.add_argument("--prompts", help="text file, one prompt a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")

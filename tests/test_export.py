@@ -209,38 +209,74 @@ def split(inputs: dict) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "width", "about"),
+    ("layers", "width", "names", "about"),
     [
-        ("down_blocks.0.attentions.0", "down_blocks_0_attentions_0", 768, {}),
-        ("down_blocks.0.attentions.0", "down_blocks_0_attentions_0", 1024, {"ss_v2": "True"}),
-        ("down_blocks.1.attentions.0", "input_blocks_4_1", 2048, {"ss_base_model_version": "sdxl_base_v1-0"}),
-        ("mid_block.attentions.0", "middle_block_1", 2048, {"ss_base_model_version": "sdxl_base_v1-0"}),
-        ("up_blocks.0.attentions.2", "output_blocks_2_1", 2048, {"ss_base_model_version": "sdxl_base_v1-0"}),
-        ("up_blocks.1.attentions.0", "output_blocks_3_1", 2048, {"ss_base_model_version": "sdxl_base_v1-0"}),
+        (2, 768, {"down_blocks.0.attentions.0": "down_blocks_0_attentions_0"}, ("sd_v1", "stable-diffusion-v1/lora")),
+        (
+            2,
+            1024,
+            {"down_blocks.0.attentions.0": "down_blocks_0_attentions_0"},
+            ("sd_v2", "stable-diffusion-v2-512/lora"),
+        ),
+        (
+            2,
+            2048,
+            {
+                "down_blocks.1.attentions.0": "input_blocks_4_1",
+                "down_blocks.2.attentions.1": "input_blocks_8_1",
+                "mid_block.attentions.0": "middle_block_1",
+                "up_blocks.0.attentions.2": "output_blocks_2_1",
+                "up_blocks.1.attentions.0": "output_blocks_3_1",
+            },
+            ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+        ),
+        (
+            1,  # KOALA: one residual layer in a down block, two in an up block
+            2048,
+            {
+                "down_blocks.1.attentions.0": "input_blocks_3_1",
+                "down_blocks.2.attentions.0": "input_blocks_5_1",
+                "up_blocks.0.attentions.1": "output_blocks_1_1",
+                "up_blocks.1.attentions.0": "output_blocks_2_1",
+            },
+            ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+        ),
     ],
 )
-def test_kohya_names_without_a_model_beside(tmp_path, module, name, width, about):
+def test_kohya_names_without_a_model_beside(tmp_path, layers, width, names, about):
+    """The names by hand. The LoRA alone shows how many layers a block has, because it has all of their attentions."""
     layer = f"transformer_blocks.{int(width == 2048)}.attn2.to_k"
+    modules = set(names)
+    if width == 2048:
+        modules |= {f"down_blocks.{block}.attentions.{i}" for block in (1, 2) for i in range(layers)}
+        modules |= {f"up_blocks.{block}.attentions.{i}" for block in (0, 1) for i in range(layers + 1)}
     sides = {"A": torch.ones(2, width), "B": torch.ones(320, 2)}
-    save_file({f"unet.{module}.{layer}.lora_{k}.weight": x for k, x in sides.items()}, tmp_path / "x.safetensors")
-    tensors, metadata = export.lora_file(tmp_path / "x.safetensors", "kohya", None)
-    name = f"lora_unet_{name}_{layer.replace('.', '_')}"
-    assert {key: tuple(x.shape) for key, x in tensors.items()} == {
-        f"{name}.lora_down.weight": (2, width),
-        f"{name}.lora_up.weight": (320, 2),
-        f"{name}.alpha": (),
-    }
-    assert tensors[f"{name}.alpha"] == 2  # none is stored: it is the rank
-    assert {key: x for key, x in metadata.items() if key in ("ss_v2", "ss_base_model_version")} == about
+    state = {f"unet.{m}.{layer}.lora_{k}.weight": x.clone() for m in modules for k, x in sides.items()}
+    save_file(state, tmp_path / "x.safetensors")
+    tensors, metadata = export.lora_tensors(tmp_path / "x.safetensors", "kohya", None)
+    assert len(tensors) == 3 * len(modules)  # no two layers under one name
+    for name in names.values():
+        name = f"lora_unet_{name}_{layer.replace('.', '_')}"
+        assert tensors[f"{name}.lora_down.weight"].shape == (2, width)
+        assert tensors[f"{name}.lora_up.weight"].shape == (320, 2)
+        assert tensors[f"{name}.alpha"] == 2  # none is stored: it is the rank
+    assert (metadata["ss_base_model_version"], metadata["modelspec.architecture"]) == about
+
+
+def test_layers_that_leave_blocks_out_do_not_show_how_many_there_are(tmp_path):
+    sides = {"A": torch.ones(2, 2048), "B": torch.ones(320, 2)}
+    layer = "down_blocks.2.attentions.0.transformer_blocks.1.attn2.to_k"
+    save_file({f"unet.{layer}.lora_{k}.weight": x for k, x in sides.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(Refusal, match=r"--lora: .* SD or SDXL, or to one with other blocks; .* --model"):
+        export.lora_tensors(tmp_path / "x.safetensors", "kohya", None)
 
 
 def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
     model, out = world / "sd15" / "model", tmp_path / "x.safetensors"
     (tmp_path / "taken.safetensors").write_text("mine")
     (tmp_path / "empty").mkdir()
-    save_file({"lora_unet_x.alpha": torch.ones(1)}, tmp_path / "kohya.safetensors")
     save_file({f"unet.a.lora_{k}.weight": torch.ones(2, 2) for k in "AB"}, tmp_path / "unknown.safetensors")
-    save_file({"unet.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "half.safetensors")
+    save_file({"unet.a.b.lora_A.weight": torch.ones(2, 2)}, tmp_path / "half.safetensors")
     odd = tiny_pipeline()
     odd.unet.register_to_config(down_block_types=["KDownBlock2D", "DownBlock2D"])
     cases = [
@@ -249,11 +285,11 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
         (["--model", tmp_path / "empty", "--output", out], r"--model: cannot open"),
         (["--model", model, "--output", tmp_path / "taken.safetensors"], r"exists; replace it with --overwrite"),
         (["--model", model, "--output", tmp_path / "x.ckpt"], r"x\.ckpt: must end with \.safetensors"),
-        (["--lora", tmp_path, "--output", out], r"--lora: no such file: .*pytorch_lora_weights"),
-        (["--lora", tmp_path / "taken.safetensors", "--output", out], r"--lora: .* cannot be read"),
-        (["--lora", tmp_path / "kohya.safetensors", "--output", out], r"not a UNet's LoRA in diffusers' layout"),
-        (["--lora", tmp_path / "half.safetensors", "--output", out], r"not a UNet's LoRA in diffusers' layout"),
-        (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"SD or SDXL; name the folder with --model"),
+        (["--lora", tmp_path / "none", "--output", out], r"--lora: no such file or folder: .*none"),
+        (["--lora", tmp_path, "--output", out], r"--lora: .* holds no LoRA: neither pytorch_lora_weights"),
+        (["--lora", tmp_path / "taken.safetensors", "--output", out], r"--lora: .* is not a LoRA in a \.safetensors"),
+        (["--lora", tmp_path / "half.safetensors", "--output", out], r"layer a\.b has one of its two matrices only"),
+        (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"2 of 2, the first unet\.a\.lora_A\.weight"),
     ]
     for arguments, words in cases:
         with pytest.raises(Refusal, match=words) as refusal:
