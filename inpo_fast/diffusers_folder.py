@@ -6,12 +6,14 @@ and merges.txt; transformers 5.5 then draws a new text encoder in silence, 4.54 
 ComfyUI's folder loader finds no text encoder.
 """
 
+import copy
 import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
@@ -128,9 +130,15 @@ def _opens_anywhere(file: Path) -> bool:
 
 
 def write_encoder(encoder: PreTrainedModel, folder: Path) -> None:
-    """config.json and model.safetensors, in one file, with the names of transformers 4."""
+    """config.json and model.safetensors, in one file, with the names of transformers 4.
+
+    config.json says fp32 whatever the weights are stored in: without `dtype=` transformers 5 opens a model as that
+    says, and diffusers everything as fp32, so that a pipeline of half-precision files would not run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    encoder.config.save_pretrained(folder)
+    config = copy.deepcopy(encoder.config)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
     state = {name: x.contiguous() for name, x in encoder.state_dict().items()}
     if isinstance(encoder, CLIPTextModel):
         state = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): x for name, x in state.items()}
