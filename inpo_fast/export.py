@@ -176,7 +176,9 @@ def main() -> None:
         except Refusal as problem:
             raise Refusal(str(problem).replace("models.base", "--model", 1)) from problem
         folder = own.model
-    save(convert(tensors, dtype), metadata | provenance(folder), own.output)
+    # none in diffusers' names: its versions 0.34 to 0.39 stumble over what they do not know there
+    metadata = metadata | provenance(folder) if metadata else {}
+    save(convert(tensors, dtype), metadata, own.output)
     print(f"{own.output}: {len(tensors)} tensors, {dtype}, {own.output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -1,14 +1,17 @@
 """Exported files held against their readers: diffusers' from_single_file and load_lora_weights, bit for bit, and the
 names of the original checkpoints."""
 
+import hashlib
 import json
 import resource
+import shutil
 import sys
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,6 +22,7 @@ from inpo_fast import architectures, export
 from inpo_fast.hand_over import output_pipeline, save_adapter
 from inpo_fast.loading import load_pipeline, open_pipeline
 from inpo_fast.models import LoraSettings, Models, ModelsConfig
+from inpo_fast.original_keys import unet_name
 from inpo_fast.refusal import Refusal
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -85,6 +89,50 @@ def test_fp16_is_the_nearest_and_what_does_not_fit_is_refused(world, tmp_path, m
     assert about["inpo_fast.source"] == "sd15/model" and about["inpo_fast.config_sha256"] == "ab12"
     with pytest.raises(Refusal, match=r"a\.weight has values that are not finite in torch\.float16; take --dtype bf16"):
         export.convert({"a.weight": torch.tensor([1.0, 7e4])}, torch.float16)
+
+
+SPECIFIED = {
+    "sd15": ("stable-diffusion-v1", "epsilon"),
+    "sd21": ("stable-diffusion-v1", "v"),  # its text is as wide as 1.x's here
+    "sdxl": ("stable-diffusion-xl-v1-base", "v"),
+}
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_a_file_says_what_it_is(world, tmp_path, monkeypatch, kind):
+    file = tmp_path / "my model.safetensors"
+    run(monkeypatch, "--model", world / kind / "model", "--output", file)
+    with safe_open(file, "pt") as opened:
+        about = {n.removeprefix("modelspec."): x for n, x in opened.metadata().items() if n.startswith("modelspec.")}
+    content = file.read_bytes()
+    tensors = content[8 + int.from_bytes(content[:8], "little") :]
+    assert about["hash_sha256"] == "0x" + hashlib.sha256(tensors).hexdigest()
+    assert (about["architecture"], about["prediction_type"]) == SPECIFIED[kind]
+    assert about["title"] == "my model" and about["resolution"] == "32x32" and about["sai_model_spec"] == "1.0.0"
+    assert abs(datetime.fromisoformat(about["date"]) - datetime.now(UTC).replace(tzinfo=None)) < timedelta(minutes=5)
+    load_file(file)  # the header still fits
+
+
+def test_a_lora_in_kohyas_names_says_what_it_belongs_to(world, tmp_path, monkeypatch):
+    for kind, version, architecture in (("sd15", "sd_v1", "v1"), ("sdxl", "sdxl_base_v1-0", "xl-v1-base")):
+        lora_world(tmp_path / kind, kind, world)
+        shutil.copytree(world / kind / "model", tmp_path / kind / "model")
+        manifest = {"model": {"base": "a-group/a-model"}, "variant": "inpo"}
+        (tmp_path / kind / "manifest.json").write_text(json.dumps(manifest))
+        file = tmp_path / f"{kind}.safetensors"
+        run(monkeypatch, "--lora", tmp_path / kind / "lora", "--output", file)
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata()
+        content = file.read_bytes()
+        digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+        assert about["sshs_model_hash"] == digest and about["modelspec.hash_sha256"] == f"0x{digest}"
+        assert about["ss_base_model_version"] == version and about["ss_output_name"] == kind
+        assert about["modelspec.architecture"] == f"stable-diffusion-{architecture}/lora"
+        assert about["ss_sd_model_name"] == about["modelspec.merged_from"] == "a-group/a-model"
+        assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("4", "4.0")
+        run(monkeypatch, "--lora", tmp_path / kind / "lora", "--output", file, "--overwrite", "--format", "diffusers")
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
 
 
 def test_sdxl_tells_comfyui_that_it_predicts_v(world):
@@ -317,3 +365,34 @@ def test_a_full_disk_leaves_the_old_file(world, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"] and out.read_text() == "old"
     run(monkeypatch, "--model", world / "sd15" / "model", "--output", out, "--overwrite")
     assert len(load_file(out)) > 100
+
+
+@pytest.mark.parametrize("layers", [2, [1, 3, 2], (2, 2, 2)])
+def test_blocks_with_layers_of_their_own_are_counted_one_after_the_other(layers):
+    """The original UNet has one row of layers down and one up; here it is walked as the picture goes."""
+    shallow = {"layers_per_block": layers, "transformer_layers_per_block": 1}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**architectures.UNETS["sdxl"] | shallow)
+    expected, down, up = {}, 1, 0
+    for b, block in enumerate(unet.down_blocks):
+        for i in range(len(block.resnets)):
+            expected[f"down_blocks.{b}.resnets.{i}.norm1.weight"] = f"input_blocks.{down}.0.in_layers.0.weight"
+            if hasattr(block, "attentions"):
+                expected[f"down_blocks.{b}.attentions.{i}.norm.bias"] = f"input_blocks.{down}.1.norm.bias"
+            down += 1
+        if block.downsamplers:
+            expected[f"down_blocks.{b}.downsamplers.0.conv.bias"] = f"input_blocks.{down}.0.op.bias"
+            down += 1
+    for b, block in enumerate(unet.up_blocks):
+        for i in range(len(block.resnets)):
+            expected[f"up_blocks.{b}.resnets.{i}.norm1.weight"] = f"output_blocks.{up}.0.in_layers.0.weight"
+            if hasattr(block, "attentions"):
+                expected[f"up_blocks.{b}.attentions.{i}.norm.bias"] = f"output_blocks.{up}.1.norm.bias"
+            up += 1
+        if block.upsamplers:
+            at = 1 + hasattr(block, "attentions")
+            expected[f"up_blocks.{b}.upsamplers.0.conv.bias"] = f"output_blocks.{up - 1}.{at}.conv.bias"
+    names = unet.state_dict().keys()
+    assert expected.keys() <= names
+    assert {name: unet_name(name, unet.config) for name in expected} == expected
+    assert len({unet_name(name, unet.config) for name in names}) == len(names)
