@@ -94,7 +94,7 @@ def _padded(x: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
 def lora_file(path: str | Path) -> Path | None:
     """The file of the LoRA that lies at `path`, a file or a folder; None where there is none.
 
-    In a folder: diffusers' name, peft's, or the only .safetensors file.
+    In a folder: diffusers' name, peft's, or the only one there. Refusal where there are several of other names.
     """
     path = Path(path)
     if path.is_dir():
@@ -102,8 +102,13 @@ def lora_file(path: str | Path) -> Path | None:
         found = next((name for name in names if name.is_file()), None)
         if found is not None:
             return found
-        files = [file for file in path.glob("*.safetensors") if file.is_file()]
-        return files[0] if len(files) == 1 and not (path / "config.json").is_file() and is_lora(files[0]) else None
+        if (path / "config.json").is_file() or (path / "model_index.json").is_file():
+            return None
+        files = sorted(file for file in path.glob("*.safetensors") if is_lora(file))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files[:3]) + ", …" * (len(files) > 3)
+            raise Refusal(f"{path} holds {len(files)} LoRAs ({names}); name the file of one")
+        return files[0] if files else None
     return path if is_lora(path) else None
 
 

@@ -220,3 +220,11 @@ def test_files_are_as_readable_as_any(tmp_path, umask, mode):
         os.umask(before)
     paths = [*(p for p in out.rglob("*") if p.is_file()), tmp_path / "x.safetensors", tmp_path / "any"]
     assert {path.stat().st_mode & 0o777 for path in paths} == {mode}
+
+
+def test_half_precision_files_open_in_one_precision(tmp_path):
+    """Without dtype= diffusers opens its models as fp32 and transformers its own as config.json says."""
+    out = written(tiny_pipeline().to(torch.float16), tmp_path)
+    assert load_file(out / "text_encoder/model.safetensors").popitem()[1].dtype == torch.float16
+    pipeline = opened(out)
+    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}

@@ -281,6 +281,16 @@ def test_what_is_no_lora(tmp_path):
     assert not [path for path in [*files, tmp_path / "text.safetensors"] if lora_file(path)]
 
 
+def test_a_folder_with_several(unets, tmp_path):
+    state, _ = SPELLINGS["diffusers, no alpha"](drawn(unets["sd15"]), "sd15")
+    for name in ("step-100", "step-200"):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    with pytest.raises(Refusal, match=r"holds 2 LoRAs .step-100.safetensors, step-200.safetensors.; name the file"):
+        lora_file(tmp_path)
+    save_file(state, tmp_path / "pytorch_lora_weights.safetensors")
+    assert lora_file(tmp_path).name == "pytorch_lora_weights.safetensors"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kohyas_names_of_the_true_architecture_are_read_back(kind):
     """Every linear layer and convolution of the published shapes, on the meta device: no two share a name."""
