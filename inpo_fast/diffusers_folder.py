@@ -25,6 +25,7 @@ from inpo_fast.files import allow_reading, write_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TEXT_PREFIX = "text_model."  # of every tensor of CLIPTextModel before transformers 5
+LOADING = ("is_local", "local_files_only")  # of tokenizer_config.json: how it was opened here
 WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' models, transformers'
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".xml")
 
@@ -76,7 +77,8 @@ def _write_part(part: object, folder: Path) -> None:
         part.save_pretrained(folder, max_shard_size="1TB")  # in one file: ComfyUI's folder loader knows no others
     else:
         part.save_pretrained(folder)
-    _forget_place(folder / "config.json")
+    for name in ("config.json", "tokenizer_config.json"):
+        _forget_place(folder / name)
 
 
 def copy_part(source: Path, target: Path) -> bool:
@@ -155,11 +157,12 @@ def add_vocabulary(folder: Path) -> None:
 
 
 def _forget_place(path: Path) -> None:
-    """Drops the folder that a part was loaded from, which libraries write into what they save."""
+    """Drops where and how a part was opened on this machine, which libraries write into what they save."""
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
     place = config.get("_name_or_path")
-    if isinstance(place, str) and Path(place).exists():
-        del config["_name_or_path"]
-        write_text(path, json.dumps(config, indent=2) + "\n")
+    drop = set(LOADING) | ({"_name_or_path"} if isinstance(place, str) and Path(place).exists() else set())
+    if drop & config.keys():
+        kept = {name: value for name, value in config.items() if name not in drop}
+        write_text(path, json.dumps(kept, indent=2) + "\n")

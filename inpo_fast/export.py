@@ -27,6 +27,11 @@ from inpo_fast.original_keys import clip_tensors, open_clip_tensors, unet_name, 
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.weight_files import About, kohya_metadata, modelspec, write_tensors
 
+FORMATS = ("kohya", "kohya-diffusers", "diffusers")
+FORMAT_HELP = (
+    "names of a LoRA: kohya (default; ComfyUI, A1111, Forge, InvokeAI, sd-scripts, OneTrainer); kohya-diffusers, the "
+    "same with diffusers' names of the layers (ai-toolkit; InvokeAI and OneTrainer for an XL with other blocks); diffusers"
+)
 BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 
 
@@ -84,11 +89,16 @@ def lora_tensors(
         with torch.device("meta"):
             lora = read_lora("--lora", path, UNet2DConditionModel.from_config(config))
     else:
-        lora, config = read_lora_alone("--lora", path)
+        lora, config = read_lora_alone("--lora", path, layout=format == "kohya")
     if format == "diffusers":
         return diffusers_tensors(lora, "unet."), {}
     about = about_model(file.parents[1] if file.is_file() else None, config, title or path.stem)
-    return kohya_tensors(lora, config), kohya_metadata(about, lora.rank)
+    try:
+        return kohya_tensors(lora, config, format == "kohya-diffusers"), kohya_metadata(about, lora.rank)
+    except KeyError as problem:
+        raise Refusal(
+            f"--lora: the layer {problem.args[0]} has no name in the original UNet; take --format kohya-diffusers"
+        ) from problem
 
 
 def about_model(folder: Path | None, config: Mapping, title: str) -> About:
@@ -151,7 +161,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a diffusers folder; with --lora the one that it belongs to")
     parser.add_argument("--lora", type=Path, help="a LoRA: its folder or file, in the names of any program")
     parser.add_argument("--output", type=Path, required=True, help="FILE.safetensors")
-    parser.add_argument("--format", choices=("kohya", "diffusers"), default="kohya", help="of a LoRA (default: kohya)")
+    parser.add_argument("--format", choices=FORMATS, default="kohya", help=FORMAT_HELP)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp16 for a model, fp32 for a LoRA")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     own = parser.parse_args()

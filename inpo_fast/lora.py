@@ -134,9 +134,11 @@ def read_lora(key: str, path: str | Path, unet: torch.nn.Module) -> Lora:
     return _lora(key, path, layer_names(unet), shapes)
 
 
-def read_lora_alone(key: str, path: str | Path) -> tuple[Lora, dict]:
-    """The LoRA of a file or folder whose UNet is not at hand, and what it shows of the UNet's configuration (`is XL`,
-    blocks, layers_per_block). Refusal where it does not show enough."""
+def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lora, dict]:
+    """The LoRA of a file or folder whose UNet is not at hand, and what it shows of the UNet's configuration.
+
+    layout: with what the names of its layers in the original UNet need. Refusal where the LoRA does not show that.
+    """
     file = _find(key, path)
     with safe_open(file, "pt") as opened:
         found = [match["layer"] for name in opened.keys() if (match := TENSOR.fullmatch(name))]  # noqa: SIM118
@@ -147,9 +149,13 @@ def read_lora_alone(key: str, path: str | Path) -> tuple[Lora, dict]:
         lora, config = _lora(key, path, layer_names(unet), None), dict(unet.config)
     else:
         lora = _lora(key, path, {_bare(name): _bare(name) for name in found}, None)
-        config = _layout(key, file, lora)
+        config = _layout(key, file, lora) if layout else {}
     widths = {a.shape[1] for name, (a, _) in lora.layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
-    return lora, config | ({"cross_attention_dim": widths.pop()} if len(widths) == 1 else {})
+    if len(widths) == 1:
+        config["cross_attention_dim"] = width = widths.pop()
+        if width == 2048:
+            config.setdefault("addition_embed_type", "text_time")
+    return lora, config
 
 
 def _find(key: str, path: str | Path) -> Path:
@@ -350,11 +356,15 @@ def tensors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
     return {f"{prefix}{name}.lora_{s}.weight": x for name, ab in layers.items() for s, x in zip("AB", ab, strict=True)}
 
 
-def kohya_tensors(lora: Lora, config: Mapping) -> dict[str, torch.Tensor]:
+def kohya_tensors(lora: Lora, config: Mapping, diffusers_layers: bool = False) -> dict[str, torch.Tensor]:
     """In kohya's names, alpha being the rank. config: of the UNet; XL's layers are named as in the original UNet, those
-    of 1.x and 2.x as in diffusers, as sd-scripts trains them."""
+    of 1.x and 2.x as in diffusers, as sd-scripts trains them.
+
+    diffusers_layers: XL's as in diffusers too, which ai-toolkit wants, and InvokeAI and OneTrainer of XLs with other
+    blocks than SDXL's. KeyError for a layer without a name in the original.
+    """
     out = {}
-    is_xl = config.get("addition_embed_type") == "text_time"
+    is_xl = config.get("addition_embed_type") == "text_time" and not diffusers_layers
     for module, (down, up) in lora.layers.items():
         name = "lora_unet_" + (unet_name(module, config) if is_xl else module).replace(".", "_")
         out[f"{name}.lora_down.weight"], out[f"{name}.lora_up.weight"] = down, up

@@ -67,7 +67,7 @@ def modelspec(about: About, lora: bool = False) -> dict[str, str]:
         "xl": "stable-diffusion-xl-v1-base",
     }[kind]
     fields = {
-        "sai_model_spec": "1.0.0",
+        "sai_model_spec": "1.0.1",
         "architecture": f"{architecture}/lora" if lora else architecture,
         "implementation": "diffusers" if lora and kind != "xl" else "https://github.com/Stability-AI/generative-models",
         "title": about.title,

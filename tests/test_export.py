@@ -108,7 +108,7 @@ def test_a_file_says_what_it_is(world, tmp_path, monkeypatch, kind):
     tensors = content[8 + int.from_bytes(content[:8], "little") :]
     assert about["hash_sha256"] == "0x" + hashlib.sha256(tensors).hexdigest()
     assert (about["architecture"], about["prediction_type"]) == SPECIFIED[kind]
-    assert about["title"] == "my model" and about["resolution"] == "32x32" and about["sai_model_spec"] == "1.0.0"
+    assert about["title"] == "my model" and about["resolution"] == "32x32" and about["sai_model_spec"] == "1.0.1"
     assert abs(datetime.fromisoformat(about["date"]) - datetime.now(UTC).replace(tzinfo=None)) < timedelta(minutes=5)
     load_file(file)  # the header still fits
 
@@ -240,7 +240,7 @@ def test_a_lora_acts_alike_in_every_format(world, tmp_path, monkeypatch, kind):
     merged = output_pipeline(models)
     # sums of 8 to 96 products in another order, through some twenty layers, at unit size: 1e-4 is 1000 roundings
     torch.testing.assert_close(merged.unet(**inputs).sample, adapted, atol=1e-4, rtol=0)
-    for format in ("kohya", "diffusers"):
+    for format in ("kohya", "kohya-diffusers", "diffusers"):
         file = tmp_path / f"{format}.safetensors"
         model = world / kind / "model"
         run(monkeypatch, "--lora", tmp_path / "lora", "--model", model, "--output", file, "--format", format)
@@ -317,6 +317,9 @@ def test_layers_that_leave_blocks_out_do_not_show_how_many_there_are(tmp_path):
     save_file({f"unet.{layer}.lora_{k}.weight": x for k, x in sides.items()}, tmp_path / "x.safetensors")
     with pytest.raises(Refusal, match=r"--lora: .* SD or SDXL, or to one with other blocks; .* --model"):
         export.lora_tensors(tmp_path / "x.safetensors", "kohya", None)
+    tensors, about = export.lora_tensors(tmp_path / "x.safetensors", "kohya-diffusers", None)  # needs no count
+    assert f"lora_unet_{layer.replace('.', '_')}.alpha" in tensors
+    assert about["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
 
 
 def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
@@ -334,7 +337,11 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
         (["--model", model, "--output", tmp_path / "taken.safetensors"], r"exists; replace it with --overwrite"),
         (["--model", model, "--output", tmp_path / "x.ckpt"], r"x\.ckpt: must end with \.safetensors"),
         (["--lora", tmp_path / "none", "--output", out], r"--lora: no such file or folder: .*none"),
-        (["--lora", tmp_path, "--output", out], r"--lora: .* holds no LoRA: neither pytorch_lora_weights"),
+        (["--lora", tmp_path / "empty", "--output", out], r"--lora: .* holds no LoRA: neither pytorch_lora_weights"),
+        (
+            ["--lora", tmp_path, "--output", out],
+            r"holds 2 LoRAs .half.safetensors, unknown.safetensors.; name the file",
+        ),
         (["--lora", tmp_path / "taken.safetensors", "--output", out], r"--lora: .* is not a LoRA in a \.safetensors"),
         (["--lora", tmp_path / "half.safetensors", "--output", out], r"layer a\.b has one of its two matrices only"),
         (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"2 of 2, the first unet\.a\.lora_A\.weight"),
