@@ -30,7 +30,7 @@ from inpo_fast.weight_files import About, kohya_metadata, modelspec, write_tenso
 FORMATS = ("kohya", "kohya-diffusers", "diffusers")
 FORMAT_HELP = (
     "names of a LoRA: kohya (default; ComfyUI, A1111, Forge, InvokeAI, sd-scripts, OneTrainer); kohya-diffusers, the "
-    "same with diffusers' names of the layers (ai-toolkit; InvokeAI and OneTrainer for an XL with other blocks); diffusers"
+    "same with diffusers' layers (ai-toolkit; InvokeAI and OneTrainer for an XL with other blocks); diffusers"
 )
 BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 
