@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from inpo_fast.architectures import Architecture
 from inpo_fast.attention import AttentionBackend
@@ -138,7 +138,8 @@ class Models:
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).to(device, self.dtype)
-        self.schedule = Schedule.of(pipeline.scheduler)
+        # as DDIM has the noise levels: with zero terminal SNR some samplers' classes keep a little signal at the last
+        self.schedule = Schedule.of(DDIMScheduler.from_config(pipeline.scheduler.config))
         self.predicts_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
         self.is_xl = self.reference.config.addition_embed_type == "text_time"
         self.resolution = self.reference.config.sample_size * pipeline.vae_scale_factor
@@ -185,7 +186,7 @@ class Models:
         posterior = self.vae.encode(pixels.to(self.vae_dtype)).latent_dist
         mean = posterior.mean.float()
         latents = mean if noise is None else mean + posterior.std.float() * noise.to(mean)
-        return latents * self.vae.config.scaling_factor
+        return scaled(latents, self.vae.config)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
@@ -223,6 +224,17 @@ class Models:
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimizer of this process updates: fp32 masters."""
         return [master for master in self.weights.masters if master.numel()]  # a split leaves small ones empty
+
+
+def scaled(latents: torch.Tensor, vae) -> torch.Tensor:
+    """What the VAE encoded, (B, C, h, w), as the UNet knows it: diffusers' pipelines undo exactly this before decoding.
+
+    vae: its configuration. latents_mean and latents_std are SDXL's pipeline's (loading.py refuses them elsewhere).
+    """
+    if vae.get("latents_mean") is None or vae.get("latents_std") is None:
+        return latents * vae.scaling_factor
+    mean, std = (latents.new_tensor(values)[None, :, None, None] for values in (vae.latents_mean, vae.latents_std))
+    return (latents - mean) * vae.scaling_factor / std
 
 
 def add_adapter(unet: UNet2DConditionModel, settings: LoraSettings) -> list:
