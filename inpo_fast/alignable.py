@@ -234,5 +234,4 @@ def check_same_noise(key: str, place: str, theirs: Mapping, ours: Mapping) -> No
 
 def scheduler_of(config: dict) -> SchedulerMixin:
     """The scheduler that a checked configuration names."""
-    own = {name: value for name, value in config.items() if not name.startswith("_")}
-    return getattr(diffusers, config["_class_name"]).from_config(own)
+    return getattr(diffusers, config["_class_name"]).from_config(dict(config))

@@ -109,6 +109,8 @@ def _find_file(key: str, place: str, path: Path, single_file_config: str | None)
         folder = path_or_id(option, single_file_config)
         if folder is None:
             folder = HubModel(option, single_file_config).fetch(SMALL_FILES)
+    if not (folder / "model_index.json").is_file():
+        raise Refusal(f"{option}: {single_file_config} {recognise.folder_without_index(folder)}")
     index = read_json(option, folder / "model_index.json")
     alignable.check_index(option, str(folder), index)
     found = Found(key, place, folder, index, {}, {}, {}, [], file=file)

@@ -14,7 +14,7 @@ from inpo_fast.weights_file import FLOATS, WeightsFile
 
 # ---- files: the first line that is found among the names says what the file is -------------------------------------
 ADAPTERS = (  # they belong beside a model
-    (r"lora_down\.|lora_up\.|[._]lora_[ABab]\.|\.lora\.(down|up)\.|lora_linear_layer|\.lora_mid\.", "a LoRA"),
+    (r"lora_down\.|lora_up\.|[._]lora_[ABab]\.|[._]lora\.(down|up)\.|lora_linear_layer|\.lora_mid\.", "a LoRA"),
     (r"\.hada_w1_|\.hada_w2_", "a LoRA of the kind LoHa"),
     (r"\.lokr_w[12]", "a LoRA of the kind LoKr"),
     (r"\.oft_(blocks|diag|R)|\.boft_", "an OFT adapter"),
