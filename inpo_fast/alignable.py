@@ -192,14 +192,14 @@ def noise_levels(key: str, place: str, config: Mapping) -> DDIMScheduler:
     try:
         own = {name: value for name, value in config.items() if not name.startswith("_")}
         levels = DDIMScheduler.from_config(own)
-    except (ValueError, NotImplementedError, TypeError) as problem:
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as problem:
         raise Refusal(f"{key}: {place} has a noise schedule that cannot be made ({problem})") from problem
     abar = levels.alphas_cumprod
     if len(abar) != STEPS:
         raise Refusal(f"{key}: {place} has {len(abar)} noise levels; {STEPS} can be aligned")
     if not (abar.isfinite().all() and abar.min() >= 0 and (abar.diff() < 0).all()):
         raise Refusal(f"{key}: {place} has a noise schedule that does not fall from image to noise; look at its betas")
-    if kind == "epsilon" and float(abar[-1]) < 1e-6:
+    if kind == "epsilon" and float(abar[-1]) == 0:
         raise Refusal(
             f"{key}: {place} predicts noise and has zero terminal SNR (rescale_betas_zero_snr): at the last level "
             "there is nothing but noise, so the answer says nothing of the image and sampling divides by 0 (arXiv "
@@ -233,5 +233,9 @@ def check_same_noise(key: str, place: str, theirs: Mapping, ours: Mapping) -> No
 
 
 def scheduler_of(config: dict) -> SchedulerMixin:
-    """The scheduler that a checked configuration names."""
-    return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    """The scheduler that a checked configuration names, or DDIM with its levels where that needs a package which is not
+    here (scipy, torchsde): the sampler changes nothing in training, and pictures are drawn with DDIM."""
+    try:
+        return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    except ImportError:
+        return DDIMScheduler.from_config(dict(config))

@@ -110,16 +110,15 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
 
 def open_shapes(models: ModelsConfig) -> Shapes:
     """A model's parts on the meta device, from its configuration files alone."""
-    with torch.device("meta"):
-        base = models.base
-        if known := models.random or (None if os.path.isdir(base) else PUBLISHED.get(base)):
+    if known := models.random or (None if os.path.isdir(models.base) else PUBLISHED.get(models.base)):
+        with torch.device("meta"):
             tokenizer = make_tokenizer()
             texts = [text_config(tokenizer, shape) for shape in (CLIP_L, OPENCLIP_G)[: 1 + (known == "sdxl")]]
             return Shapes(make_unet(known), make_vae(known), _encoders(texts), 77)
-        found = find_model("models.base", base, models.single_file_config)
-        with opening("models.base", base):
-            unet = UNet2DConditionModel.from_config(found.unet)
-            vae = AutoencoderKL.from_config(found.vae)
+    found = find_model("models.base", models.base, models.single_file_config)
+    with opening("models.base", models.base), torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(found.unet)
+        vae = AutoencoderKL.from_config(found.vae)
         return Shapes(unet, vae, _encoders(found.texts), found.texts[0].max_position_embeddings)
 
 
