@@ -112,10 +112,11 @@ def _open_part(key: str, kind: type, folder: Path, dtype: torch.dtype) -> torch.
     weights = choose_here(key, folder)
     if weights.variant in NARROW and dtype == torch.float32:
         notice(log, "%s: %s holds %s weights only: what was rounded stays so", key, folder, weights.variant)
+    how = weights.options()
+    if issubclass(kind, transformers.PreTrainedModel):
+        how["ignore_mismatched_sizes"] = True  # named below; its own words point to a table in a log
     with opening(key, str(folder)):
-        model, told = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **weights.options()
-        )
+        model, told = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **how)
     if missing := sorted(told["missing_keys"]):
         raise Refusal(f"{key}: {folder} lacks {missing[0]} and {len(missing) - 1} more tensors of its {kind.__name__}")
     if wrong := sorted(map(str, told.get("mismatched_keys") or [])):

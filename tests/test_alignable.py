@@ -287,7 +287,7 @@ def test_a_vaes_file_has_the_scaling_of_the_bases_own(saved, tmp_path):
 
 
 def test_latents_are_what_the_pipeline_undoes(saved, tmp_path):
-    """Mean, spread and factor of a VAE, against what diffusers' SDXL pipeline does before it decodes, by its pictures."""
+    """Mean, spread and factor of a VAE, against diffusers' SDXL pipeline: what it decodes is what was encoded."""
     settings = {"latents_mean": [0.5, -1.0, 2.0, 0.1], "latents_std": [1.5, 0.7, 2.0, 1.1], "scaling_factor": 0.5}
     other_vae(**settings).save_pretrained(tmp_path)
     base = load_pipeline(str(saved / "xl"))
