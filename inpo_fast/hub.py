@@ -20,12 +20,11 @@ class HubModel:
 
     def __init__(self, key: str, id: str):
         """Refusal if there is no such model, it may not be read, or the hub is out of reach and nothing of it here."""
-        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
         from huggingface_hub.errors import (
             EntryNotFoundError,
             GatedRepoError,
             HfHubHTTPError,
-            LocalEntryNotFoundError,
             RepositoryNotFoundError,
         )
 
@@ -50,16 +49,15 @@ class HubModel:
                 raise Refusal(
                     f"{key}: {id}: the hub answers {problem.response.status_code}; {_line(problem)}"
                 ) from problem
-            try:
-                self.folder = Path(snapshot_download(id, local_files_only=True))
-            except (LocalEntryNotFoundError, OSError, ValueError):
+            cached = [try_to_load_from_cache(id, name) for name in ("model_index.json", "config.json")]
+            self.folder = next((Path(path).parent for path in cached if isinstance(path, str)), None)
+            if self.folder is None:
                 raise Refusal(
                     f"{key}: {id} is no folder here, and the hub cannot be reached to ask for a model of that name "
                     f"({_line(problem)}); give the path of a folder or file, or try again with a network"
                 ) from problem
             return
         info = self._ask(lambda: HfApi().model_info(id))
-        self.commit = info.sha
         self._files = [sibling.rfilename for sibling in info.siblings or []]
 
     def files(self, part: str = "") -> list[str]:
@@ -78,7 +76,11 @@ class HubModel:
         from huggingface_hub import snapshot_download
 
         wanted = list(names)
-        return Path(self._ask(lambda: snapshot_download(self.id, revision=self.commit, allow_patterns=wanted)))
+        # the first time by the branch, which leaves in the cache what it stands for: another day it may be needed
+        # without a network; then by that commit, so that all files are of one
+        folder = Path(self._ask(lambda: snapshot_download(self.id, revision=self.commit, allow_patterns=wanted)))
+        self.commit = folder.name
+        return folder
 
     def _ask(self, call: Callable):
         try:
