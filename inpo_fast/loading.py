@@ -187,6 +187,8 @@ def load_unet(
         if scheduler is not None and said is not None:
             own = {name: value for name, value in said.items() if name != "timestep_spacing"}
             alignable.check_same_noise(key, path, {**scheduler, **own}, dict(scheduler))
+        elif scheduler is not None and scheduler.get("prediction_type") == "v_prediction":
+            notice(log, "%s: %s does not say what it predicts; it is taken for v, which the base predicts", key, path)
         unet = single_file.read_unet(key, file, dict(like.config), like.dtype)
         check_finite(key, path, unet)
         return unet

@@ -165,6 +165,7 @@ def _configured(found: Found, said: Mapping = {}) -> Found:
     for name in ("text_encoder", "text_encoder_2")[: 1 + is_xl]:
         if found.file is None and alignable.class_of(found.index, name) is None:
             raise Refusal(f"{key}: {place} has no {name}, which its UNet needs; {alignable.ALIGNED}")
+        _check_text_class(found, name, is_xl)
         read_json(key, folder / name / "config.json")
         with opening(key, str(folder / name)):
             texts.append(CLIPTextConfig.from_pretrained(folder / name, local_files_only=True))
@@ -176,6 +177,18 @@ def _configured(found: Found, said: Mapping = {}) -> Found:
         scheduler["_class_name"] = "DDIMScheduler"  # those know no zero terminal SNR
     alignable.check_scheduler(key, place, scheduler)
     return replace(found, unet=unet, vae=vae, texts=texts, scheduler=scheduler)
+
+
+def _check_text_class(found: Found, name: str, is_xl: bool) -> None:
+    """The second text encoder of SDXL has a projection, whose result is told too; that of SD 1.x and 2.x has none, or
+    its result would be taken for the hidden states."""
+    own = alignable.class_of(found.index, name)
+    wanted = "CLIPTextModelWithProjection" if name == "text_encoder_2" else "CLIPTextModel"
+    if own is not None and own != wanted and not (is_xl and name == "text_encoder"):
+        raise Refusal(
+            f"{found.key}: {found.place} has a {own} as its {name}, not a {wanted}; if it is one, write that into its "
+            "model_index.json"
+        )
 
 
 def scheduler_config(key: str, place: str, folder: Path, index: dict) -> dict:

@@ -39,15 +39,18 @@ class ModelsConfig:
     """Which model is aligned, and in what numbers it computes."""
 
     base: str = ""
-    """A Stable Diffusion 1.x, 2.x or XL folder in diffusers layout, a single .safetensors file, or a hub id."""
+    """A Stable Diffusion 1.x, 2.x or XL folder in diffusers layout, a single .safetensors file, or a hub id
+    (docs/bases.md)."""
     random: Architecture | None = None
     """Instead of base: the exact architecture with seeded random weights, for timings, tests and dry runs."""
     init: str | None = None
     """A model whose UNet policy and reference start from, e.g. one fine-tuned on the winners; the rest is base's."""
     vae: str | None = None
-    """Another VAE: a folder, a hub id (e.g. the fp16-safe one of SDXL) or a single .safetensors file."""
+    """Another VAE: a folder, a hub id (e.g. the fp16-safe one of SDXL) or a single .safetensors file, which has the
+    base's configuration and scaling factor."""
     single_file_config: str | None = None
-    """For a single file: a diffusers folder with its configuration and tokenizer. None: fetched from the hub."""
+    """For a base that is a single file: a diffusers folder with its configuration and tokenizer. None: fetched from
+    the hub."""
     precision: Precision = "fp32"
     """What the UNets compute in. bf16 and fp16 keep fp32 masters, gradient sums, schedule and losses."""
     lora: LoraSettings = field(default_factory=LoraSettings)

@@ -22,6 +22,7 @@ WRAPPERS = ("state_dict.", "module.", "_orig_mod.")
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
 OTHER_FORMATS = {  # first bytes -> what such a file is
+    b"{": "is JSON, not weights: give the folder that it lies in",
     b"<": "is a web page (HTML or XML), not a model: the download gave an error page; download it again",
     b"GGUF": "is a GGUF file, whose weights are quantized; take the model's .safetensors file",
     b"PK\x03\x04": "is a PyTorch pickle, which could run code when opened; take the model's .safetensors file, or save "
@@ -76,7 +77,7 @@ def read_header(key: str, path: str | Path) -> WeightsFile:
         with path.open("rb") as file:
             start = file.read(8)
             for beginning, what in OTHER_FORMATS.items():
-                if start.startswith(beginning) and not (beginning in (b"<", b"\x80") and start[3:] == bytes(5)):
+                if start.startswith(beginning) and not (len(beginning) == 1 and start[3:] == bytes(5)):
                     raise Refusal(f"{key}: {path} {what}")
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(LONGEST_HEADER, size):

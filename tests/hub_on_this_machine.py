@@ -16,6 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     def __init__(self, repositories: dict[str, Path]):
         self.repositories, self.asked = repositories, []
+        self.commit, self.moves = COMMIT, False  # moves: the branch has a new commit after every file
         hub = self
 
         class Answers(BaseHTTPRequestHandler):
@@ -39,11 +40,13 @@ class Hub:
                 if not path.is_file():
                     headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
                     return self.send(404, headers, b"", body)
+                commit = parts[3] if len(parts[3]) == 40 else hub.commit
                 if body:
                     hub.asked.append(file)
+                    hub.commit = f"{len(hub.asked):040x}" if hub.moves else COMMIT
                 content = path.read_bytes()
                 etag = f'"{hashlib.sha1(content).hexdigest()}"'
-                self.send(200, {"ETag": etag, "X-Repo-Commit": COMMIT}, content, body)
+                self.send(200, {"ETag": etag, "X-Repo-Commit": commit}, content, body)
 
             def about(self, repository: str, rest: list[str], body: bool) -> None:
                 folder = hub.repositories.get(repository)
@@ -55,7 +58,7 @@ class Hub:
                         {"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files
                     ]
                     return self.send(200, {}, json.dumps(tree).encode(), body)
-                about = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+                about = {"id": repository, "sha": hub.commit, "siblings": [{"rfilename": f} for f in files]}
                 self.send(200, {}, json.dumps(about).encode(), body)
 
             def send(self, status: int, headers: dict, content: bytes, body: bool) -> None:

@@ -158,6 +158,7 @@ def test_other_uses_of_the_same_parts_open_as_the_stock_pipeline(tmp_path, name)
         ("vae", "AutoencoderTiny", "a AutoencoderTiny as its vae"),
         ("text_encoder", "T5EncoderModel", "a T5EncoderModel as its text_encoder"),
         ("text_encoder", "RobertaSeriesModelWithTransformation", "Roberta"),
+        ("text_encoder", "CLIPTextModelWithProjection", "not a CLIPTextModel"),
         ("unet", "UNet2DModel", "a UNet2DModel as its unet"),
         ("unet", None, "nothing as its unet"),
     ],
@@ -215,6 +216,11 @@ def test_every_sampler_of_ddpms_noise_opens(small, name):
         assert type(scheduler).__name__ in (name, "DDIMScheduler")
         levels = DDIMScheduler.from_config(scheduler.config)  # what Models does
         assert levels.alphas_cumprod.equal(want.alphas_cumprod) and (levels.alphas_cumprod[-1] == 0) == bool(changes)
+        if name == "EulerDiscreteScheduler" and changes:
+            pipeline = tiny_pipeline()
+            pipeline.scheduler = scheduler
+            assert scheduler.alphas_cumprod[-1] == 2**-24  # so that its first sigma is finite
+            assert Models(pipeline, torch.device("cpu")).schedule.abar.equal(want.alphas_cumprod)
         assert levels.config.prediction_type == changes.get("prediction_type", "epsilon")
 
 

@@ -131,6 +131,8 @@ def test_which_files_are_chosen():
         assert choose("k", "p", [name]).variant == variant
     assert choose("k", "p", names).names == ("diffusion_pytorch_model.safetensors",)
     assert choose("k", "p", names, ["diffusion_pytorch_model.safetensors"]).names == ("pytorch_model.bin",)
+    assert choose("k", "p", ["model.fp32.safetensors", "pytorch_model.bin"]).variant is None
+    assert choose("k", "p", ["model.fp16.safetensors", "model.fp32.safetensors"]).variant == "fp32"
     left = ["diffusion_pytorch_model.safetensors", "pytorch_model.bin"]
     assert choose("k", "p", names, left).variant == "non_ema"
     refused("only Flax and ONNX weights", choose, "k", "p", ["model.onnx", "diffusion_flax_model.msgpack"])

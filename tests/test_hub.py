@@ -112,6 +112,14 @@ def test_what_cannot_be_aligned_is_refused_before_weights_are_fetched(hub, tmp_p
         assert set(hub.asked) == asked
 
 
+def test_all_files_are_of_one_commit(hub, tmp_path):
+    """Though somebody pushes to the repository meanwhile."""
+    hub.moves = True
+    out, err = run(tmp_path, "owner/sd", HF_ENDPOINT=hub.address)
+    assert out.startswith("opened"), out + err
+    assert len(list((tmp_path / "cache" / "hub" / "models--owner--sd" / "snapshots").iterdir())) == 1
+
+
 def test_a_repository_with_one_variant(hub, repositories, tmp_path):
     folder = tmp_path / "fp16"
     shutil.copytree(repositories["owner/sd"], folder)

@@ -155,6 +155,7 @@ BROKEN = {
     "html": (b"<!DOCTYPE html><html><body>Not found</body></html>", "web page"),
     "pickle": (b"\x80\x02}q\x00.", "pickle"),
     "zip": (b"PK\x03\x04" + bytes(60), "pickle"),
+    "JSON": (b'{"_class_name": "StableDiffusionPipeline"}', "is JSON, not weights"),
     "gguf": (b"GGUF" + bytes(60), "GGUF"),
     "empty": (b"", "not a .safetensors file, or only its beginning"),
     "cut in its header": (struct.pack("<Q", 5000) + b'{"a":', "or only its beginning"),

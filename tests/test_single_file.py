@@ -298,3 +298,28 @@ def test_a_part_in_the_names_of_an_old_diffusers(world):
     base = load_pipeline(world.config("sd15"))
     path = world.save("vae", renamed(base.vae.state_dict(), rename))
     same(load_vae(path, base).state_dict(), base.vae.state_dict())
+
+
+def test_a_unets_file_beside_a_base_of_another_prediction(world, caplog):
+    base = load_pipeline(world.config("sdxl"))
+    own = {n: x for n, x in world.files["sdxl"].items() if n.startswith(UNET)}
+    v = DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction").config
+    zero = DDIMScheduler.from_config(v, rescale_betas_zero_snr=True).config
+    empty = torch.zeros(0)
+    cases = [
+        (own | {"v_pred": empty}, base.scheduler.config, "predicts v_prediction and the base epsilon"),
+        (own | {"v_pred": empty, "ztsnr": empty}, v, "other noise levels than the base .*rescale_betas_zero_snr"),
+        (own | {"v_pred": empty, "ztsnr": empty}, zero, None),
+        (own | {"v_pred": empty}, v, None),
+        (own, base.scheduler.config, None),
+    ]
+    for tensors, scheduler, words in cases:
+        path = world.save("unet", tensors)
+        if words is None:
+            load_unet("--model", path, base.unet, scheduler=scheduler)
+        else:
+            with pytest.raises(Refusal, match=words):
+                load_unet("--model", path, base.unet, scheduler=scheduler)
+    assert not caplog.records
+    load_unet("--model", world.save("unet", own), base.unet, scheduler=v)
+    assert "does not say what it predicts" in caplog.text
