@@ -235,6 +235,12 @@ def _part(scores: Scores, part: str | None) -> np.ndarray:
     return scores.total if part is None else scores.parts[part]
 
 
+def open_base(own: argparse.Namespace, config: RunConfig, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline that all models are compared in."""
+    key, base = ("--base", own.base) if own.base else ("models.base", config.models.base)
+    return load_pipeline(base, dtype, config.models.single_file_config, key=key)
+
+
 def compare_models(own: argparse.Namespace, config: RunConfig, folder: Path) -> None:
     """Several models or judges: comparison.json, .md and .html."""
     from inpo_fast import compare
@@ -248,7 +254,7 @@ def compare_models(own: argparse.Namespace, config: RunConfig, folder: Path) -> 
     if not any(judge.name.startswith("scores:") for judge in judges):  # those know only pictures that are drawn
         for judge in judges:
             judge.check(prompts.prompts)
-    pipeline = load_pipeline(models[compare.BASE], DTYPES[config.models.precision]).to(device)
+    pipeline = open_base(own, config, DTYPES[config.models.precision]).to(device)
     contest = compare.Contest(prompts, how.seeds, models, judges)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -294,9 +300,9 @@ def main() -> None:
             compare_models(own, config, folder)
             return
         rank, _, device = distributed.start()
-        base = load_pipeline(own.base or config.models.base).to(device)
+        base = open_base(own, config, torch.float32).to(device)
         place = own.model[0].partition("=")[2] or own.model[0]
-        unet = open_unet("--model", place, base.unet)
+        unet = open_unet("--model", place, base)
         evaluation = evaluate(base, unet, config.evaluate, variant=place)
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)

@@ -179,12 +179,9 @@ def main() -> None:
     else:
         if not own.model.is_dir():
             raise Refusal(f"--model: no such folder: {own.model}")
-        try:
-            pipeline = load_pipeline(str(own.model), dtype)
-            tensors = single_file(pipeline)
-            metadata = modelspec(about_model(own.model, pipeline.unet.config, own.output.stem))
-        except Refusal as problem:
-            raise Refusal(str(problem).replace("models.base", "--model", 1)) from problem
+        pipeline = load_pipeline(str(own.model), dtype, key="--model")
+        tensors = single_file(pipeline)
+        metadata = modelspec(about_model(own.model, pipeline.unet.config, own.output.stem))
         folder = own.model
     # none in diffusers' names: its versions 0.34 to 0.39 stumble over what they do not know there
     metadata = metadata | provenance(folder) if metadata else {}

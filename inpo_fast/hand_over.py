@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,8 +74,19 @@ def untouched_parts(config: ModelsConfig) -> dict[str, Path]:
     parts.pop("unet", None)
     if config.vae:
         vae = Path(config.vae)
-        parts |= {"vae": vae / "vae" if (vae / "vae").is_dir() else vae}
+        parts["vae"] = vae / "vae" if (vae / "vae").is_dir() else vae
+        if not _names_its_scale(parts["vae"]):
+            del parts["vae"]
     return {name: path for name, path in parts.items() if path.is_dir()}
+
+
+def _names_its_scale(vae: Path) -> bool:
+    """Whether a VAE's folder says what its latents are multiplied by: without a word it is the base's here, but 1.x's
+    to whoever opens a copy of it."""
+    try:
+        return "scaling_factor" in json.loads((vae / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def trained_lora(models: Models, masters: dict[str, torch.Tensor] | None = None) -> Lora:

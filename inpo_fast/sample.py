@@ -91,7 +91,7 @@ def scaled_eps(pipeline: DiffusionPipeline, scale: float):
 def aligned(pipeline: DiffusionPipeline, model: str):
     """Within the block the pipeline draws with another model: a LoRA, or anything whose UNet fits."""
     own = pipeline.unet
-    pipeline.unet = open_unet("--model", model, own)
+    pipeline.unet = open_unet("--model", model, pipeline)
     try:
         yield pipeline
     finally:
@@ -104,6 +104,9 @@ def main() -> None:
     parser = command_line("python -m inpo_fast.sample", __doc__)
     parser.add_argument("--base", required=True, help="a diffusers folder, .safetensors file or hub id")
     parser.add_argument("--model", required=True, help="aligned model: the same, or a LoRA (file or folder)")
+    parser.add_argument(
+        "--single-file-config", help="for a --base in one file: a diffusers folder with its configuration and tokenizer"
+    )
     parser.add_argument("--prompts", help="text file, one prompt a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")
@@ -125,7 +128,7 @@ def main() -> None:
         raise Refusal("no prompts: give --prompts FILE or --prompt TEXT")
     quiet_libraries()
     _, _, device = distributed.start()
-    pipeline = load_pipeline(own.base, DTYPES[own.precision]).to(device)
+    pipeline = load_pipeline(own.base, DTYPES[own.precision], own.single_file_config, key="--base").to(device)
     use_ddim(pipeline)
     captions = [prompt for prompt in prompts for _ in range(own.seeds)]
     keys = [("sample", own.seed, i, seed) for i in range(len(prompts)) for seed in range(own.seeds)]

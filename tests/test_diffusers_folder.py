@@ -175,6 +175,11 @@ def test_another_vae_is_copied_from_its_own_folder(tmp_path):
         assert files(out / "vae") == files(tmp_path / "other" / "vae") != files(tmp_path / "base" / "vae")
     parts = untouched_parts(ModelsConfig(base=str(tmp_path / "base"), vae=str(tmp_path / "x.safetensors")))
     assert "vae" not in parts and "text_encoder" in parts  # a single file: written from what was loaded
+    config = tmp_path / "other" / "vae" / "config.json"
+    told = json.loads(config.read_text())
+    del told["scaling_factor"]  # the base's counts here, 0.18215 to whoever opens a copy
+    config.write_text(json.dumps(told))
+    assert "vae" not in untouched_parts(ModelsConfig(base=str(tmp_path / "base"), vae=str(tmp_path / "other")))
 
 
 def test_a_base_in_one_file_or_of_random_weights_has_no_parts(tmp_path):
