@@ -1,41 +1,48 @@
 # make train   set up, align the pocket model with DDIM-InPO, evaluate it, write a report
 # make test    set up, run the tests
+# make setup   .venv with all they need, by uv where it is installed, else pip; says first how large it will be.
+#              TORCH=cpu PyTorch without CUDA; INSTALLER=pip or uv; PYTHON=python3.12
 # make kernels set up, compile every kernel for sm_80, sm_90 and sm_100: registers, spills, widths; needs no GPU
 # make bench   set up, time the kernels (without a GPU only their CPU paths)
 # make study   set up, five methods on the pocket world, two training seeds, few steps: a table with intervals
 # make gpu     what wants a GPU: kernel tests, kernel benchmarks, step benchmark, in slices
 
 PYTHON ?= python3
+TORCH ?=
+INSTALLER ?=
 BIN := .venv/bin
+TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node
 PROCESSES ?= 2
 
-.PHONY: train test lint format pocket kernels bench study gpu setup clean audit
+.PHONY: train test lint format pocket kernels bench study gpu setup clean audit resolve
+
+# what was set up in another place, for another TORCH, or has lost its Python is set up anew
+$(shell test -x $(BIN)/python && grep -qxF 'place $(CURDIR)' .venv/ready 2>/dev/null || rm -f .venv/ready)
+$(if $(TORCH),$(shell grep -qxF 'torch $(TORCH)' .venv/ready 2>/dev/null || rm -f .venv/ready))
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "inpo-fast needs Python >= 3.11: make PYTHON=python3.12 …")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch -e ".[dev]"
-	touch .venv/ready
+	@command -v $(PYTHON) >/dev/null || { echo 'setup: there is no $(PYTHON); install Python 3.11 or newer (apt install python3 python3-venv), or name one: make PYTHON=python3.12 …' >&2; exit 1; }
+	@$(PYTHON) install.py --torch '$(TORCH)' --installer '$(INSTALLER)'
 
 train: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite
+	OMP_NUM_THREADS=1 $(TORCHRUN) $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite
 
 test: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal -q
 	$(BIN)/python -m pytest bench --check -n 2 -q
 
 lint: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 format: .venv/ready
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 pocket: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m inpo_fast.pocket.build
+	OMP_NUM_THREADS=1 $(TORCHRUN) $(PROCESSES) -m inpo_fast.pocket.build
 
 kernels: .venv/ready
 	$(BIN)/python -m bench.compile_kernels $(ARGS)
@@ -48,12 +55,16 @@ study: .venv/ready
 
 # on a machine with a GPU: installs nothing, goes on where the last call stopped; make gpu ARGS="--budget-minutes 30"
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
+	$(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 clean:
 	rm -rf .venv runs build *.egg-info
 
+# do the constraints resolve for anybody, against the package index alone? asks a server
+resolve: .venv/ready
+	$(BIN)/python .ci/resolve.py $(ARGS)
+
 # known weaknesses of what is installed; asks a server
 audit: .venv/ready
 	$(BIN)/python -m pip install -q pip-audit
-	$(BIN)/pip-audit -r constraints.txt --no-deps
+	$(BIN)/python -m pip_audit -r constraints.txt --no-deps

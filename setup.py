@@ -13,5 +13,9 @@ setup(
         "inpo_kernels",
     ],
     package_dir={"inpo_fast": "inpo_fast", "inpo_kernels": "kernels"},
-    package_data={"inpo_fast.pocket": ["assets/**/*"], "inpo_fast.report": ["*.j2", "*.css"]},
+    package_data={
+        "inpo_fast": ["configs/*"],
+        "inpo_fast.pocket": ["assets/**/*"],
+        "inpo_fast.report": ["*.j2", "*.css"],
+    },
 )

@@ -11,7 +11,7 @@ from typing import NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from inpo_fast import objectives
+from inpo_fast import objectives, recipes
 from inpo_fast.config_rules import check
 from inpo_fast.data.windows import DataConfig
 from inpo_fast.inversion import InversionConfig
@@ -187,7 +187,8 @@ class StrictParser(ArgumentParser):
 @functools.cache  # it takes a sixth of a second, most of what parsing takes
 def make_parser(program: str) -> StrictParser:
     parser = StrictParser(prog=program, description=RunConfig.__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; later ones win")
+    about = "YAML file with any of the keys below, or a shipped recipe's name, such as sd15; later ones win"
+    parser.add_argument("--config", action="config", help=about)
     parser.add_class_arguments(RunConfig, nested_key=None, as_group=False)
     return parser
 
@@ -196,25 +197,55 @@ def parse(program: str, arguments: list[str] | None = None) -> RunConfig:
     """Command line (and the YAML files it names) to a checked configuration. Refusal on any mistake."""
     parser = make_parser(program)
     arguments = sys.argv[1:] if arguments is None else arguments
-    words = [f"{SWITCHES[word]}=true" if word in SWITCHES else word for word in arguments]
-    try:
-        space = parser.parse_args(words)
-    except UnicodeDecodeError as problem:
-        raise Refusal(f"--config: a file is not text in UTF-8 ({problem})") from problem
-    named = [str(path) for path in (space.config or []) if path is not None]  # None: YAML on the command line
-    for path in named:
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as problem:  # jsonargparse reads some of it otherwise
-            raise Refusal(f"--config {path}: not YAML ({' '.join(str(problem).split())})") from problem
-        _check_groups(path, RunConfig, tree)
+    words, named = _find_files([f"{SWITCHES[word]}=true" if word in SWITCHES else word for word in arguments])
+    space = parser.parse_args(words)
     space.pop("config", None)
     config: RunConfig = _instantiate(RunConfig, parser.instantiate(space))
     if config.output is None:
-        name = Path(named[-1]).stem if named else "unnamed"
+        name = named[-1].stem if named else "unnamed"
         config = replace(config, output=str(Path("runs") / name))
     check(config)
     return config
+
+
+def _find_files(words: list[str]) -> tuple[list[str], list[Path]]:
+    """The words as the parser is to read them, and the files that --config means. A shipped recipe whose paths lead
+    elsewhere than they say goes as text."""
+    out, named, last = [], [], ""
+    for word in words:
+        key, equals, asked = word.partition("=") if word.startswith("--config=") else ("", "", word)
+        if (key or last) == "--config" and not _is_yaml_mapping(asked):
+            named.append(path := recipes.find(asked))
+            tree = _read(path)
+            led = recipes.lead_home(tree) if recipes.is_shipped(path) else tree
+            asked = str(path) if led == tree else yaml.safe_dump(led, sort_keys=False)
+        out.append(f"{key}{equals}{asked}")
+        last = word
+    return out, named
+
+
+def _read(path: Path) -> dict:
+    """The settings in a file. Refusal where it holds something else."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise Refusal(f"--config {path}: cannot be read ({problem.strerror})") from problem
+    except UnicodeDecodeError as problem:
+        raise Refusal(f"--config {path}: not text in UTF-8 ({problem})") from problem
+    except yaml.YAMLError as problem:  # jsonargparse reads some of it otherwise
+        raise Refusal(f"--config {path}: not YAML ({' '.join(str(problem).split())})") from problem
+    if not isinstance(tree, dict):
+        raise Refusal(f"--config {path}: holds no settings; a recipe has lines such as `method: inpo`")
+    _check_groups(str(path), RunConfig, tree)
+    return tree
+
+
+def _is_yaml_mapping(text: str) -> bool:
+    """Settings on the command line, `--config '{seed: 3}'`, and not a file's name."""
+    try:
+        return isinstance(yaml.safe_load(text), dict)
+    except yaml.YAMLError:
+        return False
 
 
 def _check_groups(path: str, kind: type, tree: dict, prefix: str = "") -> None:

@@ -19,7 +19,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from inpo_fast import lock
+from inpo_fast import lock, recipes
 from inpo_fast.config import RunConfig, flat, to_dict, to_yaml
 from inpo_fast.data.order import describe, make_order
 from inpo_fast.data.sources import Source
@@ -102,6 +102,7 @@ class RunFolder:
                 f"{self.path / 'config.yaml'}: cannot be read ({problem}); the run cannot be continued"
             ) from problem
         new = flat(yaml.safe_load(to_yaml(self.config)))
+        old, new = ({key: recipes.from_home(value) for key, value in run.items()} for run in (old, new))
         differ = [key for key in new if old.get(key) != new[key] and not key.startswith(FREE_ON_RESUME)]
         if differ:
             key = differ[0]

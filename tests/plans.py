@@ -6,7 +6,6 @@ counts a model, its FLOPs, activations and traffic, is remembered by the model's
 
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +13,13 @@ import torch
 from inpo_fast import costs, plan, traffic, work
 from inpo_fast.config import RunConfig, parse
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COUNTED: dict[tuple, object] = {}
 
 
 def recipe(name: str, *more: str) -> RunConfig:
     """A shipped recipe on random weights of its architecture."""
     model = ("--models.base=", f"--models.random={name.partition('-')[0]}")
-    return parse("test", ["--config", str(CONFIGS / f"{name}.yaml"), *model, *more])
+    return parse("test", ["--config", name, *model, *more])
 
 
 @cache

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plans import CONFIGS, counted_once, plan_of, recipe, unet_passes
+from plans import counted_once, plan_of, recipe, unet_passes
 from rich.console import Console
 from tiny_world import save_tiny_model
 
-from inpo_fast import plan
+from inpo_fast import plan, recipes
 from inpo_fast.architectures import make_unet, make_vae
 from inpo_fast.config import parse
 from inpo_fast.costs import ask_vae, forward_flop
@@ -176,8 +176,8 @@ def test_lora_and_checkpointing_save_what_they_say():
 
 @pytest.mark.slow
 def test_memory_table_of_the_recipes():
-    """configs/README.md says what make_plan computes."""
-    lines = (CONFIGS / "README.md").read_text().splitlines()
+    """The recipes' README says what make_plan computes."""
+    lines = (recipes.FOLDER / "README.md").read_text().splitlines()
     for name in RECIPES:
         (line,) = [line for line in lines if line.startswith(f"| {name} |")]
         assert line == table_line(name)
@@ -196,7 +196,7 @@ def table_line(name: str) -> str:
 def test_a_shipped_recipe_is_planned_without_a_network(name, tmp_path, monkeypatch):
     """Its base is a hub id whose shapes are known here; a folder of that name goes before."""
     monkeypatch.setattr(plan, "find_model", None)  # calling it would fail
-    models = parse("test", ["--config", str(CONFIGS / f"{name}.yaml")]).models
+    models = parse("test", ["--config", name]).models
     shapes, known = plan.open_shapes(models), plan.open_shapes(recipe(name).models)
     assert shapes.unet.config == known.unet.config and shapes.vae.config == known.vae.config
     assert [text.config.to_dict() for text in shapes.texts] == [text.config.to_dict() for text in known.texts]
