@@ -238,7 +238,7 @@ def _part(scores: Scores, part: str | None) -> np.ndarray:
 def open_base(own: argparse.Namespace, config: RunConfig, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline that all models are compared in."""
     key, base = ("--base", own.base) if own.base else ("models.base", config.models.base)
-    return load_pipeline(base, dtype, config.models.single_file_config, key=key)
+    return load_pipeline(base, dtype, own.single_file_config or config.models.single_file_config, key=key)
 
 
 def compare_models(own: argparse.Namespace, config: RunConfig, folder: Path) -> None:
@@ -283,6 +283,9 @@ def main() -> None:
         "NAME=PLACE names it; may be given again",
     )
     parser.add_argument("--base", help="what they are compared with; default: models.base of the configuration")
+    parser.add_argument(
+        "--single-file-config", help="for a --base in one file: a diffusers folder with its configuration and tokenizer"
+    )
     parser.add_argument(
         "--output", required=True, help="where everything goes; what is there already is not made again"
     )
