@@ -130,12 +130,13 @@ def main() -> None:
     _, _, device = distributed.start()
     pipeline = load_pipeline(own.base, DTYPES[own.precision], own.single_file_config, key="--base").to(device)
     use_ddim(pipeline)
+    unet = open_unet("--model", own.model, pipeline)  # before anything is drawn
     captions = [prompt for prompt in prompts for _ in range(own.seeds)]
     keys = [("sample", own.seed, i, seed) for i in range(len(prompts)) for seed in range(own.seeds)]
     how = {"steps": own.steps, "guidance": own.guidance, "batch": own.batch}
     with picture_progress(2 * len(captions), "draw") as advance:
         before = draw(pipeline, captions, keys, advance=lambda n: advance(n, "base"), **how)
-        with aligned(pipeline, own.model):
+        with drawing_with(pipeline, unet):
             after = draw(pipeline, captions, keys, advance=lambda n: advance(n, "aligned"), **how)
     sheet = contact_sheet([Comparison(*row) for row in zip(captions, before, after, strict=True)])
     Path(own.output).parent.mkdir(parents=True, exist_ok=True)
