@@ -140,6 +140,7 @@ def write_encoder(encoder: PreTrainedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(encoder.config)
     config.dtype = torch.float32
+    config.architectures = [type(encoder).__name__]  # InvokeAI asks for it of a text encoder alone
     config.save_pretrained(folder)
     state = {name: x.contiguous() for name, x in encoder.state_dict().items()}
     if isinstance(encoder, CLIPTextModel):

@@ -70,6 +70,7 @@ def test_untouched_parts_are_the_bases_files(base, tmp_path):
 def test_names_that_readers_before_transformers_5_know(base):
     names = keys(base / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names) and len(names) > 20
+    assert json.loads((base / "text_encoder" / "config.json").read_text())["architectures"] == ["CLIPTextModel"]
     for folder in base.glob("tokenizer*"):
         vocabulary = json.loads((folder / "vocab.json").read_text())
         merges = (folder / "merges.txt").read_text().splitlines()
