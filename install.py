@@ -83,7 +83,7 @@ def set_up(torch, installer):
         room = shutil.disk_usage(str(ROOT)).free / 1e9
         least = SIZES["cpu"][1] if sources else size
         if room < least:
-            raise Refusal(disk_is_full(f"{least} GB are needed for .venv and there are {room:.1f}"))
+            raise Refusal(disk_is_full(f"{least} GB are needed for .venv and there are {room:.1f}", torch))
         make_venv(uv, torch)
     fill(uv, torch)
     print("Ready:", check())
@@ -225,16 +225,17 @@ def diagnose(said):
     """The one line for what pip, uv or venv said; None if it is nothing known."""
     said = re.sub(r"\s+", " ", said)
     if re.search(DISK, said):
-        return disk_is_full("the disk is full")
-    if re.search(NETWORK, said):
+        return disk_is_full("the disk is full", made().get("torch"))
+    clash = re.search(CONFLICT, said)
+    if re.search(NETWORK, said) and not (clash and " depends on " in said):  # one that names what clashes has answers
         return (
             "the package index does not answer; check the network, the proxy (HTTPS_PROXY) and pip's configuration "
             "(pip config list), then call it again: it goes on from here"
         )
     if re.search(RIGHTS, said):
         return f"{VENV} or a cache cannot be written ({re.search(RIGHTS, said).group(0)}); mend its rights"
-    if re.search(CONFLICT, said):
-        what = re.search(r"No matching distribution found for \S+|(?:Cannot install|Because) [^.]*\S+", said)
+    if clash:
+        what = re.search(r"No matching distribution found for \S+|Cannot install .*?conflicting|Because .*?(?=,)", said)
         return (
             f"constraints.txt does not fit what the index has for this Python and machine"
             f"{' (' + what.group(0) + ')' if what else ''}; it is held to Python {TESTED} on Linux: make "
@@ -243,14 +244,11 @@ def diagnose(said):
     return None
 
 
-def disk_is_full(what):
-    places = {
-        str(place): shutil.disk_usage(str(place)).free / 1e9 for place in (ROOT, os.environ.get("TMPDIR", "/tmp"))
-    }
-    free = ", ".join(f"{room:.1f} GB free in {place}" for place, room in places.items())
-    return (
-        f"{what} ({free}); make room, set TMPDIR to a folder that has some, or take the small one: make setup TORCH=cpu"
-    )
+def disk_is_full(what, torch):
+    places = [str(ROOT), os.environ.get("TMPDIR", "/tmp")]
+    free = ", ".join(f"{shutil.disk_usage(place).free / 1e9:.1f} GB free in {place}" for place in places)
+    less = ", or take PyTorch without CUDA: make setup TORCH=cpu" if torch == "default" else ""
+    return f"{what} ({free}); make room, or set TMPDIR to a folder that has some{less}"
 
 
 if __name__ == "__main__":

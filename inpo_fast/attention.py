@@ -32,7 +32,9 @@ def use(unet: torch.nn.Module, backend: AttentionBackend, device: torch.device) 
         try:
             import xformers.ops  # noqa: F401
         except ImportError as problem:
-            raise Refusal(f"models.attention=xformers: {problem}; pip install -e .[gpu], or take auto") from problem
+            raise Refusal(
+                f"models.attention=xformers: {problem}; pip install 'inpo-fast[xformers]', or take auto"
+            ) from problem
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     for module in unet.modules():
         if isinstance(module, Attention) and is_plain(module):

@@ -65,7 +65,9 @@ def make_optimizer(
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as problem:
-            raise Refusal(f"optim.kind=adamw-8bit needs bitsandbytes ({problem}); pip install -e .[gpu]") from problem
+            raise Refusal(
+                f"optim.kind=adamw-8bit needs bitsandbytes ({problem}); pip install 'inpo-fast[gpu]'"
+            ) from problem
         return AdamW8bit(parameters, **common, **adam)
     from transformers.optimization import Adafactor
 
