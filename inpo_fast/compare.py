@@ -16,11 +16,11 @@ from diffusers import DiffusionPipeline
 
 from inpo_fast import distributed
 from inpo_fast.config import EvaluateConfig
-from inpo_fast.export import LORA_WEIGHT_NAME_SAFE
 from inpo_fast.files import write_text
 from inpo_fast.fingerprint import fingerprint
 from inpo_fast.judges import Judge, Scores, judge_id
 from inpo_fast.judges.cache import CHUNK, ScoreCache, image_hash
+from inpo_fast.lora import lora_file
 from inpo_fast.paper import reference
 from inpo_fast.picture_store import PictureStore, Stored
 from inpo_fast.progress import picture_progress
@@ -119,9 +119,8 @@ def _drawing_with(pipeline: DiffusionPipeline, name: str, place: str):
 
 def _weights(pipeline: DiffusionPipeline, name: str, place: str) -> str:
     """Of the UNet that draws; the fingerprint leaves adapters out, so a LoRA's file is added."""
-    adapter = Path(place) / LORA_WEIGHT_NAME_SAFE
-    extra = digest(adapter.read_bytes()) if name not in (BASE, CONTROL) and adapter.is_file() else ""
-    return fingerprint(pipeline.unet) + extra
+    adapter = None if name in (BASE, CONTROL) else lora_file(place)
+    return fingerprint(pipeline.unet) + (digest(adapter.read_bytes()) if adapter else "")
 
 
 def judge_all(contest: Contest, folder: Path, say: Callable[[str], None]) -> None:

@@ -27,12 +27,12 @@ from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.files import write_text
 from inpo_fast.judges import Judge, Scores
 from inpo_fast.judges.registry import make_judge, make_judges
-from inpo_fast.loading import load_pipeline, load_unet, quiet_libraries
+from inpo_fast.loading import load_pipeline, open_unet, quiet_libraries
 from inpo_fast.models import DTYPES
 from inpo_fast.progress import picture_progress
 from inpo_fast.prompts import read_prompt_set
 from inpo_fast.refusal import Refusal, run_or_refuse
-from inpo_fast.sample import ADAPTER, draw, scaled_eps, use_ddim
+from inpo_fast.sample import draw, scaled_eps, use_ddim
 from inpo_fast.win_rates import win_rate
 
 DIVERSITY_FLOOR = 0.8  # of the base's
@@ -235,13 +235,10 @@ def _part(scores: Scores, part: str | None) -> np.ndarray:
     return scores.total if part is None else scores.parts[part]
 
 
-def open_unet(place: str, base: str, pipeline: DiffusionPipeline) -> torch.nn.Module:
-    """The UNet of an aligned model on the pipeline's device; of a LoRA's folder, the base's with it."""
-    if not (Path(place) / ADAPTER).is_file():
-        return load_unet("--model", place, pipeline.unet).to(pipeline.device)
-    with_adapter = load_pipeline(base)
-    with_adapter.load_lora_weights(place)
-    return with_adapter.unet.to(pipeline.device)
+def open_base(own: argparse.Namespace, config: RunConfig, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline that all models are compared in."""
+    key, base = ("--base", own.base) if own.base else ("models.base", config.models.base)
+    return load_pipeline(base, dtype, own.single_file_config or config.models.single_file_config, key=key)
 
 
 def compare_models(own: argparse.Namespace, config: RunConfig, folder: Path) -> None:
@@ -257,7 +254,7 @@ def compare_models(own: argparse.Namespace, config: RunConfig, folder: Path) -> 
     if not any(judge.name.startswith("scores:") for judge in judges):  # those know only pictures that are drawn
         for judge in judges:
             judge.check(prompts.prompts)
-    pipeline = load_pipeline(models[compare.BASE], DTYPES[config.models.precision]).to(device)
+    pipeline = open_base(own, config, DTYPES[config.models.precision]).to(device)
     contest = compare.Contest(prompts, how.seeds, models, judges)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -282,10 +279,13 @@ def main() -> None:
         "--model",
         action="append",
         required=True,
-        help="a diffusers folder or hub id, a UNet's folder, a .safetensors file or a folder with a LoRA; NAME=PLACE "
-        "names it; may be given again",
+        help="a diffusers folder or hub id, a UNet's folder, a .safetensors file, or a LoRA (file or folder); "
+        "NAME=PLACE names it; may be given again",
     )
     parser.add_argument("--base", help="what they are compared with; default: models.base of the configuration")
+    parser.add_argument(
+        "--single-file-config", help="for a --base in one file: a diffusers folder with its configuration and tokenizer"
+    )
     parser.add_argument(
         "--output", required=True, help="where everything goes; what is there already is not made again"
     )
@@ -303,9 +303,9 @@ def main() -> None:
             compare_models(own, config, folder)
             return
         rank, _, device = distributed.start()
-        base = load_pipeline(own.base or config.models.base).to(device)
+        base = open_base(own, config, torch.float32).to(device)
         place = own.model[0].partition("=")[2] or own.model[0]
-        unet = open_unet(place, own.base or config.models.base, base)
+        unet = open_unet("--model", place, base)
         evaluation = evaluate(base, unet, config.evaluate, variant=place)
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,30 +3,35 @@
     python -m inpo_fast.export --model runs/sd15/model --output aligned.safetensors [--dtype fp16]
     python -m inpo_fast.export --lora runs/sd15-lora/lora --output aligned-lora.safetensors [--format kohya]
 
-A model's file holds UNet, VAE and text encoders under the names of the original checkpoints (original_keys.py). A
-LoRA's: kohya's names with their alpha, or diffusers' with the scale folded in, for readers that know no alpha.
+A model's file holds UNet, VAE and text encoders under the names of the original checkpoints (original_keys.py). A LoRA
+in any program's names is written in kohya's or diffusers', alpha / rank inside, for readers that know no alpha.
 """
 
 import argparse
 import json
-import os
-import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from inpo_fast.architectures import UNETS
+from inpo_fast.diffusers_folder import hub_id
 from inpo_fast.loading import load_pipeline, quiet_libraries
+from inpo_fast.lora import kohya_tensors, read_lora, read_lora_alone
+from inpo_fast.lora import tensors as diffusers_tensors
 from inpo_fast.models import DTYPES
 from inpo_fast.original_keys import clip_tensors, open_clip_tensors, unet_name, vae_tensors
 from inpo_fast.refusal import Refusal, run_or_refuse
+from inpo_fast.weight_files import About, kohya_metadata, modelspec, write_tensors
 
+FORMATS = ("kohya", "kohya-diffusers", "diffusers")
+FORMAT_HELP = (
+    "names of a LoRA: kohya (default; ComfyUI, A1111, Forge, InvokeAI, sd-scripts, OneTrainer); kohya-diffusers, the "
+    "same with diffusers' layers (ai-toolkit; InvokeAI and OneTrainer for an XL with other blocks); diffusers"
+)
 BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 
 
@@ -36,8 +41,7 @@ def single_file(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
     is_xl = config.addition_embed_type == "text_time"
     supported = (
-        isinstance(config.layers_per_block, int)
-        and {*config.down_block_types, *config.up_block_types} <= BLOCKS
+        {*config.down_block_types, *config.up_block_types} <= BLOCKS
         and config.addition_embed_type in (None, "text_time")
         and isinstance(pipeline.vae, AutoencoderKL)
         and all(isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection) for encoder in encoders[: 1 + is_xl])
@@ -65,98 +69,81 @@ def single_file(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
         raise Refusal(f"not a supported layout: {problem.args[0]} has no name in the original checkpoints") from problem
     out = {f"{prefix}.{name}": x for prefix, part in parts.items() for name, x in part.items()}
     scheduler = pipeline.scheduler.config
-    if is_xl and scheduler.get("prediction_type") == "v_prediction":  # how ComfyUI and A1111 learn it of an SDXL file
+    if is_xl and scheduler.get("prediction_type") == "v_prediction":  # how ComfyUI learns it of an SDXL file
         out["v_pred"] = torch.empty(0)
         if scheduler.get("rescale_betas_zero_snr"):
             out["ztsnr"] = torch.empty(0)
     return out
 
 
-def load_adapter(path: Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
-    """module -> A (rank, in), B (out, rank) of the UNet, and alpha: the adapter adds alpha / rank * B A."""
-    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-    if not file.is_file():
-        raise Refusal(f"--lora: no such file: {file}")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as problem:
-        raise Refusal(f"--lora: {file} cannot be read ({problem})") from problem
-    adapter = {}
-    for name, x in tensors.items():
-        found = re.fullmatch(r"unet\.(.+)\.lora_(A|B)\.weight", name)
-        if found is None or (up := f"unet.{found[1]}.lora_B.weight") not in tensors:
-            raise Refusal(f"--lora: {file} is not a UNet's LoRA in diffusers' layout (it holds {name})")
-        if found[2] == "A":
-            adapter[found[1]] = (x, tensors[up])
-    ranks = {len(down) for down, _ in adapter.values()}
-    if len(ranks) != 1 or metadata.get("unet.alpha_pattern") or metadata.get("unet.use_rslora"):
-        raise Refusal(f"--lora: {file} is empty or scales its layers differently; only one rank and one alpha can be")
-    return adapter, float(metadata.get("unet.lora_alpha", *ranks))  # diffusers: without a word, alpha is the rank
-
-
-def lora_file(path: Path, format: str, model: Path | None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata. model: the folder it belongs to, needed only where nothing else tells SD from SDXL."""
-    adapter, alpha = load_adapter(path)
-    rank = len(next(iter(adapter.values()))[0])
-    out = {}
-    if format == "diffusers":
-        for module, (down, up) in adapter.items():
-            out |= {f"unet.{module}.lora_A.weight": down, f"unet.{module}.lora_B.weight": up * (alpha / rank)}
-        return out, {}
-    config = _unet_config(path, adapter, model)
-    is_xl = config.get("addition_embed_type") == "text_time"
-    for module, (down, up) in adapter.items():
-        # kohya trains SD 1.x and 2.x on diffusers' UNet, and SDXL on the original one
-        name = "lora_unet_" + (unet_name(module, config) if is_xl else module).replace(".", "_")
-        out |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    # A1111 takes a LoRA for one of SD 1.x unless it is told otherwise
-    if is_xl:
-        metadata["ss_base_model_version"] = "sdxl_base_v1-0"
-    elif any(name.endswith("attn2.to_k") and down.shape[1] == 1024 for name, (down, _) in adapter.items()):
-        metadata["ss_v2"] = "True"
-    return out, metadata
-
-
-def _unet_config(path: Path, adapter: dict, model: Path | None) -> dict:
-    """Of the named model, of the merged model that a run leaves beside its LoRA, or guessed from the layers."""
-    beside = (path if path.is_dir() else path.parent).resolve().parent / "model"
-    file = (model or beside) / "unet" / "config.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    if model is not None:
+def lora_tensors(
+    path: Path, format: str, model: Path | None, title: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata. model: the folder it belongs to; without one, and with none beside the LoRA as in a run's
+    folder, the layout is read off the LoRA's own names."""
+    file = (model or (path if path.is_dir() else path.parent).resolve().parent / "model") / "unet" / "config.json"
+    if model is not None and not file.is_file():
         raise Refusal(f"--model: no such file: {file}")
-    if any(name.startswith("down_blocks.0.attentions.") for name in adapter):  # SDXL has none at full resolution
-        return UNETS["sd15"]
-    if any(".transformer_blocks.1." in name for name in adapter):  # one a layer in SD 1.x and 2.x
-        return UNETS["sdxl"] | {"layers_per_block": 2}
-    raise Refusal(f"--lora: {path} does not show whether it belongs to SD or SDXL; name the folder with --model")
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        with torch.device("meta"):
+            lora = read_lora("--lora", path, UNet2DConditionModel.from_config(config))
+    else:
+        lora, config = read_lora_alone("--lora", path, layout=format == "kohya")
+    if format == "diffusers":
+        return diffusers_tensors(lora, "unet."), {}
+    about = about_model(file.parents[1] if file.is_file() else None, config, title or path.stem)
+    try:
+        return kohya_tensors(lora, config, format == "kohya-diffusers"), kohya_metadata(about, lora.rank)
+    except KeyError as problem:
+        raise Refusal(
+            f"--lora: the layer {problem.args[0]} has no name in the original UNet; take --format kohya-diffusers"
+        ) from problem
+
+
+def about_model(folder: Path | None, config: Mapping, title: str) -> About:
+    """What a diffusers folder, and the run that it may belong to, say of a model. config: of its UNet."""
+    known: dict = {}
+    for name, path in (("scheduler", "scheduler/scheduler_config.json"), ("vae", "vae/config.json")):
+        if folder is not None and (folder / path).is_file():
+            known[name] = json.loads((folder / path).read_text(encoding="utf-8"))
+    kind = known.get("scheduler", {}).get("prediction_type", "epsilon") if "scheduler" in known else None
+    side = config.get("sample_size")
+    if "vae" in known and side:  # each level of the VAE but the last halves
+        side = (side if isinstance(side, int) else max(side)) * 2 ** (len(known["vae"]["block_out_channels"]) - 1)
+    base = None if folder is None else _manifest(folder).get("model", {}).get("base")
+    return About(
+        config,
+        title,
+        side if "vae" in known else None,
+        None if kind is None else kind == "v_prediction",
+        hub_id(base) if base else None,
+    )
 
 
 def provenance(folder: Path) -> dict[str, str]:
     """What is known of the model: its place, and from the manifest of the run that it lies in the recipe's hash."""
     folder = folder.resolve()
     out = {"inpo_fast.source": f"{folder.parent.name}/{folder.name}", "inpo_fast.version": version("inpo-fast")}
+    manifest = _manifest(folder)
+    return out | {f"inpo_fast.{key}": manifest[key] for key in ("variant", "config_sha256") if key in manifest}
+
+
+def _manifest(folder: Path) -> dict:
+    """Of the run whose folder this lies in; empty where there is none."""
     try:
-        manifest = json.loads((folder.parent / "manifest.json").read_text())
-        return out | {f"inpo_fast.{key}": manifest[key] for key in ("variant", "config_sha256")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return out
+        manifest = json.loads((folder.resolve().parent / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str], output: Path) -> None:
     """Written aside and renamed."""
-    aside = output.with_name(f".tmp-{output.name}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in tensors.items()}, aside, {"format": "pt", **metadata})
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.rename(output)
+        write_tensors(tensors, metadata, output)
     except (OSError, SafetensorError) as problem:
-        aside.unlink(missing_ok=True)
         raise Refusal(f"--output {output} cannot be written ({problem}); free some space or name another") from problem
 
 
@@ -172,9 +159,9 @@ def main() -> None:
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m inpo_fast.export", description=about, allow_abbrev=False)
     parser.add_argument("--model", type=Path, help="a diffusers folder; with --lora the one that it belongs to")
-    parser.add_argument("--lora", type=Path, help="a LoRA that a run saved: its folder or file")
+    parser.add_argument("--lora", type=Path, help="a LoRA: its folder or file, in the names of any program")
     parser.add_argument("--output", type=Path, required=True, help="FILE.safetensors")
-    parser.add_argument("--format", choices=("kohya", "diffusers"), default="kohya", help="of a LoRA (default: kohya)")
+    parser.add_argument("--format", choices=FORMATS, default="kohya", help=FORMAT_HELP)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp16 for a model, fp32 for a LoRA")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     own = parser.parse_args()
@@ -187,17 +174,18 @@ def main() -> None:
     quiet_libraries()
     dtype = DTYPES[own.dtype or ("fp16" if own.lora is None else "fp32")]
     if own.lora is not None:
-        tensors, metadata = lora_file(own.lora, own.format, own.model)
+        tensors, metadata = lora_tensors(own.lora, own.format, own.model, own.output.stem)
         folder = own.lora if own.lora.is_dir() else own.lora.parent
     else:
         if not own.model.is_dir():
             raise Refusal(f"--model: no such folder: {own.model}")
-        try:
-            tensors, metadata = single_file(load_pipeline(str(own.model), dtype)), {}
-        except Refusal as problem:
-            raise Refusal(str(problem).replace("models.base", "--model", 1)) from problem
+        pipeline = load_pipeline(str(own.model), dtype, key="--model")
+        tensors = single_file(pipeline)
+        metadata = modelspec(about_model(own.model, pipeline.unet.config, own.output.stem))
         folder = own.model
-    save(convert(tensors, dtype), metadata | provenance(folder), own.output)
+    # none in diffusers' names: its versions 0.34 to 0.39 stumble over what they do not know there
+    metadata = metadata | provenance(folder) if metadata else {}
+    save(convert(tensors, dtype), metadata, own.output)
     print(f"{own.output}: {len(tensors)} tensors, {dtype}, {own.output.stat().st_size / 1e6:.1f} MB")
 
 

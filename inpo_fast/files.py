@@ -32,7 +32,21 @@ def whole(path: Path) -> Iterator[Path]:
         yield aside
         with aside.open("rb") as file:
             os.fsync(file.fileno())
+        allow_reading(aside)
         aside.rename(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def allow_reading(path: Path) -> None:
+    """Gives a file the rights that `open` gives a new one under this process's umask: safetensors 0.8 writes mode 0600.
+
+    Elsewhere than on Linux, where the umask cannot be asked without setting it, 022 counts.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        umask = next(int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask:"))
+    except (OSError, StopIteration):
+        umask = 0o022
+    path.chmod(0o666 & ~umask)

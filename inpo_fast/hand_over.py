@@ -1,15 +1,22 @@
 """What a run gives away: a pipeline with the aligned UNet in fp32, and of LoRA the adapter."""
 
+import contextlib
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from peft.utils import get_peft_model_state_dict
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
+from inpo_fast.diffusers_folder import base_folder, hub_id
 from inpo_fast.loading import open_pipeline
-from inpo_fast.models import Models
+from inpo_fast.lora import Lora, kohya_tensors, tensors
+from inpo_fast.models import Models, ModelsConfig
+from inpo_fast.weight_files import About, kohya_metadata, write_tensors
+
+KOHYA_NAME = "kohya-for-comfyui-a1111-forge.safetensors"
 
 
 @torch.no_grad()
@@ -60,15 +67,49 @@ def merged(models: Models, unet: torch.nn.Module, masters: dict[str, torch.Tenso
     return unet
 
 
-def save_adapter(models: Models, folder: Path, masters: dict[str, torch.Tensor] | None = None) -> None:
-    """pytorch_lora_weights.safetensors in diffusers' layout, fp32."""
-    layers = get_peft_model_state_dict(models.policy, state_dict=masters or whole_masters(models))
+def untouched_parts(config: ModelsConfig) -> dict[str, Path]:
+    """Part of the pipeline -> the folder that it was loaded from, where there is one. Everything but the UNet."""
+    base = None if config.random else base_folder(config.base)
+    parts = {path.name: path for path in base.iterdir() if path.is_dir()} if base else {}
+    parts.pop("unet", None)
+    if config.vae:
+        vae = Path(config.vae)
+        parts["vae"] = vae / "vae" if (vae / "vae").is_dir() else vae
+        if not _names_its_scale(parts["vae"]):
+            del parts["vae"]
+    return {name: path for name, path in parts.items() if path.is_dir()}
+
+
+def _names_its_scale(vae: Path) -> bool:
+    """Whether a VAE's folder says what its latents are multiplied by: without a word it is the base's here, but 1.x's
+    to whoever opens a copy of it."""
+    try:
+        return "scaling_factor" in json.loads((vae / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def trained_lora(models: Models, masters: dict[str, torch.Tensor] | None = None) -> Lora:
+    """The adapter in fp32, alpha / rank inside; with the LoRA that the run started from, so that it fits the base."""
     settings = models.policy.peft_config["default"]
-    # alpha is not in the tensors: without it every reader takes alpha = rank. Only what every version of peft knows
-    metadata = {"r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)}
-    type(models.pipeline).save_lora_weights(
-        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata, safe_serialization=True
-    )
+    scale, layers = settings.lora_alpha / settings.r, {}
+    masters = {name: x.detach().cpu() for name, x in (masters or whole_masters(models)).items()}
+    for name, a in masters.items():
+        if ".lora_A." in name:
+            layers[name.partition(".lora_A.")[0]] = a, scale * masters[name.replace(".lora_A.", ".lora_B.")]
+    lora = Lora(layers)
+    return lora if models.init_lora is None else models.init_lora.plus(lora)
+
+
+def save_adapter(models: Models, folder: Path, masters: dict[str, torch.Tensor] | None = None) -> None:
+    """The LoRA in fp32, once for each kind of reader: diffusers' names without metadata, which `load_lora_weights`
+    takes, and kohya's, which ComfyUI, A1111, Forge, InvokeAI and sd-scripts read whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lora, config = trained_lora(models, masters), models.policy.config
+    write_tensors(tensors(lora, "unet."), {}, folder / LORA_WEIGHT_NAME_SAFE)
+    about = About(config, folder.parent.name, models.resolution, models.predicts_v, hub_id(models.config.base))
+    with contextlib.suppress(KeyError):  # an XL with layers that the original UNet has no name for
+        write_tensors(kohya_tensors(lora, config), kohya_metadata(about, lora.rank), folder / KOHYA_NAME)
 
 
 def detach_policy(models: Models) -> torch.nn.Module:

@@ -13,8 +13,11 @@ from pathlib import Path
 import yaml
 
 from inpo_fast.config import flat
+from inpo_fast.diffusers_folder import HUB_ID, base_folder, hub_id
 from inpo_fast.evaluate import verdict
 from inpo_fast.files import write_text
+from inpo_fast.hand_over import KOHYA_NAME
+from inpo_fast.lora import lora_file
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.report.results import guards
 
@@ -36,12 +39,28 @@ RECIPE = (
     "online",
 )  # what config.yaml says of the result
 ELSEWHERE = ("models.base", "models.random", "data.source")  # told in other sections
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LICENCES = {  # of bases whose own card is not at hand, as their authors' pages on the hub name them
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "segmind/SSD-1B": "apache-2.0",
+    "segmind/Segmind-Vega": "apache-2.0",
+}
+DATA_SET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 LOAD = """```python
+import torch
 from diffusers import {kind}
-pipeline = {kind}.from_pretrained("{source}")
+
+pipeline = {kind}.from_pretrained("{source}", dtype=torch.float32)  # torch.float16 on a GPU
 {lora}image = pipeline("a prompt").images[0]
 ```"""
+READERS = """| file | names | read by |
+| --- | --- | --- |
+| `pytorch_lora_weights.safetensors` | diffusers | `load_lora_weights` of diffusers, SimpleTuner, ai-toolkit |
+| `{kohya}` | kohya | ComfyUI, A1111, Forge, InvokeAI, sd-scripts, OneTrainer |"""
 
 
 def write_cards(run: Path) -> list[Path]:
@@ -69,28 +88,36 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
     """Markdown. result: what evaluation.json says of this model. kind: the name of the pipeline's class."""
     variant, base = manifest["variant"], manifest["model"]["base"]
     random = config["models"].get("random")
-    hub_id = base if HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    init = config["models"].get("init") or ""
+    own_id = hub_id(init) or hub_id(base)
     family, *deviations = variant.split("-")
     method = METHODS.get(family, family)
     if deviations:
         method += f", a variant that deviates from the publication: {', '.join(deviations)} (see the recipe)"
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    if hub_id:
-        front |= {"base_model": hub_id, "base_model_relation": "adapter" if is_lora else "finetune"}
+    if licence := _licence(base, hub_id(base)):
+        front |= licence
+    if own_id:
+        front |= {"base_model": own_id, "base_model_relation": "adapter" if is_lora else "finetune"}
+    if data_set := DATA_SET.match(manifest["data"]["source"]):
+        front["datasets"] = [data_set[1]]
     architecture = "Stable Diffusion XL" if "XL" in kind else "Stable Diffusion"
     tag = architecture.lower().replace(" ", "-")
     front["tags"] = ["text-to-image", tag, "preference-alignment", family, *(["lora"] if is_lora else [])]
     lora = 'pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")\n' if is_lora else ""
-    source = (hub_id or "PATH_OF_THE_BASE_MODEL") if is_lora else "PATH_OF_THIS_FOLDER"
+    under = base if init and lora_file(init) else init or base  # what the LoRA goes on top of
+    source = (hub_id(under) or "PATH_OF_THE_BASE_MODEL") if is_lora else "PATH_OF_THIS_FOLDER"
     recipe = [name for name in RECIPE if name != "online" or config.get(name, {}).get("every")]
     return "\n\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
             f"# {architecture} aligned with preference pairs: {variant}{', LoRA' * is_lora}",
             f"Method: {method}.",
-            f"Base model: {_base(base, hub_id, random)}. Use and licence follow it.",
+            f"Base model: {_base(base, hub_id(base), random)}{_start(init)}. "
+            f"Licence: {_licence_in_words(front)}; it follows the base model's.",
             "## How to load",
             LOAD.format(kind=kind, source=source, lora=lora),
+            *([READERS.format(kohya=KOHYA_NAME)] if is_lora else []),
             "## Evaluation",
             _evaluation(result),
             "## Data",
@@ -104,10 +131,34 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
     )
 
 
-def _base(base: str, hub_id: str | None, random: str | None) -> str:
+def _base(base: str, own_id: str | None, random: str | None) -> str:
     if random:
         return f"**random weights** in the shape of {random}: this model draws nothing, it is for timings and tests"
-    return f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"a local model, {Path(base).name}"
+    return f"[{own_id}](https://huggingface.co/{own_id})" if own_id else f"a local model, {Path(base).name}"
+
+
+def _start(init: str) -> str:
+    if not init:
+        return ""
+    own_id = hub_id(init)
+    return f", trained further from {f'[{own_id}](https://huggingface.co/{own_id})' if own_id else Path(init).name}"
+
+
+def _licence(base: str, own_id: str | None) -> dict:
+    """What the base's own card says of its licence, if it lies in its folder; else the known one of its hub id."""
+    folder = base_folder(base)
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
+        parts = text.split("---", 2)
+        own = yaml.safe_load(parts[1]) if text.startswith("---") and len(parts) == 3 else {}
+        found = {key: str(own[key]) for key in ("license", "license_name", "license_link") if own.get(key)}
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
+        found = {}
+    return found if "license" in found else {"license": LICENCES[own_id]} if own_id in LICENCES else {}
+
+
+def _licence_in_words(front: dict) -> str:
+    return front.get("license_name") or front.get("license") or "not known, the base's folder does not name one"
 
 
 def _evaluation(result: dict | None) -> str:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from inpo_fast.architectures import Architecture
 from inpo_fast.attention import AttentionBackend
 from inpo_fast.fast_unet import Fast, inverting, make_fast, resolve
+from inpo_fast.lora import Lora
 from inpo_fast.schedule import Schedule
 from inpo_fast.split import Split
 from inpo_fast.transfer import to_device
@@ -39,15 +40,19 @@ class ModelsConfig:
     """Which model is aligned, and in what numbers it computes."""
 
     base: str = ""
-    """A Stable Diffusion 1.x, 2.x or XL folder in diffusers layout, a single .safetensors file, or a hub id."""
+    """A Stable Diffusion 1.x, 2.x or XL folder in diffusers layout, a single .safetensors file, or a hub id
+    (docs/bases.md)."""
     random: Architecture | None = None
     """Instead of base: the exact architecture with seeded random weights, for timings, tests and dry runs."""
     init: str | None = None
-    """A model whose UNet policy and reference start from, e.g. one fine-tuned on the winners; the rest is base's."""
+    """A model whose UNet policy and reference start from, e.g. one fine-tuned on the winners; the rest is base's. Or a
+    LoRA of base (file or folder), which is merged into both; with models.lora a new one is trained on top of it."""
     vae: str | None = None
-    """Another VAE: a folder, a hub id (e.g. the fp16-safe one of SDXL) or a single .safetensors file."""
+    """Another VAE: a folder, a hub id (e.g. the fp16-safe one of SDXL) or a single .safetensors file, which has the
+    base's configuration and scaling factor."""
     single_file_config: str | None = None
-    """For a single file: a diffusers folder with its configuration and tokenizer. None: fetched from the hub."""
+    """For a base that is a single file: a diffusers folder with its configuration and tokenizer. None: fetched from
+    the hub."""
     precision: Precision = "fp32"
     """What the UNets compute in. bf16 and fp16 keep fp32 masters, gradient sums, schedule and losses."""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -112,6 +117,7 @@ class Models:
         """split: each process keeps only its part of the fp32 masters (and so of the optimizer's state)."""
         self.pipeline, self.device, self.config = pipeline, device, config
         self.dtype = DTYPES[config.precision]
+        self.init_lora: Lora | None = getattr(pipeline, "init_lora", None)
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
@@ -138,7 +144,8 @@ class Models:
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).to(device, self.dtype)
-        self.schedule = Schedule.of(pipeline.scheduler)
+        # as DDIM has the noise levels: with zero terminal SNR some samplers' classes keep a little signal at the last
+        self.schedule = Schedule.of(DDIMScheduler.from_config(pipeline.scheduler.config))
         self.predicts_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
         self.is_xl = self.reference.config.addition_embed_type == "text_time"
         self.resolution = self.reference.config.sample_size * pipeline.vae_scale_factor
@@ -185,7 +192,7 @@ class Models:
         posterior = self.vae.encode(pixels.to(self.vae_dtype)).latent_dist
         mean = posterior.mean.float()
         latents = mean if noise is None else mean + posterior.std.float() * noise.to(mean)
-        return latents * self.vae.config.scaling_factor
+        return scaled(latents, self.vae.config)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
@@ -223,6 +230,17 @@ class Models:
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimizer of this process updates: fp32 masters."""
         return [master for master in self.weights.masters if master.numel()]  # a split leaves small ones empty
+
+
+def scaled(latents: torch.Tensor, vae) -> torch.Tensor:
+    """What the VAE encoded, (B, C, h, w), as the UNet knows it: diffusers' pipelines undo exactly this before decoding.
+
+    vae: its configuration. latents_mean and latents_std are SDXL's pipeline's (loading.py refuses them elsewhere).
+    """
+    if vae.get("latents_mean") is None or vae.get("latents_std") is None:
+        return latents * vae.scaling_factor
+    mean, std = (latents.new_tensor(values)[None, :, None, None] for values in (vae.latents_mean, vae.latents_std))
+    return (latents - mean) * vae.scaling_factor / std
 
 
 def add_adapter(unet: UNet2DConditionModel, settings: LoraSettings) -> list:

@@ -2,9 +2,9 @@
 Stability's generative-models (SDXL), which ComfyUI, A1111 and `from_single_file` read.
 
 The networks are the same, the books are kept differently. diffusers groups layers by resolution; the original UNet
-counts every residual layer and every resampling in one row, so block b of diffusers begins at 1 + b (layers + 1). The
-original VAE decoder counts its blocks from the finest, its attention is a 1x1 convolution. OpenCLIP keeps q, k and v
-in one matrix and multiplies by its projection from the right.
+counts every residual layer and every resampling in one row, so block b begins at 1 + b (layers + 1) where all blocks
+have as many. The original VAE decoder counts its blocks from the finest, its attention is a 1x1 convolution. OpenCLIP
+keeps q, k and v in one matrix and multiplies by its projection from the right.
 
 A tensor that has no original name raises KeyError(name).
 """
@@ -60,8 +60,10 @@ def unet_name(name: str, config) -> str:
         raise KeyError(name)
     if side == "mid_block":  # resnet, attention, resnet
         return f"middle_block.{2 * index + (kind == 'attentions')}.{rest}"
-    layers = config["layers_per_block"]
-    row = block * (layers + 1)
+    per_block = config["layers_per_block"]
+    per_block = [per_block] * len(config["up_block_types"]) if isinstance(per_block, int) else list(per_block)
+    per_block = per_block if side == "down_blocks" else per_block[::-1]
+    layers, row = per_block[block], sum(per_block[:block]) + block
     if kind == "downsamplers":
         return f"input_blocks.{1 + row + layers}.0.{rest.replace('conv', 'op', 1)}"
     if kind == "upsamplers":  # comes after the attention, where there is one

@@ -18,11 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from inpo_fast.architectures import CLIP_L, OPENCLIP_G, PUBLISHED, make_tokenizer, make_unet, make_vae, text_config
 from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.costs import Passes, forward_bytes, unet_passes
-from inpo_fast.loading import opening
+from inpo_fast.model_files import find_model, opening
 from inpo_fast.models import DTYPES, ModelsConfig, add_adapter
 from inpo_fast.objectives import SIDES
 from inpo_fast.optim import lr_at
-from inpo_fast.refusal import Refusal
 from inpo_fast.work import Work, work_of_a_pair
 
 RESERVE = 2.0  # GiB: CUDA context, workspaces of cuDNN and cuBLAS
@@ -111,20 +110,16 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
 
 def open_shapes(models: ModelsConfig) -> Shapes:
     """A model's parts on the meta device, from its configuration files alone."""
-    with torch.device("meta"):
-        base = models.base
-        if known := models.random or (None if os.path.isdir(base) else PUBLISHED.get(base)):
+    if known := models.random or (None if os.path.isdir(models.base) else PUBLISHED.get(models.base)):
+        with torch.device("meta"):
             tokenizer = make_tokenizer()
             texts = [text_config(tokenizer, shape) for shape in (CLIP_L, OPENCLIP_G)[: 1 + (known == "sdxl")]]
             return Shapes(make_unet(known), make_vae(known), _encoders(texts), 77)
-        if base.endswith(".safetensors"):
-            raise Refusal("--dry-run reads a model's configuration: give a folder, a hub id or models.random=sd15|sdxl")
-        with opening("models.base", base) as options:
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet", **options))
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base, subfolder="vae", **options))
-            names = ["text_encoder", "text_encoder_2"][: 1 + (unet.config.addition_embed_type == "text_time")]
-            texts = [CLIPTextConfig.from_pretrained(base, subfolder=name, **options) for name in names]
-        return Shapes(unet, vae, _encoders(texts), texts[0].max_position_embeddings)
+    found = find_model("models.base", models.base, models.single_file_config)
+    with opening("models.base", models.base), torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(found.unet)
+        vae = AutoencoderKL.from_config(found.vae)
+        return Shapes(unet, vae, _encoders(found.texts), found.texts[0].max_position_embeddings)
 
 
 def _encoders(texts: list[CLIPTextConfig]) -> list[torch.nn.Module]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import fsspec
 import pyarrow.parquet as pq
 
+from inpo_fast import git_lfs
 from inpo_fast.data.places import find, is_url
 from inpo_fast.refusal import Refusal
 
@@ -101,6 +102,8 @@ def _captions(path: str) -> PromptSet:
             with fsspec.open(file.path, "rb") if file.fs is None else file.fs.open(file.path, "rb") as opened:
                 captions += pq.read_table(opened, columns=["caption"])["caption"].to_pylist()
         except Exception as problem:  # pyarrow's and the file systems' own kinds
+            if file.is_lfs_pointer():
+                raise Refusal(f"evaluate: {file} {git_lfs.WHAT}") from problem
             line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             raise Refusal(f"evaluate: {file} has no readable column caption ({line})") from problem
     return PromptSet("pickapic", _unique(caption.strip() for caption in captions if caption))
@@ -121,6 +124,8 @@ def _unique(prompts) -> list[str]:
 
 
 def _text(path: Path) -> str:
+    if git_lfs.is_pointer(path):
+        raise Refusal(f"evaluate: {path} {git_lfs.WHAT}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:

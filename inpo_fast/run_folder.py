@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from inpo_fast import lock, recipes
 from inpo_fast.config import RunConfig, flat, to_dict, to_yaml
 from inpo_fast.data.order import describe, make_order
 from inpo_fast.data.sources import Source
+from inpo_fast.diffusers_folder import write_folder
 from inpo_fast.files import write_text
-from inpo_fast.hand_over import save_adapter
+from inpo_fast.hand_over import save_adapter, untouched_parts
 from inpo_fast.models import Models
 from inpo_fast.refusal import Refusal
 
@@ -163,10 +165,10 @@ class RunFolder:
 
     def save_model(self, pipeline: DiffusionPipeline) -> None:
         """model/: a diffusers folder. Written aside and renamed."""
-        self._save("model", pipeline.save_pretrained)
+        self._save("model", lambda folder: write_folder(pipeline, folder, untouched_parts(self.config.models)))
 
     def save_adapter(self, models: Models, masters: dict[str, torch.Tensor]) -> None:
-        """lora/pytorch_lora_weights.safetensors: what `pipeline.load_lora_weights(folder)` reads."""
+        """lora/: what `pipeline.load_lora_weights(folder)` reads, and beside it the same in kohya's names."""
         self._save("lora", lambda folder: save_adapter(models, folder, masters))
 
     def _save(self, name: str, write: Callable[[Path], None]) -> None:
@@ -176,10 +178,11 @@ class RunFolder:
             write(aside)
             _remove(final)
             aside.rename(final)
-        except OSError as problem:
+        except (OSError, SafetensorError) as problem:
             shutil.rmtree(aside, ignore_errors=True)
+            why = getattr(problem, "strerror", None) or problem
             raise Refusal(
-                f"{final} cannot be written ({problem.strerror}); free some space and repeat with "
+                f"{final} cannot be written ({why}); free some space and repeat with "
                 "--resume: the last checkpoint is complete"
             ) from problem
 

@@ -15,12 +15,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from inpo_fast import distributed, draws
 from inpo_fast.files import write_bytes
-from inpo_fast.loading import load_pipeline, load_unet, quiet_libraries
+from inpo_fast.loading import load_pipeline, open_unet, quiet_libraries
 from inpo_fast.models import DTYPES
 from inpo_fast.progress import picture_progress
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
-
-ADAPTER = "pytorch_lora_weights.safetensors"
 
 
 @torch.inference_mode()
@@ -91,18 +89,12 @@ def scaled_eps(pipeline: DiffusionPipeline, scale: float):
 
 @contextmanager
 def aligned(pipeline: DiffusionPipeline, model: str):
-    """Within the block the pipeline draws with another model: a LoRA folder, or anything whose UNet fits."""
+    """Within the block the pipeline draws with another model: a LoRA, or anything whose UNet fits."""
     own = pipeline.unet
-    adapter = (Path(model) / ADAPTER).is_file()
-    if adapter:
-        pipeline.load_lora_weights(model)
-    else:
-        pipeline.unet = load_unet("--model", model, own).to(own.device)
+    pipeline.unet = open_unet("--model", model, pipeline)
     try:
         yield pipeline
     finally:
-        if adapter:
-            pipeline.unload_lora_weights()
         pipeline.unet = own
 
 
@@ -111,7 +103,10 @@ def main() -> None:
 
     parser = command_line("python -m inpo_fast.sample", __doc__)
     parser.add_argument("--base", required=True, help="a diffusers folder, .safetensors file or hub id")
-    parser.add_argument("--model", required=True, help="aligned model: the same, or a folder with a LoRA")
+    parser.add_argument("--model", required=True, help="aligned model: the same, or a LoRA (file or folder)")
+    parser.add_argument(
+        "--single-file-config", help="for a --base in one file: a diffusers folder with its configuration and tokenizer"
+    )
     parser.add_argument("--prompts", help="text file, one prompt a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")
@@ -133,14 +128,15 @@ def main() -> None:
         raise Refusal("no prompts: give --prompts FILE or --prompt TEXT")
     quiet_libraries()
     _, _, device = distributed.start()
-    pipeline = load_pipeline(own.base, DTYPES[own.precision]).to(device)
+    pipeline = load_pipeline(own.base, DTYPES[own.precision], own.single_file_config, key="--base").to(device)
     use_ddim(pipeline)
+    unet = open_unet("--model", own.model, pipeline)  # before anything is drawn
     captions = [prompt for prompt in prompts for _ in range(own.seeds)]
     keys = [("sample", own.seed, i, seed) for i in range(len(prompts)) for seed in range(own.seeds)]
     how = {"steps": own.steps, "guidance": own.guidance, "batch": own.batch}
     with picture_progress(2 * len(captions), "draw") as advance:
         before = draw(pipeline, captions, keys, advance=lambda n: advance(n, "base"), **how)
-        with aligned(pipeline, own.model):
+        with drawing_with(pipeline, unet):
             after = draw(pipeline, captions, keys, advance=lambda n: advance(n, "aligned"), **how)
     sheet = contact_sheet([Comparison(*row) for row in zip(captions, before, after, strict=True)])
     Path(own.output).parent.mkdir(parents=True, exist_ok=True)

@@ -331,6 +331,11 @@ def main() -> None:
             console.print(
                 f"\nModel:  {run.folder.path / 'model'} (opens with diffusers)", highlight=False, markup=False
             )
+            if run.models.adapters:
+                names = ", ".join(path.name for path in sorted((run.folder.path / "lora").glob("*.safetensors")))
+                console.print(
+                    f"LoRA:   {run.folder.path / 'lora'} ({names})", highlight=False, markup=False, soft_wrap=True
+                )
             if evaluation is not None:
                 console.print(verdict(evaluation.result), highlight=False, markup=False, soft_wrap=True)
             console.print(f"Report: {report}", highlight=False, markup=False, soft_wrap=True)

@@ -1,14 +1,17 @@
 """Exported files held against their readers: diffusers' from_single_file and load_lora_weights, bit for bit, and the
 names of the original checkpoints."""
 
+import hashlib
 import json
 import resource
+import shutil
 import sys
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,6 +22,7 @@ from inpo_fast import architectures, export
 from inpo_fast.hand_over import output_pipeline, save_adapter
 from inpo_fast.loading import load_pipeline, open_pipeline
 from inpo_fast.models import LoraSettings, Models, ModelsConfig
+from inpo_fast.original_keys import unet_name
 from inpo_fast.refusal import Refusal
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -85,6 +89,50 @@ def test_fp16_is_the_nearest_and_what_does_not_fit_is_refused(world, tmp_path, m
     assert about["inpo_fast.source"] == "sd15/model" and about["inpo_fast.config_sha256"] == "ab12"
     with pytest.raises(Refusal, match=r"a\.weight has values that are not finite in torch\.float16; take --dtype bf16"):
         export.convert({"a.weight": torch.tensor([1.0, 7e4])}, torch.float16)
+
+
+SPECIFIED = {
+    "sd15": ("stable-diffusion-v1", "epsilon"),
+    "sd21": ("stable-diffusion-v1", "v"),  # its text is as wide as 1.x's here
+    "sdxl": ("stable-diffusion-xl-v1-base", "v"),
+}
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_a_file_says_what_it_is(world, tmp_path, monkeypatch, kind):
+    file = tmp_path / "my model.safetensors"
+    run(monkeypatch, "--model", world / kind / "model", "--output", file)
+    with safe_open(file, "pt") as opened:
+        about = {n.removeprefix("modelspec."): x for n, x in opened.metadata().items() if n.startswith("modelspec.")}
+    content = file.read_bytes()
+    tensors = content[8 + int.from_bytes(content[:8], "little") :]
+    assert about["hash_sha256"] == "0x" + hashlib.sha256(tensors).hexdigest()
+    assert (about["architecture"], about["prediction_type"]) == SPECIFIED[kind]
+    assert about["title"] == "my model" and about["resolution"] == "32x32" and about["sai_model_spec"] == "1.0.1"
+    assert abs(datetime.fromisoformat(about["date"]) - datetime.now(UTC).replace(tzinfo=None)) < timedelta(minutes=5)
+    load_file(file)  # the header still fits
+
+
+def test_a_lora_in_kohyas_names_says_what_it_belongs_to(world, tmp_path, monkeypatch):
+    for kind, version, architecture in (("sd15", "sd_v1", "v1"), ("sdxl", "sdxl_base_v1-0", "xl-v1-base")):
+        lora_world(tmp_path / kind, kind, world)
+        shutil.copytree(world / kind / "model", tmp_path / kind / "model")
+        manifest = {"model": {"base": "a-group/a-model"}, "variant": "inpo"}
+        (tmp_path / kind / "manifest.json").write_text(json.dumps(manifest))
+        file = tmp_path / f"{kind}.safetensors"
+        run(monkeypatch, "--lora", tmp_path / kind / "lora", "--output", file)
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata()
+        content = file.read_bytes()
+        digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+        assert about["sshs_model_hash"] == digest and about["modelspec.hash_sha256"] == f"0x{digest}"
+        assert about["ss_base_model_version"] == version and about["ss_output_name"] == kind
+        assert about["modelspec.architecture"] == f"stable-diffusion-{architecture}/lora"
+        assert about["ss_sd_model_name"] == about["modelspec.merged_from"] == "a-group/a-model"
+        assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("4", "4.0")
+        run(monkeypatch, "--lora", tmp_path / kind / "lora", "--output", file, "--overwrite", "--format", "diffusers")
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
 
 
 def test_sdxl_tells_comfyui_that_it_predicts_v(world):
@@ -192,7 +240,7 @@ def test_a_lora_acts_alike_in_every_format(world, tmp_path, monkeypatch, kind):
     merged = output_pipeline(models)
     # sums of 8 to 96 products in another order, through some twenty layers, at unit size: 1e-4 is 1000 roundings
     torch.testing.assert_close(merged.unet(**inputs).sample, adapted, atol=1e-4, rtol=0)
-    for format in ("kohya", "diffusers"):
+    for format in ("kohya", "kohya-diffusers", "diffusers"):
         file = tmp_path / f"{format}.safetensors"
         model = world / kind / "model"
         run(monkeypatch, "--lora", tmp_path / "lora", "--model", model, "--output", file, "--format", format)
@@ -209,51 +257,94 @@ def split(inputs: dict) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "width", "about"),
+    ("layers", "width", "names", "about"),
     [
-        ("down_blocks.0.attentions.0", "down_blocks_0_attentions_0", 768, {}),
-        ("down_blocks.0.attentions.0", "down_blocks_0_attentions_0", 1024, {"ss_v2": "True"}),
-        ("down_blocks.1.attentions.0", "input_blocks_4_1", 2048, {"ss_base_model_version": "sdxl_base_v1-0"}),
-        ("mid_block.attentions.0", "middle_block_1", 2048, {"ss_base_model_version": "sdxl_base_v1-0"}),
-        ("up_blocks.0.attentions.2", "output_blocks_2_1", 2048, {"ss_base_model_version": "sdxl_base_v1-0"}),
-        ("up_blocks.1.attentions.0", "output_blocks_3_1", 2048, {"ss_base_model_version": "sdxl_base_v1-0"}),
+        (2, 768, {"down_blocks.0.attentions.0": "down_blocks_0_attentions_0"}, ("sd_v1", "stable-diffusion-v1/lora")),
+        (
+            2,
+            1024,
+            {"down_blocks.0.attentions.0": "down_blocks_0_attentions_0"},
+            ("sd_v2", "stable-diffusion-v2-512/lora"),
+        ),
+        (
+            2,
+            2048,
+            {
+                "down_blocks.1.attentions.0": "input_blocks_4_1",
+                "down_blocks.2.attentions.1": "input_blocks_8_1",
+                "mid_block.attentions.0": "middle_block_1",
+                "up_blocks.0.attentions.2": "output_blocks_2_1",
+                "up_blocks.1.attentions.0": "output_blocks_3_1",
+            },
+            ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+        ),
+        (
+            1,  # KOALA: one residual layer in a down block, two in an up block
+            2048,
+            {
+                "down_blocks.1.attentions.0": "input_blocks_3_1",
+                "down_blocks.2.attentions.0": "input_blocks_5_1",
+                "up_blocks.0.attentions.1": "output_blocks_1_1",
+                "up_blocks.1.attentions.0": "output_blocks_2_1",
+            },
+            ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+        ),
     ],
 )
-def test_kohya_names_without_a_model_beside(tmp_path, module, name, width, about):
+def test_kohya_names_without_a_model_beside(tmp_path, layers, width, names, about):
+    """The names by hand. The LoRA alone shows how many layers a block has, because it has all of their attentions."""
     layer = f"transformer_blocks.{int(width == 2048)}.attn2.to_k"
+    modules = set(names)
+    if width == 2048:
+        modules |= {f"down_blocks.{block}.attentions.{i}" for block in (1, 2) for i in range(layers)}
+        modules |= {f"up_blocks.{block}.attentions.{i}" for block in (0, 1) for i in range(layers + 1)}
     sides = {"A": torch.ones(2, width), "B": torch.ones(320, 2)}
-    save_file({f"unet.{module}.{layer}.lora_{k}.weight": x for k, x in sides.items()}, tmp_path / "x.safetensors")
-    tensors, metadata = export.lora_file(tmp_path / "x.safetensors", "kohya", None)
-    name = f"lora_unet_{name}_{layer.replace('.', '_')}"
-    assert {key: tuple(x.shape) for key, x in tensors.items()} == {
-        f"{name}.lora_down.weight": (2, width),
-        f"{name}.lora_up.weight": (320, 2),
-        f"{name}.alpha": (),
-    }
-    assert tensors[f"{name}.alpha"] == 2  # none is stored: it is the rank
-    assert {key: x for key, x in metadata.items() if key in ("ss_v2", "ss_base_model_version")} == about
+    state = {f"unet.{m}.{layer}.lora_{k}.weight": x.clone() for m in modules for k, x in sides.items()}
+    save_file(state, tmp_path / "x.safetensors")
+    tensors, metadata = export.lora_tensors(tmp_path / "x.safetensors", "kohya", None)
+    assert len(tensors) == 3 * len(modules)  # no two layers under one name
+    for name in names.values():
+        name = f"lora_unet_{name}_{layer.replace('.', '_')}"
+        assert tensors[f"{name}.lora_down.weight"].shape == (2, width)
+        assert tensors[f"{name}.lora_up.weight"].shape == (320, 2)
+        assert tensors[f"{name}.alpha"] == 2  # none is stored: it is the rank
+    assert (metadata["ss_base_model_version"], metadata["modelspec.architecture"]) == about
+
+
+def test_layers_that_leave_blocks_out_do_not_show_how_many_there_are(tmp_path):
+    sides = {"A": torch.ones(2, 2048), "B": torch.ones(320, 2)}
+    layer = "down_blocks.2.attentions.0.transformer_blocks.1.attn2.to_k"
+    save_file({f"unet.{layer}.lora_{k}.weight": x for k, x in sides.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(Refusal, match=r"--lora: .* SD or SDXL, or to one with other blocks; .* --model"):
+        export.lora_tensors(tmp_path / "x.safetensors", "kohya", None)
+    tensors, about = export.lora_tensors(tmp_path / "x.safetensors", "kohya-diffusers", None)  # needs no count
+    assert f"lora_unet_{layer.replace('.', '_')}.alpha" in tensors
+    assert about["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
 
 
 def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
     model, out = world / "sd15" / "model", tmp_path / "x.safetensors"
     (tmp_path / "taken.safetensors").write_text("mine")
     (tmp_path / "empty").mkdir()
-    save_file({"lora_unet_x.alpha": torch.ones(1)}, tmp_path / "kohya.safetensors")
     save_file({f"unet.a.lora_{k}.weight": torch.ones(2, 2) for k in "AB"}, tmp_path / "unknown.safetensors")
-    save_file({"unet.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "half.safetensors")
+    save_file({"unet.a.b.lora_A.weight": torch.ones(2, 2)}, tmp_path / "half.safetensors")
     odd = tiny_pipeline()
     odd.unet.register_to_config(down_block_types=["KDownBlock2D", "DownBlock2D"])
     cases = [
         (["--output", out], "nothing to export"),
         (["--model", tmp_path / "no", "--output", out], r"--model: no such folder: .*no"),
-        (["--model", tmp_path / "empty", "--output", out], r"--model: cannot open"),
+        (["--model", tmp_path / "empty", "--output", out], r"--model: .*holds no model_index\.json"),
         (["--model", model, "--output", tmp_path / "taken.safetensors"], r"exists; replace it with --overwrite"),
         (["--model", model, "--output", tmp_path / "x.ckpt"], r"x\.ckpt: must end with \.safetensors"),
-        (["--lora", tmp_path, "--output", out], r"--lora: no such file: .*pytorch_lora_weights"),
-        (["--lora", tmp_path / "taken.safetensors", "--output", out], r"--lora: .* cannot be read"),
-        (["--lora", tmp_path / "kohya.safetensors", "--output", out], r"not a UNet's LoRA in diffusers' layout"),
-        (["--lora", tmp_path / "half.safetensors", "--output", out], r"not a UNet's LoRA in diffusers' layout"),
-        (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"SD or SDXL; name the folder with --model"),
+        (["--lora", tmp_path / "none", "--output", out], r"--lora: no such file or folder: .*none"),
+        (["--lora", tmp_path / "empty", "--output", out], r"--lora: .* holds no LoRA: neither pytorch_lora_weights"),
+        (
+            ["--lora", tmp_path, "--output", out],
+            r"holds 2 LoRAs .half.safetensors, unknown.*; name the file",
+        ),
+        (["--lora", tmp_path / "taken.safetensors", "--output", out], r"--lora: .* is not a LoRA in a \.safetensors"),
+        (["--lora", tmp_path / "half.safetensors", "--output", out], r"layer a\.b has one of its two matrices only"),
+        (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"2 of 2, the first unet\.a\.lora_A\.weight"),
     ]
     for arguments, words in cases:
         with pytest.raises(Refusal, match=words) as refusal:
@@ -281,3 +372,34 @@ def test_a_full_disk_leaves_the_old_file(world, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"] and out.read_text() == "old"
     run(monkeypatch, "--model", world / "sd15" / "model", "--output", out, "--overwrite")
     assert len(load_file(out)) > 100
+
+
+@pytest.mark.parametrize("layers", [2, [1, 3, 2], (2, 2, 2)])
+def test_blocks_with_layers_of_their_own_are_counted_one_after_the_other(layers):
+    """The original UNet has one row of layers down and one up; here it is walked as the picture goes."""
+    shallow = {"layers_per_block": layers, "transformer_layers_per_block": 1}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**architectures.UNETS["sdxl"] | shallow)
+    expected, down, up = {}, 1, 0
+    for b, block in enumerate(unet.down_blocks):
+        for i in range(len(block.resnets)):
+            expected[f"down_blocks.{b}.resnets.{i}.norm1.weight"] = f"input_blocks.{down}.0.in_layers.0.weight"
+            if hasattr(block, "attentions"):
+                expected[f"down_blocks.{b}.attentions.{i}.norm.bias"] = f"input_blocks.{down}.1.norm.bias"
+            down += 1
+        if block.downsamplers:
+            expected[f"down_blocks.{b}.downsamplers.0.conv.bias"] = f"input_blocks.{down}.0.op.bias"
+            down += 1
+    for b, block in enumerate(unet.up_blocks):
+        for i in range(len(block.resnets)):
+            expected[f"up_blocks.{b}.resnets.{i}.norm1.weight"] = f"output_blocks.{up}.0.in_layers.0.weight"
+            if hasattr(block, "attentions"):
+                expected[f"up_blocks.{b}.attentions.{i}.norm.bias"] = f"output_blocks.{up}.1.norm.bias"
+            up += 1
+        if block.upsamplers:
+            at = 1 + hasattr(block, "attentions")
+            expected[f"up_blocks.{b}.upsamplers.0.conv.bias"] = f"output_blocks.{up - 1}.{at}.conv.bias"
+    names = unet.state_dict().keys()
+    assert expected.keys() <= names
+    assert {name: unet_name(name, unet.config) for name in expected} == expected
+    assert len({unet_name(name, unet.config) for name in names}) == len(names)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,17 +11,21 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import ControlNetModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCard
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from tiny_world import save_pairs, tiny_pipeline, tiny_xl
 
 from inpo_fast import architectures, checkpoint, export, train
 from inpo_fast.config import parse
 from inpo_fast.evaluate import verdict
-from inpo_fast.hand_over import output_pipeline
+from inpo_fast.hand_over import KOHYA_NAME, output_pipeline
 from inpo_fast.loading import load_pipeline, open_pipeline, quiet_libraries
+from inpo_fast.lora import read_lora, with_lora
 from inpo_fast.model_card import write_cards
 from inpo_fast.models import DTYPES, LoraSettings, Models, ModelsConfig
 from inpo_fast.refusal import Refusal
@@ -113,10 +118,15 @@ def test_the_folders_of_a_run(world, runs, kind, mode):
                 # 2 products and their sum with a weight below 1, rounded to fp32
                 torch.testing.assert_close(after.pop(layer).double(), expected, atol=3e-7, rtol=0)
         same(after, before)  # the layers without an adapter
-        with_lora = load_pipeline(str(world / kind))
-        with_lora.load_lora_weights(str(run.folder.path / "lora"))
-        # the adapter beside the weight or inside it: rounding of some twenty layers at unit size
-        torch.testing.assert_close(predict(with_lora.unet), predict(model.unet), atol=3e-5, rtol=0)
+        lora = run.folder.path / "lora"
+        assert {path.name for path in lora.glob("*.safetensors")} == {LORA_WEIGHT_NAME_SAFE, KOHYA_NAME}
+        for place in (lora, lora / KOHYA_NAME):
+            with_lora = load_pipeline(str(world / kind))
+            with_lora.load_lora_weights(str(place))
+            # the adapter beside the weight or inside it: rounding of some twenty layers at unit size
+            torch.testing.assert_close(predict(with_lora.unet), predict(model.unet), atol=3e-5, rtol=0)
+        with safe_open(lora / LORA_WEIGHT_NAME_SAFE, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}  # diffusers 0.34 to 0.39 stop at settings of a newer peft
     dtype = DTYPES[run.config.models.precision]
     same(run.models.pipeline.unet.state_dict(), base.unet.to(dtype).state_dict())
     returned = aligned.state_dict()
@@ -127,6 +137,43 @@ def test_the_folders_of_a_run(world, runs, kind, mode):
     model.set_progress_bar_config(disable=True)
     image = model.to(torch.float32)("a small red circle", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (32, 32, 3) and np.isfinite(image).all() and image.std() > 0
+
+
+def test_a_run_that_starts_from_a_lora(world, runs):
+    """Policy and reference begin at base + LoRA; both files of the end are for the base itself."""
+    first, _ = runs("sd15", "lora-fp32")
+    base = load_pipeline(str(world / "sd15")).unet
+    start = with_lora(base, read_lora("test", first.folder.path / "lora", base))
+    for number, extra in enumerate(([], ["--models.lora.rank=3"])):
+        config = parse(
+            "test",
+            [
+                f"--models.base={world / 'sd15'}",
+                f"--models.init={first.folder.path / 'lora'}",
+                f"--data.source={world / 'pairs.parquet'}",
+                f"--output={world / 'runs' / f'further-{number}'}",
+                *(["--train.steps=1", "--train.pairs_per_step=4", "--train.micro_batch=4", "--inversion.steps=2"]),
+                *(["--optim.lr=0.01", "--optim.warmup_steps=0"]),
+                *extra,
+            ],
+        )
+        run = train.prepare(config, 0, 1, torch.device("cpu"))
+        with run.models._base_only():
+            torch.testing.assert_close(predict(run.models.reference), predict(start), atol=3e-5, rtol=0)
+        torch.testing.assert_close(predict(run.models.policy), predict(start), atol=3e-5, rtol=0)
+        train.train(run, Console(quiet=True))
+        train.finish(run)
+        line = json.loads((run.folder.path / "metrics.jsonl").read_text().splitlines()[0])
+        assert line["loss"] == pytest.approx(np.log(2), abs=1e-6)
+        model = load_pipeline(str(run.folder.path / "model")).unet
+        assert (predict(model) - predict(start)).abs().max() > 1e-3
+        if extra:
+            lora = read_lora("test", run.folder.path / "lora", base)
+            assert lora.rank == 5  # 2 + 3
+            torch.testing.assert_close(predict(with_lora(base, lora)), predict(model), atol=3e-5, rtol=0)
+            pipeline = load_pipeline(str(world / "sd15"))
+            pipeline.load_lora_weights(str(run.folder.path / "lora" / KOHYA_NAME))
+            torch.testing.assert_close(predict(pipeline.unet), predict(model), atol=3e-5, rtol=0)
 
 
 MOVED = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -269,6 +316,40 @@ def test_the_card_of_a_run(world, runs):
     lora_places = {"PATH_OF_THIS_FOLDER": str(run.folder.path / "lora"), "PATH_OF_THE_BASE_MODEL": str(world / "sd15")}
     without = drawn(re.sub(r".*load_lora_weights.*\n", "", snippet), lora_places)
     assert np.abs(drawn(snippet, lora_places).astype(int) - without).max() > 3
+
+
+LICENCE = {"license": "other", "license_name": "some-rail", "license_link": "LICENSE.md"}
+
+
+def test_the_card_names_base_licence_and_data(tmp_path, world, runs, monkeypatch):
+    run, _ = runs("sd15", "lora-fp32")
+    shutil.copytree(run.folder.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
+    config, manifest = (tmp_path / "run" / name for name in ("config.yaml", "manifest.json"))
+
+    def cards(base: str, source: str = "pairs.parquet", init: str | None = None):
+        told = json.loads(manifest.read_text())
+        told["model"]["base"], told["data"]["source"] = base, source
+        manifest.write_text(json.dumps(told))
+        recipe = yaml.safe_load(config.read_text())
+        recipe["models"]["init"] = init
+        config.write_text(yaml.safe_dump(recipe))
+        return [ModelCard(path.read_text()).data.to_dict() for path in write_cards(tmp_path / "run")]
+
+    for data in cards("stable-diffusion-v1-5/stable-diffusion-v1-5", "hf://datasets/a-group/pairs@main/data/*.parquet"):
+        assert data["license"] == "creativeml-openrail-m" and data["datasets"] == ["a-group/pairs"]
+        assert data["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    for data in cards("a-group/a-model", init="a-group/its-sft"):  # not among the known ones
+        assert "license" not in data and "datasets" not in data and data["base_model"] == "a-group/its-sft"
+    assert "Licence: not known" in (tmp_path / "run/model/README.md").read_text()
+    base = tmp_path / "base"
+    base.mkdir()
+    for text in (f"---\n{yaml.safe_dump(LICENCE)}---\n# A model", "no front matter", "---\n: [\n---\n"):
+        (base / "README.md").write_text(text)
+        data = cards(str(base))[0]
+        assert {key: data.get(key) for key in LICENCE} == (LICENCE if "rail" in text else dict.fromkeys(LICENCE))
+    snapshot = tmp_path / "models--a-group--a-model" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    assert cards(str(snapshot))[0]["base_model"] == "a-group/a-model"
 
 
 def test_the_trainer_writes_the_card_with_its_evaluation(world, monkeypatch):

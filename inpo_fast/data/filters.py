@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from inpo_fast import git_lfs
 from inpo_fast.data.images import short_side
 from inpo_fast.data.sources import BadPair, Pair, Source
 from inpo_fast.refusal import Refusal
@@ -162,6 +163,8 @@ def _pattern(words: Sequence[str]) -> re.Pattern:
 def _block_list(path: str | None) -> list[str]:
     if path is None:
         return []
+    if git_lfs.is_pointer(Path(path).expanduser()):
+        raise Refusal(f"data.filters.block_list: {path} {git_lfs.WHAT}")
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as problem:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from inpo_fast import git_lfs
 from inpo_fast.data.sources import BadPair
 
 
@@ -34,6 +35,8 @@ def decode(encoded: bytes, max_pixels: int) -> Image.Image:
     except BadPair:
         raise
     except UnidentifiedImageError as problem:  # its own words hold the address of an object
+        if git_lfs.holds_pointer(encoded):
+            raise BadPair(f"the image {git_lfs.WHAT}") from problem
         raise BadPair("image cannot be decoded (not an image of a known format, or cut off in its header)") from problem
     except Exception as problem:  # damaged bytes make PIL raise anything: OSError, SyntaxError, TypeError, RuntimeError
         raise BadPair(f"image cannot be decoded ({problem})") from problem

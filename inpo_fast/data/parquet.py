@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from inpo_fast import git_lfs
 from inpo_fast.data import labels
 from inpo_fast.data.block_cache import BlockCache
 from inpo_fast.data.order import FULL_BYTES, blocks_per_run
@@ -221,6 +222,8 @@ def _read_group(file: pq.ParquetFile, shard: File, group: int, columns: list[str
 
 
 def _unreadable(shard: File, what: str, problem: Exception) -> Refusal:
+    if shard.is_lfs_pointer():
+        return Refusal(f"{shard} {git_lfs.WHAT}")
     line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return Refusal(f"{shard}: {what} ({line}); download it again or remove it")
 

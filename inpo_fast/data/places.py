@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from inpo_fast import git_lfs
 from inpo_fast.refusal import Refusal
 
 
@@ -30,6 +31,14 @@ class File:
 
     def size(self) -> int:
         return Path(self.path).stat().st_size if self.fs is None else self.fs.size(self.path)
+
+    def is_lfs_pointer(self) -> bool:
+        """Asked when a reader has failed: whether there is a Git LFS pointer in the file's place."""
+        try:
+            (beginning,) = self.read((0, len(git_lfs.BEGINNING)))
+        except Exception:  # a remote file system raises what its library raises
+            return False
+        return git_lfs.holds_pointer(beginning)
 
     def read(self, *spans: tuple[int, int]) -> list[bytes]:
         """The bytes of each (start, length)."""

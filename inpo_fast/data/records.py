@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from inpo_fast import git_lfs
 from inpo_fast.refusal import Refusal
 
 CHUNK = 2**20  # bytes read at a time
@@ -44,6 +45,8 @@ def _parse(path: Path, number: int, encoded: bytes) -> dict:
     try:
         return json.loads(encoded)
     except ValueError as problem:  # JSONDecodeError or UnicodeDecodeError
+        if git_lfs.holds_pointer(encoded):
+            raise Refusal(f"{path} {git_lfs.WHAT}") from problem
         raise Refusal(f"{path}:{number}: not JSON in UTF-8 ({problem})") from problem
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from inpo_fast import git_lfs
 from inpo_fast.data.places import find
 from inpo_fast.data.sources import Pair, Source
 from inpo_fast.fingerprint import source_fingerprint
@@ -110,6 +111,8 @@ def read_sidecar(path: str) -> tuple[pa.Table, dict]:
     except KeyError as problem:
         raise Refusal(f"data.labels: {path} was not written by python -m inpo_fast.relabel") from problem
     except (OSError, ValueError, pa.ArrowException) as problem:
+        if git_lfs.is_pointer(Path(path).expanduser()):
+            raise Refusal(f"data.labels: {path} {git_lfs.WHAT}") from problem
         line = str(problem).splitlines()[0]
         raise Refusal(f"data.labels: {path} cannot be read ({line}); write it with inpo_fast.relabel") from problem
     return table, about

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from inpo_fast import git_lfs
 from inpo_fast.data import labels
 from inpo_fast.data.folder import prompt
 from inpo_fast.data.places import File
@@ -127,6 +128,8 @@ def _samples(shard: File) -> "Iterator[tuple[str, dict[str, _Span | dict]]]":
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError) as problem:
+        if shard.is_lfs_pointer():
+            raise Refusal(f"{shard} {git_lfs.WHAT}") from problem
         raise Refusal(f"{shard}: not a readable tar ({problem}); download it again or remove it") from problem
     except ValueError as problem:
         if isinstance(problem, Refusal):

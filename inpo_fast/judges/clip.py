@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from inpo_fast import git_lfs
 from inpo_fast.fingerprint import fingerprint
 from inpo_fast.judges import Scores
 from inpo_fast.judges.open_clip import clip_model, read_state
@@ -189,6 +190,12 @@ def open_processor(name: str, place: str) -> CLIPImageProcessorPil:
 def offline(name: str, place: str) -> dict:
     """A folder must not reach for the network; anything else that looks like a path must exist."""
     if os.path.isdir(place):
+        found = git_lfs.pointers_below(place)
+        own = os.path.join(place, "model.safetensors")
+        if os.path.isfile(own) and not git_lfs.is_pointer(own):  # weights in other formats are not asked for
+            found = [path for path in found if path.suffix in (".json", ".txt")]
+        if found:
+            raise Refusal(f"judge {name}: {found[0]} {git_lfs.WHAT}")
         return {"local_files_only": True}
     if os.path.isfile(place) or place.count("/") != 1 or place.startswith((".", "/")):
         raise Refusal(f"judge {name}: no such folder: {place}; give one in transformers layout or a hub id OWNER/NAME")

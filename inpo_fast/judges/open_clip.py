@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
+from inpo_fast import git_lfs
 from inpo_fast.refusal import Refusal
 
 ENDS = {
@@ -123,6 +124,8 @@ def read_state(path: Path, judge: str) -> dict[str, torch.Tensor]:
     ever run. Refusal when it cannot be."""
     if not path.is_file():
         raise Refusal(f"judge {judge}: no such file: {path}")
+    if git_lfs.is_pointer(path):
+        raise Refusal(f"judge {judge}: {path} {git_lfs.WHAT}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -131,8 +134,9 @@ def read_state(path: Path, judge: str) -> dict[str, torch.Tensor]:
         raise Refusal(f"judge {judge}: {path} cannot be read ({problem}); download it again") from problem
     except Exception as problem:  # pickle: whatever its parser meets in damaged or foreign bytes
         line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        line = f" ({line})" if "weights_only" not in line else ""  # torch advises there to let the pickle run code
         raise Refusal(
-            f"judge {judge}: {path} is damaged or holds more than tensors ({line}); take the published file, or save "
+            f"judge {judge}: {path} is damaged or holds more than tensors{line}; take the published file, or save "
             "its tensors as .safetensors where you trust it"
         ) from problem
     state = state.get("state_dict", state) if isinstance(state, dict) else state

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from inpo_fast import distributed
+from inpo_fast.diffusers_folder import write_folder
 from inpo_fast.files import write_text
 from inpo_fast.loading import quiet_libraries
 from inpo_fast.pocket import ASSETS, base_model, clip_model, pairs
@@ -57,7 +58,7 @@ def build_denoiser(output: Path) -> None:
     )
     if distributed.rank_and_world()[0] == 0:
         pipeline = base_model.make_pipeline(vae, unet, text_encoder, tokenizer)
-        pipeline.to(torch.float16).save_pretrained(output / "model")
+        write_folder(pipeline.to(torch.float16), output / "model", {})
 
 
 def build_clip(output: Path) -> None:

@@ -158,7 +158,7 @@ def truncated(tmp_path: Path) -> Path:
 
 def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.parquet"
-    path.write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
+    path.write_text("no parquet at all\n" * 20)
     return path
 
 

@@ -55,9 +55,9 @@ def test_a_program_in_a_models_weights_is_not_run(model, tmp_path, part):
 
 def test_neither_in_models_init_nor_in_models_vae(model, tmp_path):
     mark = tmp_path / "ran"
-    like = open_pipeline(ModelsConfig(base=model)).unet
+    pipeline = open_pipeline(ModelsConfig(base=model))
     with pytest.raises(Refusal, match=r"models\.init"):
-        load_unet("models.init", str(poisoned(model, tmp_path / "a", "unet", mark)), like)
+        load_unet("models.init", str(poisoned(model, tmp_path / "a", "unet", mark)), pipeline.unet)
     with pytest.raises(Refusal, match=r"models\.vae"):
-        load_vae(str(poisoned(model, tmp_path / "b", "vae", mark)))
+        load_vae(str(poisoned(model, tmp_path / "b", "vae", mark)), pipeline)
     assert not mark.exists()

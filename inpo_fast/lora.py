@@ -1,0 +1,372 @@
+"""A LoRA (arXiv 2106.09685) in whatever names it was saved: read, checked against its UNet, used, and written again.
+
+Read are diffusers' names, peft's, kohya's (with the layers named as in diffusers or as in the original UNet) and those
+of ComfyUI. Every tensor must belong to a layer of the UNet and be finite: a LoRA that fits in half would draw, without
+a word, something between the base and what it was trained to be.
+
+Inside, and in what is written, alpha / rank is part of B: W + B A, whatever a reader believes of alpha. diffusers 0.32,
+OneTrainer and SimpleTuner ignore the metadata in which diffusers keeps alpha, and diffusers 0.34 to 0.39 stop at
+metadata of a newer peft.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from inpo_fast.architectures import UNETS, make_unet
+from inpo_fast.original_keys import unet_name
+from inpo_fast.refusal import Refusal
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "lora_unet_", "lycoris_")
+TEXT = re.compile(r"(base_model\.model\.)?(lora_te\d?_|text_encoder|te\d?[._]|lora_prior_te_|conditioner\.|clip_[lg])")
+SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
+TENSOR = re.compile(
+    r"(?P<layer>.+?)(?:\.lora|_lora|\.lora_linear_layer)?[._](?:lora_)?(?P<side>A|B|down|up)(?:\.(?!weight)\w+)?\.weight"
+)
+ALPHA = re.compile(r"(?P<layer>.+?)\.alpha")
+RELATIVES = {  # what a tensor's name says of adapters that are not W + B A
+    r"dora_scale|lora_magnitude_vector": "a DoRA (weights with a magnitude of their own)",
+    r"\.hada_[wt]\d": "a LoHa (Hadamard products)",
+    r"\.lokr_[wt]\d": "a LoKr (Kronecker products)",
+    r"\.oft_|\.boft_|oft_blocks|\.oft_R": "an OFT (rotated weights)",
+    r"\.on_input$|lora_ia3|ia3_l": "an IA3 (scaled activations)",
+    r"^lora_unet_.+\.[ab][12]\.weight$": "a GLoRA",
+    r"vera_lambda": "a VeRA",
+    r"lora_mid\.weight$": "a LoCon with a core between its two matrices (Tucker)",
+    r"\.diff(_b)?$|\.w_norm$|\.b_norm$|\.set_weight$": "an adapter with whole weights beside its LoRA",
+    r"lora_controlnet": "a Control-LoRA",
+}
+LAYERS = torch.nn.Linear | torch.nn.Conv2d
+ADAPTER = re.compile("|".join([r"[._]lora[._]", r"_lora\.(down|up)\.", *RELATIVES]))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """layers: name of a layer of UNet2DConditionModel -> A (rank, in, …) and B (out, rank, …) in fp32; the layer's
+    weight becomes W + B A. Convolutions have their kernel in A and 1 x 1 in B."""
+
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its layers."""
+        return max(len(down) for down, _ in self.layers.values())
+
+    def padded(self) -> "Lora":
+        """All layers with one rank, the rest zeros. diffusers before 0.42 takes the first layer's rank for the alpha of
+        all where ranks differ."""
+        rank = self.rank
+        return Lora({name: (_padded(a, rank, 0), _padded(b, rank, 1)) for name, (a, b) in self.layers.items()})
+
+    def plus(self, other: "Lora") -> "Lora":
+        """Both at once: their ranks side by side. A layer that one of them lacks is the other's."""
+        layers = {}
+        for name in [*self.layers, *(name for name in other.layers if name not in self.layers)]:
+            own = [lora.layers[name] for lora in (self, other) if name in lora.layers]
+            layers[name] = torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], 1)
+        return Lora(layers)
+
+    def delta(self, name: str) -> torch.Tensor:
+        """B A of one layer in fp32, in the shape of its weight."""
+        a, b = self.layers[name]
+        return (b.flatten(1) @ a.flatten(1)).reshape(len(b), *a.shape[1:])
+
+
+def _padded(x: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+    missing = list(x.shape)
+    missing[dim] = rank - x.shape[dim]
+    return torch.cat([x, x.new_zeros(missing)], dim)
+
+
+# ---- which file -----------------------------------------------------------------------------------------------------
+def lora_file(path: str | Path) -> Path | None:
+    """The file of the LoRA that lies at `path`, a file or a folder; None where there is none.
+
+    In a folder: diffusers' name, peft's, or the only one there. Refusal where there are several of other names.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = [path / LORA_WEIGHT_NAME_SAFE, path / PEFT_WEIGHTS]
+        found = next((name for name in names if name.is_file()), None)
+        if found is not None:
+            return found
+        if (path / "config.json").is_file() or (path / "model_index.json").is_file():
+            return None
+        files = sorted(file for file in path.glob("*.safetensors") if is_lora(file))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files[:3]) + ", …" * (len(files) > 3)
+            raise Refusal(f"{path} holds {len(files)} LoRAs ({names}); name the file of one")
+        return files[0] if files else None
+    return path if is_lora(path) else None
+
+
+def is_lora(file: Path) -> bool:
+    """Whether a .safetensors file holds a LoRA or a relative of it, by the names in its header."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            return any(ADAPTER.search(name) for name in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+def read_lora(key: str, path: str | Path, unet: torch.nn.Module) -> Lora:
+    """The LoRA of a file or folder for this UNet (which may be on the meta device).
+
+    key: the setting that named it, for the refusal. Refusal where a tensor has no place in the UNet, does not fit, is
+    not finite, or belongs to another kind of adapter.
+    """
+    shapes = {name: layer.weight.shape for name, layer in unet.named_modules() if isinstance(layer, LAYERS)}
+    return _lora(key, path, layer_names(unet), shapes)
+
+
+def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lora, dict]:
+    """The LoRA of a file or folder whose UNet is not at hand, and what it shows of the UNet's configuration.
+
+    layout: with what the names of its layers in the original UNet need. Refusal where the LoRA does not show that.
+    """
+    file = _find(key, path)
+    with safe_open(file, "pt") as opened:
+        found = [match["layer"] for name in opened.keys() if (match := TENSOR.fullmatch(name))]  # noqa: SIM118
+    if any("." not in _bare(name) for name in found):  # underscores: only the shapes' own names tell what is what
+        kind = "sdxl" if any("input_blocks" in name or "output_blocks" in name for name in found) else "sd15"
+        with torch.device("meta"):
+            unet = make_unet(kind)
+        lora, config = _lora(key, path, layer_names(unet), None), dict(unet.config)
+    else:
+        lora = _lora(key, path, {_bare(name): _bare(name) for name in found}, None)
+        config = _layout(key, file, lora) if layout else {}
+    widths = {a.shape[1] for name, (a, _) in lora.layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    if len(widths) == 1:
+        config["cross_attention_dim"] = width = widths.pop()
+        if width == 2048:
+            config.setdefault("addition_embed_type", "text_time")
+    return lora, config
+
+
+def _find(key: str, path: str | Path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise Refusal(f"{key}: no such file or folder: {path}")
+    file = lora_file(path)
+    if file is None and path.is_dir():
+        raise Refusal(f"{key}: {path} holds no LoRA: neither {LORA_WEIGHT_NAME_SAFE} nor another LoRA's .safetensors")
+    if file is None:
+        raise Refusal(f"{key}: {path} is not a LoRA in a .safetensors file")
+    return file
+
+
+def _layout(key: str, file: Path, lora: Lora) -> dict:
+    """The configuration of the UNet as far as the names of its layers in the original need it."""
+    if any(name.startswith("down_blocks.0.attentions.") for name in lora.layers):  # XL has none at full resolution
+        return UNETS["sd15"] | {"layers_per_block": 2}
+    if any(".transformer_blocks.1." in name for name in lora.layers):  # one a layer in SD 1.x and 2.x
+        last: dict[str, int] = {}
+        for name in lora.layers:
+            if at := re.match(r"((?:down|up)_blocks\.\d)\.attentions\.(\d+)", name):
+                last[at[1]] = max(last.get(at[1], 0), int(at[2]))
+        # an up block has one layer more than a down block; only if all agree was nothing left out of the LoRA
+        layers = {number + block.startswith("down") for block, number in last.items()}
+        if len(last) > 1 and len(layers) == 1 and min(layers):
+            return UNETS["sdxl"] | {"layers_per_block": layers.pop()}
+    raise Refusal(
+        f"{key}: {file} does not show whether it belongs to SD or SDXL, or to one with other blocks; name the folder "
+        "of the model with --model"
+    )
+
+
+def _lora(key: str, path: str | Path, names: dict[str, str], shapes: dict[str, torch.Size] | None) -> Lora:
+    """names: what a layer goes by -> its name in diffusers. shapes: of the layers' weights, where they are known."""
+    file = _find(key, path)
+    found, metadata = _read(key, file)
+    sides, alphas, unknown = _sorted(key, file, found, names)
+    if unknown:
+        raise Refusal(_misfit(key, file, unknown, len(found)))
+    layers, scale = {}, _scales(key, file, metadata)
+    for name, own in sides.items():
+        if own.keys() != {"A", "B"}:
+            raise Refusal(f"{key}: {file}: layer {name} has one of its two matrices only; the file is incomplete")
+        a, b = _shaped(key, file, name, own["A"], own["B"], None if shapes is None else shapes[name])
+        layers[name] = a, b * (alphas[name] / len(a) if name in alphas else scale(name, len(a)))
+    return Lora(layers)
+
+
+def _read(key: str, file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            names, metadata = list(opened.keys()), opened.metadata() or {}
+            for pattern, kind in RELATIVES.items():
+                if found := next((name for name in names if re.search(pattern, name)), None):
+                    raise Refusal(
+                        f"{key}: {file} is {kind}: {found}; only LoRA is read, so merge it into its model with the "
+                        "program that made it and give that model"
+                    )
+            tensors = {name: opened.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as problem:
+        raise Refusal(f"{key}: {file} cannot be read ({problem})") from problem
+    for name, x in tensors.items():
+        if not x.float().isfinite().all():
+            raise Refusal(f"{key}: {file}: {name} has values that are not finite; the LoRA is broken")
+    return tensors, metadata
+
+
+def layer_names(unet: torch.nn.Module) -> dict[str, str]:
+    """Every name that a linear layer or convolution of the UNet goes by -> its name in diffusers.
+
+    With dots or underscores, in diffusers' words or the original UNet's, where that has a name for it.
+    """
+    names: dict[str, str] = {}
+    for module, layer in unet.named_modules():
+        if isinstance(layer, LAYERS):
+            alike = [module]
+            with contextlib.suppress(KeyError):  # a layer that the original UNet does not have
+                alike.append(unet_name(module, unet.config))
+            if found := re.fullmatch(r"(.+\.attn\d)\.(to_q|to_k|to_v|to_out)(\.0)?", module):
+                alike.append(f"{found[1]}.processor.{found[2]}")  # diffusers before 0.22: processor.to_q_lora
+            names |= {name: module for each in alike for name in (each, each.replace(".", "_"))}
+    return names
+
+
+def _sorted(key: str, file: Path, tensors: Mapping[str, torch.Tensor], names: dict[str, str]):
+    """layer -> its A and B; layer -> alpha; the names that have no place. Refusal of a text encoder's tensors."""
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    alphas: dict[str, float] = {}
+    unknown: list[str] = []
+    if text := [name for name in tensors if TEXT.match(name)]:
+        raise Refusal(
+            f"{key}: {file} trains the text encoder too ({len(text)} of {len(tensors)} tensors, the first {text[0]}); "
+            "only LoRAs of the UNet are read: give the model that it was merged into"
+        )
+    for name, x in tensors.items():
+        found, is_alpha = TENSOR.fullmatch(name), ALPHA.fullmatch(name)
+        layer = _layer((found or is_alpha)["layer"], names) if found or is_alpha else None
+        if layer is None:
+            unknown.append(name)
+        elif is_alpha:
+            alphas[layer] = float(x)
+        else:
+            side = SIDES[found["side"]]
+            if side in sides.setdefault(layer, {}):
+                raise Refusal(f"{key}: {file}: layer {layer} stands there twice ({name})")
+            sides[layer][side] = x.float()
+    return sides, alphas, unknown
+
+
+def _layer(name: str, names: dict[str, str]) -> str | None:
+    return names.get(name) or names.get(_bare(name))
+
+
+def _bare(name: str) -> str:
+    """Without what programs put in front of the UNet's own names."""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _misfit(key: str, file: Path, unknown: list[str], count: int) -> str:
+    why = "it belongs to a model of another layout" if len(unknown) < count else "it is not a LoRA of this kind of UNet"
+    missing = f"tensors without a place in the UNet: {len(unknown)} of {count}, the first {unknown[0]}"
+    return f"{key}: {file}: {missing}; {why}"
+
+
+def _shaped(key: str, file: Path, name: str, a: torch.Tensor, b: torch.Tensor, weight: torch.Size | None):
+    """A and B in the shape that the layer wants: a 1 x 1 convolution and a linear layer are the same thing."""
+    weight = torch.Size([len(b), *a.shape[1:]]) if weight is None else weight
+    around = (1,) * (len(weight) - 2)
+    if a.ndim != len(weight) and math.prod(a.shape[2:]) == math.prod(weight[2:]) == 1:
+        a = a.reshape(*a.shape[:2], *around)
+    if math.prod(b.shape[2:]) == 1:
+        b = b.reshape(*b.shape[:2], *around)
+    if a.shape[1:] != weight[1:] or b.shape != (weight[0], len(a), *around):
+        raise Refusal(
+            f"{key}: {file}: layer {name} is {tuple(a.shape)} and {tuple(b.shape)}, which does not fit a weight of "
+            f"{tuple(weight)}; the LoRA belongs to a model of another size"
+        )
+    return a, b
+
+
+def _scales(key: str, file: Path, metadata: dict[str, str]):
+    """(layer, rank) -> what B is multiplied by where the file has no alpha tensors: diffusers' metadata or peft's
+    configuration beside it, else 1."""
+    try:
+        settings = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        settings = {name.removeprefix("unet."): value for name, value in settings.items()}
+        beside = file.parent / PEFT_CONFIG
+        if not settings and file.name == PEFT_WEIGHTS and beside.is_file():
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+        if settings.get("use_dora"):
+            raise Refusal(f"{key}: {file} is a DoRA; only LoRA is read")
+        alphas, common = settings.get("alpha_pattern") or {}, settings.get("lora_alpha")
+
+        def scale(layer: str, rank: int) -> float:
+            pattern = get_pattern_key(alphas.keys(), layer)
+            alpha = alphas.get(pattern, common)
+            if alpha is None:
+                return 1.0
+            return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+        scale("", 1)
+    except (OSError, ValueError, TypeError, AttributeError) as problem:
+        if isinstance(problem, Refusal):
+            raise
+        raise Refusal(f"{key}: {file}: its settings of alpha cannot be read ({problem!r})") from problem
+    return scale
+
+
+# ---- using ----------------------------------------------------------------------------------------------------------
+def with_lora(unet: UNet2DConditionModel, lora: Lora) -> UNet2DConditionModel:
+    """A copy of the UNet with the LoRA beside its weights, as `load_lora_weights` has it."""
+    adapted = copy.deepcopy(unet)
+    adapted.load_lora_adapter({name: x.to(unet.dtype) for name, x in tensors(lora).items()}, prefix=None)
+    own, layers = dict(adapted.named_parameters()), lora.padded().layers
+    for name, sides in layers.items():
+        for side, x in zip("AB", sides, strict=True):
+            landed = next((p for n, p in own.items() if n.startswith(f"{name}.lora_{side}.")), None)
+            assert landed is not None and torch.equal(landed.cpu(), x.to(landed.dtype)), f"{name} did not get its LoRA"
+    return adapted.to(unet.device)
+
+
+@torch.no_grad()
+def merge_(unet: torch.nn.Module, lora: Lora) -> None:
+    """Adds the LoRA into the weights, in place; the sum is rounded once where they are narrower than fp32."""
+    modules = dict(unet.named_modules())
+    for name in lora.layers:
+        weight = modules[name].weight
+        weight.copy_(weight.float() + lora.delta(name).to(weight.device))
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+def tensors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
+    """In diffusers' names, all with one rank. prefix: "unet." in a file."""
+    layers = lora.padded().layers
+    return {f"{prefix}{name}.lora_{s}.weight": x for name, ab in layers.items() for s, x in zip("AB", ab, strict=True)}
+
+
+def kohya_tensors(lora: Lora, config: Mapping, diffusers_layers: bool = False) -> dict[str, torch.Tensor]:
+    """In kohya's names, alpha being the rank. config: of the UNet; XL's layers are named as in the original UNet, those
+    of 1.x and 2.x as in diffusers, as sd-scripts trains them.
+
+    diffusers_layers: XL's as in diffusers too, which ai-toolkit wants, and InvokeAI and OneTrainer of XLs with other
+    blocks than SDXL's. KeyError for a layer without a name in the original.
+    """
+    out = {}
+    is_xl = config.get("addition_embed_type") == "text_time" and not diffusers_layers
+    for module, (down, up) in lora.layers.items():
+        name = "lora_unet_" + (unet_name(module, config) if is_xl else module).replace(".", "_")
+        out[f"{name}.lora_down.weight"], out[f"{name}.lora_up.weight"] = down, up
+        out[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    return out
