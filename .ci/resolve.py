@@ -26,13 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("constraints.txt", "constraints-oldest.txt")
 PYTHONS = ("3.11", "3.12", "3.13")
 UNRESOLVED, NO_INDEX = 1, 3
-PUBLIC = "https://pypi.org/simple"
-# the index in use, and that an answer of it holds for the minutes that this takes
+# another index than the public one, which uv asks by itself
 CONFIGURATION = """
 [[index]]
 url = "{}"
 default = true
-cache-control = {{ api = "max-age=600" }}
 """
 KEPT = (
     "PIP_CERT",
@@ -58,7 +56,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--python", nargs="+", default=PYTHONS)
     parser.add_argument("--extra", nargs="+", help="of pyproject.toml, `none` or `all`")
     parser.add_argument("--project", type=Path, default=ROOT, help="folder of the pyproject.toml")
-    parser.add_argument("--index", default=PUBLIC, help="another than the public one")
+    parser.add_argument("--index", help="another than the public one")
     parser.add_argument("--pip", action="store_true")
     asked = parser.parse_args(words)
     uv = shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent)
@@ -80,7 +78,7 @@ def main(words: list[str] | None = None) -> int:
         return code, f"{file.name}, Python {python}, {extra}: {text}"
 
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as configuration, ThreadPoolExecutor(2) as threads:
-        configuration.write(CONFIGURATION.format(asked.index))
+        configuration.write(CONFIGURATION.format(asked.index) if asked.index else "")
         configuration.flush()
         status = report(threads.map(ask_uv, combinations))
     if asked.pip and status == 0:
