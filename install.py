@@ -86,6 +86,8 @@ def set_up(torch, installer):
             raise Refusal(disk_is_full(f"{least} GB are needed for .venv and there are {room:.1f}", torch))
         make_venv(uv, torch)
     fill(uv, torch)
+    if not MADE.exists():  # a .venv of before this program
+        note(torch)
     print("Ready:", check())
     READY.write_text(MADE.read_text())
 
@@ -159,6 +161,10 @@ def make_venv(uv, torch):
         run([uv, "venv", "--seed", "--python", sys.executable if fits else ">=3.11,<3.14", str(VENV)])
     else:
         run([sys.executable, "-m", "venv", str(VENV)])
+    note(torch)
+
+
+def note(torch):
     MADE.write_text(f"place {ROOT}\ntorch {torch}\n")
 
 

@@ -196,6 +196,13 @@ def test_what_is_no_environment_is_left_alone(project):
     assert (project / ".venv" / "thesis.txt").read_text() == "mine"
 
 
+def test_an_environment_of_before_is_filled_up(project):
+    """Made by hand, or by a Makefile that left no note in it."""
+    subprocess.run([sys.executable, "-m", "venv", project / ".venv"], check=True)
+    assert make(project, "setup")[2] == READY
+    assert "Nothing to be done" in make(project, "setup")[1]
+
+
 @pytest.mark.slow
 def test_killed_moved_or_changed_is_set_up_again(project, tmp_path):
     begun = tmp_path / "begun"
