@@ -211,14 +211,14 @@ def noise_levels(key: str, place: str, config: Mapping) -> DDIMScheduler:
 
 def check_same_noise(key: str, place: str, theirs: Mapping, ours: Mapping) -> None:
     """Two scheduler configurations: what one model is asked and answers must be what the other is and does."""
-    if "_class_name" in theirs:
-        check_scheduler(key, place, theirs)
     kinds = [config.get("prediction_type", "epsilon") for config in (theirs, ours)]
-    if kinds[0] != kinds[1]:
+    if kinds[0] != kinds[1] and kinds[0] in ("epsilon", "v_prediction"):
         raise Refusal(
             f"{key}: {place} predicts {kinds[0]} and the base {kinds[1]}: the same numbers would mean something else; "
             "take it as models.base, or another one"
         )
+    if "_class_name" in theirs:
+        check_scheduler(key, place, theirs)
     levels = [noise_levels(key, place, config).alphas_cumprod for config in (theirs, ours)]
     if not torch.allclose(levels[0], levels[1], atol=1e-4, rtol=0):
         differ = [

@@ -20,7 +20,7 @@ from inpo_fast.files import write_text
 from inpo_fast.fingerprint import fingerprint
 from inpo_fast.judges import Judge, Scores, judge_id
 from inpo_fast.judges.cache import CHUNK, ScoreCache, image_hash
-from inpo_fast.lora import lora_file
+from inpo_fast.lora import lora_file, read_lora
 from inpo_fast.paper import reference
 from inpo_fast.picture_store import PictureStore, Stored
 from inpo_fast.progress import picture_progress
@@ -69,6 +69,9 @@ def draw_all(contest: Contest, pipeline: DiffusionPipeline, config: EvaluateConf
     """Draws what is not on disk yet; every process its share, all see all of it afterwards."""
     rank, world = distributed.rank_and_world()
     use_ddim(pipeline)
+    for name, place in contest.models.items():  # a LoRA that does not fit is told before anything is drawn
+        if name != BASE and lora_file(place, "--model"):
+            read_lora("--model", place, pipeline.unet)
     common = _identity(pipeline, config)
     rows = [(name, place, 1.0) for name, place in contest.models.items()]
     if config.control_eps_scale != 1.0:

@@ -40,8 +40,8 @@ def hub_id(base: str) -> str | None:
 
 def base_folder(base: str) -> Path | None:
     """The folder of a base model: itself, or a hub id's snapshot in the cache. None: a single file, or not there."""
-    if Path(base).is_dir():
-        return Path(base)
+    if Path(base).expanduser().is_dir():
+        return Path(base).expanduser()
     try:
         index = try_to_load_from_cache(base, "model_index.json")
     except ValueError:  # not a hub id

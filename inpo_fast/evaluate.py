@@ -27,7 +27,7 @@ from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.files import write_text
 from inpo_fast.judges import Judge, Scores
 from inpo_fast.judges.registry import make_judge, make_judges
-from inpo_fast.loading import load_pipeline, open_unet, quiet_libraries
+from inpo_fast.loading import load_pipeline, load_vae, open_unet, quiet_libraries
 from inpo_fast.models import DTYPES
 from inpo_fast.progress import picture_progress
 from inpo_fast.prompts import read_prompt_set
@@ -238,7 +238,10 @@ def _part(scores: Scores, part: str | None) -> np.ndarray:
 def open_base(own: argparse.Namespace, config: RunConfig, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline that all models are compared in."""
     key, base = ("--base", own.base) if own.base else ("models.base", config.models.base)
-    return load_pipeline(base, dtype, own.single_file_config or config.models.single_file_config, key=key)
+    pipeline = load_pipeline(base, dtype, own.single_file_config or config.models.single_file_config, key=key)
+    if config.models.vae:
+        pipeline.vae = load_vae(config.models.vae, pipeline).to(dtype)
+    return pipeline
 
 
 def compare_models(own: argparse.Namespace, config: RunConfig, folder: Path) -> None:

@@ -69,9 +69,11 @@ def single_file(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
         raise Refusal(f"not a supported layout: {problem.args[0]} has no name in the original checkpoints") from problem
     out = {f"{prefix}.{name}": x for prefix, part in parts.items() for name, x in part.items()}
     scheduler = pipeline.scheduler.config
-    if is_xl and scheduler.get("prediction_type") == "v_prediction":  # how ComfyUI learns it of an SDXL file
+    zero_snr = scheduler.get("rescale_betas_zero_snr")
+    # how ComfyUI learns it of an SDXL file, and models.base here of any
+    if scheduler.get("prediction_type") == "v_prediction" and (is_xl or zero_snr):
         out["v_pred"] = torch.empty(0)
-        if scheduler.get("rescale_betas_zero_snr"):
+        if zero_snr:
             out["ztsnr"] = torch.empty(0)
     return out
 

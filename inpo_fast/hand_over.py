@@ -73,7 +73,7 @@ def untouched_parts(config: ModelsConfig) -> dict[str, Path]:
     parts = {path.name: path for path in base.iterdir() if path.is_dir()} if base else {}
     parts.pop("unet", None)
     if config.vae:
-        vae = Path(config.vae)
+        vae = Path(config.vae).expanduser()
         parts["vae"] = vae / "vae" if (vae / "vae").is_dir() else vae
         if not _names_its_scale(parts["vae"]):
             del parts["vae"]

@@ -49,8 +49,10 @@ class HubModel:
                 raise Refusal(
                     f"{key}: {id}: the hub answers {problem.response.status_code}; {_line(problem)}"
                 ) from problem
-            cached = [try_to_load_from_cache(id, name) for name in ("model_index.json", "config.json")]
-            self.folder = next((Path(path).parent for path in cached if isinstance(path, str)), None)
+            small = ("model_index.json", "config.json", "unet/config.json")
+            cached = {name: try_to_load_from_cache(id, name) for name in small}
+            found = (Path(path).parents[name.count("/")] for name, path in cached.items() if isinstance(path, str))
+            self.folder = next(found, None)
             if self.folder is None:
                 raise Refusal(
                     f"{key}: {id} is no folder here, and the hub cannot be reached to ask for a model of that name "

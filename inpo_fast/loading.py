@@ -6,6 +6,7 @@ one that is damaged is named: nothing of it is ever left as it was drawn at rand
 """
 
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def open_pipeline(config: ModelsConfig) -> DiffusionPipeline:
         pipeline = random_pipeline(config.random, dtype)
     else:
         pipeline = load_pipeline(config.base, dtype, config.single_file_config)
-    if config.init and lora_file(config.init):
+    if config.init and lora_file(config.init, "models.init"):
         pipeline.init_lora = read_lora("models.init", config.init, pipeline.unet)
         merge_(pipeline.unet, pipeline.init_lora)
     elif config.init:
@@ -179,7 +180,7 @@ def open_unet(key: str, path: str, pipeline: DiffusionPipeline) -> UNet2DConditi
     On the pipeline's device. key: the setting that named it, for the refusal.
     """
     base = pipeline.unet
-    if lora_file(path):
+    if lora_file(path, key):
         return with_lora(base, read_lora(key, path, base))
     return load_unet(key, path, base, scheduler=pipeline.scheduler.config).to(base.device)
 
@@ -212,7 +213,7 @@ def load_unet(
     hub = None
     if place is None:
         hub = HubModel(key, path)
-        place = hub.fetch(["model_index.json", "config.json"])
+        place = hub.fetch(["model_index.json", "config.json", "unet/config.json"])
     index, inside = None, ""
     if (place / "model_index.json").is_file():
         index, inside = read_json(key, place / "model_index.json"), "unet"
@@ -220,7 +221,9 @@ def load_unet(
         if hub is not None:
             place = hub.fetch(["model_index.json", "unet/config.json", "scheduler/*.json"])
     elif not (place / "config.json").is_file():
-        raise Refusal(f"{key}: {path} {recognise.folder_without_index(place)}")
+        inside = "unet"  # a UNet alone, as trainers save their checkpoints and some publish theirs
+        if not (place / inside / "config.json").is_file():
+            raise Refusal(f"{key}: {path} {recognise.folder_without_index(place)}")
     config = read_json(key, place / inside / "config.json")
     alignable.check_unet(key, path, config)
     _check_same_shape(key, path, config, like)
@@ -230,7 +233,10 @@ def load_unet(
         names = choose(key, path, hub.files(inside)).names
         place = hub.fetch([f"{inside}/{name}" if inside else name for name in names])
     unet = _open_part(key, UNet2DConditionModel, place / inside, like.dtype)
-    unet.register_to_config(sample_size=config["sample_size"])
+    side = like.config.sample_size  # the rest is the base's, the size of the pictures too
+    if config["sample_size"] != side:
+        notice(log, "%s: %s has sample_size %s; the base's, %s, is taken", key, path, config["sample_size"], side)
+    unet.register_to_config(sample_size=side)
     return unet
 
 
@@ -246,12 +252,12 @@ def _check_same_shape(key: str, path: str, config: dict, like: UNet2DConditionMo
             )
 
 
-def load_vae(path: str, pipeline: DiffusionPipeline) -> AutoencoderKL:
+def load_vae(path: str, pipeline: DiffusionPipeline, key: str = "models.vae") -> AutoencoderKL:
     """Another VAE for a pipeline: a pipeline's folder, a VAE's folder, a file or a hub id. fp32.
 
     A file has no configuration: it is taken for one of the pipeline's own VAE's kind, with its scaling factor.
     """
-    key, own, unet = "models.vae", dict(pipeline.vae.config), dict(pipeline.unet.config)
+    own, unet = dict(pipeline.vae.config), dict(pipeline.unet.config)
     place = path_or_id(key, path)
     if place is not None and place.is_file():
         file = read_header(key, place)
@@ -277,6 +283,12 @@ def load_vae(path: str, pipeline: DiffusionPipeline) -> AutoencoderKL:
         what = recognise.family_of_class(str(name)) or "another network"
         raise Refusal(f"{key}: {path} is {what} ({name}), not a VAE of Stable Diffusion (AutoencoderKL)")
     alignable.check_vae(key, path, config, unet)
+    sides = [2 ** (len(each.get("block_out_channels", (64,))) - 1) for each in (config, own)]
+    if sides[0] != sides[1]:
+        raise Refusal(
+            f"{key}: the VAE of {path} makes pictures {sides[0]} times as wide as their latents, the base's {sides[1]} "
+            "times; they do not belong together"
+        )
     if hub is not None and hub.folder is None:
         names = choose(key, path, hub.files(inside)).names
         place = hub.fetch([f"{inside}/{name}" if inside else name for name in names])
@@ -301,6 +313,8 @@ def quiet_libraries() -> None:
     """Their progress bars and notices would tear ours."""
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    # of a model's old settings, which diffusers puts right by itself, fifty lines of them
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(deprecated|outdated|configuration).*")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

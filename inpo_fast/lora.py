@@ -12,6 +12,7 @@ metadata of a newer peft.
 import contextlib
 import copy
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -25,11 +26,24 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from inpo_fast.architectures import UNETS, make_unet
+from inpo_fast.notice import notice
 from inpo_fast.original_keys import unet_name
 from inpo_fast.refusal import Refusal
+from inpo_fast.weights_file import read_header
+
+log = logging.getLogger(__name__)
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "lora_unet_", "lycoris_")
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "unet.",
+    "lora_unet_",
+    "lycoris_",
+)
 TEXT = re.compile(r"(base_model\.model\.)?(lora_te\d?_|text_encoder|te\d?[._]|lora_prior_te_|conditioner\.|clip_[lg])")
 SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 TENSOR = re.compile(
@@ -91,30 +105,33 @@ def _padded(x: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
 
 
 # ---- which file -----------------------------------------------------------------------------------------------------
-def lora_file(path: str | Path) -> Path | None:
+def lora_file(path: str | Path, key: str = "--lora") -> Path | None:
     """The file of the LoRA that lies at `path`, a file or a folder; None where there is none.
 
-    In a folder: diffusers' name, peft's, or the only one there. Refusal where there are several of other names.
+    In a folder: diffusers' name, peft's, or the only one where there is nothing else; never beside a model. Refusal,
+    which begins with the setting `key`, where there are several of other names.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
+        if (path / "config.json").is_file() or (path / "model_index.json").is_file():
+            return None
         names = [path / LORA_WEIGHT_NAME_SAFE, path / PEFT_WEIGHTS]
         found = next((name for name in names if name.is_file()), None)
         if found is not None:
             return found
-        if (path / "config.json").is_file() or (path / "model_index.json").is_file():
+        files = sorted(path.glob("*.safetensors"))
+        if not files or not all(is_lora(file) for file in files):
             return None
-        files = sorted(file for file in path.glob("*.safetensors") if is_lora(file))
         if len(files) > 1:
             names = ", ".join(file.name for file in files[:3]) + ", …" * (len(files) > 3)
-            raise Refusal(f"{path} holds {len(files)} LoRAs ({names}); name the file of one")
-        return files[0] if files else None
+            raise Refusal(f"{key}: {path} holds {len(files)} LoRAs ({names}); name the file of one")
+        return files[0]
     return path if is_lora(path) else None
 
 
 def is_lora(file: Path) -> bool:
     """Whether a .safetensors file holds a LoRA or a relative of it, by the names in its header."""
-    if file.suffix != ".safetensors" or not file.is_file():
+    if file.suffix.lower() != ".safetensors" or not file.is_file():
         return False
     try:
         with safe_open(file, "pt") as opened:
@@ -143,13 +160,17 @@ def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lo
     with safe_open(file, "pt") as opened:
         found = [match["layer"] for name in opened.keys() if (match := TENSOR.fullmatch(name))]  # noqa: SIM118
     if any("." not in _bare(name) for name in found):  # underscores: only the shapes' own names tell what is what
-        kind = "sdxl" if any("input_blocks" in name or "output_blocks" in name for name in found) else "sd15"
+        # XL has no attention at full resolution; a smaller XL has a part of XL's own layers, if they are diffusers'
+        kind = "sd15" if any("down_blocks_0_attentions" in name for name in found) else "sdxl"
         with torch.device("meta"):
             unet = make_unet(kind)
-        lora, config = _lora(key, path, layer_names(unet), None), dict(unet.config)
+        try:
+            lora = _lora(key, path, layer_names(unet), None)
+        except Refusal as problem:
+            raise Refusal(f"{problem}; if it is one, name the folder of the model with --model") from problem
     else:
         lora = _lora(key, path, {_bare(name): _bare(name) for name in found}, None)
-        config = _layout(key, file, lora) if layout else {}
+    config = _layout(key, file, lora) if layout else {}
     widths = {a.shape[1] for name, (a, _) in lora.layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
     if len(widths) == 1:
         config["cross_attention_dim"] = width = widths.pop()
@@ -159,10 +180,12 @@ def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lo
 
 
 def _find(key: str, path: str | Path) -> Path:
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise Refusal(f"{key}: no such file or folder: {path}")
-    file = lora_file(path)
+    file = lora_file(path, key)
+    if file is not None or path.is_file():
+        read_header(key, path if file is None else file)  # says of a Git LFS pointer, or half a file, what it is
     if file is None and path.is_dir():
         raise Refusal(f"{key}: {path} holds no LoRA: neither {LORA_WEIGHT_NAME_SAFE} nor another LoRA's .safetensors")
     if file is None:
@@ -196,7 +219,8 @@ def _lora(key: str, path: str | Path, names: dict[str, str], shapes: dict[str, t
     sides, alphas, unknown = _sorted(key, file, found, names)
     if unknown:
         raise Refusal(_misfit(key, file, unknown, len(found)))
-    layers, scale = {}, _scales(key, file, metadata)
+    is_peft = not alphas and all(name.startswith("base_model.model.") for name in found)
+    layers, scale = {}, _scales(key, file, metadata, is_peft)
     for name, own in sides.items():
         if own.keys() != {"A", "B"}:
             raise Refusal(f"{key}: {file}: layer {name} has one of its two matrices only; the file is incomplete")
@@ -299,15 +323,17 @@ def _shaped(key: str, file: Path, name: str, a: torch.Tensor, b: torch.Tensor, w
     return a, b
 
 
-def _scales(key: str, file: Path, metadata: dict[str, str]):
+def _scales(key: str, file: Path, metadata: dict[str, str], is_peft: bool):
     """(layer, rank) -> what B is multiplied by where the file has no alpha tensors: diffusers' metadata or peft's
     configuration beside it, else 1."""
     try:
         settings = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
         settings = {name.removeprefix("unet."): value for name, value in settings.items()}
         beside = file.parent / PEFT_CONFIG
-        if not settings and file.name == PEFT_WEIGHTS and beside.is_file():
+        if not settings and is_peft and beside.is_file():
             settings = json.loads(beside.read_text(encoding="utf-8"))
+        elif not settings and is_peft:
+            notice(log, "%s: %s is peft's, without %s beside it: alpha is taken for the rank", key, file, PEFT_CONFIG)
         if settings.get("use_dora"):
             raise Refusal(f"{key}: {file} is a DoRA; only LoRA is read")
         alphas, common = settings.get("alpha_pattern") or {}, settings.get("lora_alpha")

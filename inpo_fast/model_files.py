@@ -115,12 +115,15 @@ def _find_file(key: str, place: str, path: Path, single_file_config: str | None)
     alignable.check_index(option, str(folder), index)
     found = Found(key, place, folder, index, {}, {}, {}, [], file=file)
     said = single_file.said_prediction(file)
-    if said is None and width == 1024:
+    scheduler = recognise.json_or_none(folder / "scheduler" / "scheduler_config.json") or {}
+    kind = scheduler.get("prediction_type", "epsilon")
+    if said is None and (width == 1024 or kind != "epsilon"):  # files of SD 2.x seldom say it
         notice(
             log,
-            "%s: %s does not say whether it predicts noise or v, as files of SD 2.x seldom do; what %s says is taken",
+            "%s: %s does not say whether it predicts noise or v; %s is taken, which %s says",
             key,
             place,
+            kind,
             single_file_config,
         )
     return _configured(found, said or {})

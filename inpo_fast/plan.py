@@ -18,6 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from inpo_fast.architectures import CLIP_L, OPENCLIP_G, PUBLISHED, make_tokenizer, make_unet, make_vae, text_config
 from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.costs import Passes, forward_bytes, unet_passes
+from inpo_fast.hub import path_or_id
+from inpo_fast.lora import lora_file, read_lora
 from inpo_fast.model_files import find_model, opening
 from inpo_fast.models import DTYPES, ModelsConfig, add_adapter
 from inpo_fast.objectives import SIDES
@@ -109,7 +111,17 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
 
 
 def open_shapes(models: ModelsConfig) -> Shapes:
-    """A model's parts on the meta device, from its configuration files alone."""
+    """A model's parts on the meta device, from its configuration files alone; what else it names is looked for."""
+    for key, place in (("models.init", models.init), ("models.vae", models.vae)):
+        if place:
+            path_or_id(key, place)
+    shapes = _open_shapes(models)
+    if models.init and lora_file(models.init, "models.init"):
+        read_lora("models.init", models.init, shapes.unet)
+    return shapes
+
+
+def _open_shapes(models: ModelsConfig) -> Shapes:
     if known := models.random or (None if os.path.isdir(models.base) else PUBLISHED.get(models.base)):
         with torch.device("meta"):
             tokenizer = make_tokenizer()

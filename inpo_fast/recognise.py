@@ -214,11 +214,16 @@ def folder_without_index(folder: Path) -> str:
         return f"is a model in the hub's cache; give {snapshots[-1].parent}, or the model's hub id"
     if any(folder.glob("learned_embeds.*")):
         return "is the folder of a textual inversion (embedding)"
+    if (folder / "pytorch_lora_weights.bin").is_file():
+        return "is the folder of a LoRA as a pickle, which could run code when opened; save it as .safetensors"
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if files:
         return f"holds no model_index.json; to open a single file give its own path, such as {folder / files[0]}"
     if (folder / "unet").is_dir():
-        return "holds no model_index.json, though a unet/; it is a diffusers folder in part: download it again, whole"
+        return (
+            "holds no model_index.json, though a unet/: a UNet alone goes to models.init or --model; if it should be a "
+            "whole model, download it again"
+        )
     return "holds no model_index.json: it is no diffusers folder"
 
 

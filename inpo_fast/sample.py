@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from inpo_fast import distributed, draws
 from inpo_fast.files import write_bytes
-from inpo_fast.loading import load_pipeline, open_unet, quiet_libraries
+from inpo_fast.loading import load_pipeline, load_vae, open_unet, quiet_libraries
 from inpo_fast.models import DTYPES
 from inpo_fast.progress import picture_progress
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--single-file-config", help="for a --base in one file: a diffusers folder with its configuration and tokenizer"
     )
+    parser.add_argument("--vae", help="another VAE for both: a folder, .safetensors file or hub id")
     parser.add_argument("--prompts", help="text file, one prompt a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")
@@ -128,7 +129,10 @@ def main() -> None:
         raise Refusal("no prompts: give --prompts FILE or --prompt TEXT")
     quiet_libraries()
     _, _, device = distributed.start()
-    pipeline = load_pipeline(own.base, DTYPES[own.precision], own.single_file_config, key="--base").to(device)
+    pipeline = load_pipeline(own.base, DTYPES[own.precision], own.single_file_config, key="--base")
+    if own.vae:
+        pipeline.vae = load_vae(own.vae, pipeline, key="--vae").to(pipeline.unet.dtype)
+    pipeline.to(device)
     use_ddim(pipeline)
     unet = open_unet("--model", own.model, pipeline)  # before anything is drawn
     captions = [prompt for prompt in prompts for _ in range(own.seeds)]

@@ -133,6 +133,8 @@ def said_prediction(file: WeightsFile) -> dict | None:
     said = file.metadata.get("modelspec.prediction_type") or file.metadata.get("modelspec.predict_key")
     if "v_pred" in file or said in ("v", "v_prediction"):
         out = {"prediction_type": "v_prediction"}
+        if "v_pred" in file:  # the two keys go together: without the second, not
+            out["rescale_betas_zero_snr"] = False
         if "ztsnr" in file:  # such a model starts from pure noise: arXiv 2305.08891, section 3.3
             out |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return out
@@ -144,12 +146,21 @@ def said_prediction(file: WeightsFile) -> dict | None:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 def read_unet(key: str, file: WeightsFile, config: dict, dtype: torch.dtype) -> UNet2DConditionModel:
     """Refusal which names the first tensor that does not fit."""
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(config)
+    try:
+        with init_empty_weights():
+            unet = UNet2DConditionModel.from_config(config)
+    except (ValueError, TypeError, KeyError, IndexError) as problem:
+        raise Refusal(f"{key}: a UNet cannot be made from the configuration for {file.path} ({problem})") from problem
     prefix, original = unet_prefix(file)
     sources = {}
     for name in unet.state_dict():
-        theirs = _stored_name(prefix, unet_name(name, names_config(unet.config))) if original else prefix + name
+        try:
+            theirs = _stored_name(prefix, unet_name(name, names_config(unet.config))) if original else prefix + name
+        except KeyError as problem:
+            raise Refusal(
+                f"{key}: the configuration for {file.path} has the layer {name}, which no checkpoint of Stable "
+                "Diffusion has; give the configuration of the model that the file is of"
+            ) from problem
         sources[name] = Source(theirs)
     of_unet = [n for n in file.tensors if n.startswith(prefix)]
     if prefix == "":
@@ -178,7 +189,9 @@ def read_vae(key: str, file: WeightsFile, config: dict, dtype: torch.dtype = tor
         sources = {name: Source(prefix + source) for name, source in theirs}
     else:
         sources = {name: Source(_vae_alias(file, prefix, name)) for name in state}
-    _fill(key, file, vae, sources, dtype)
+    # left over: no layers of a deeper VAE, whatever else a file may hold
+    layers = [n for n in file.starting(prefix) if re.match(r"(encoder|decoder)\.", n.removeprefix(prefix))]
+    _fill(key, file, vae, sources, dtype, [n for n in layers if n.startswith(prefix)])
     return vae
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from tiny_world import tiny_pipeline, tiny_xl
 
 from inpo_fast import alignable
@@ -358,3 +358,32 @@ def make_lora_folder(folder: Path) -> Path:
     (folder / "lora").mkdir()
     (folder / "lora" / "pytorch_lora_weights.safetensors").touch()
     return folder / "lora"
+
+
+def test_a_unet_alone_in_its_folder_and_the_size_of_the_bases_pictures(tmp_path, caplog):
+    """As trainers save checkpoints, and some publish an aligned model; the rest is the base's."""
+    base, other = tiny_pipeline(), tiny_pipeline(seed=5)
+    other.unet.register_to_config(sample_size=16)
+    other.unet.save_pretrained(tmp_path / "checkpoint-500" / "unet")
+    unet = load_unet("--model", str(tmp_path / "checkpoint-500"), base.unet)
+    assert all(torch.equal(p, q) for p, q in zip(unet.parameters(), other.unet.parameters(), strict=True))
+    assert unet.config.sample_size == base.unet.config.sample_size == 8
+    assert "has sample_size 16; the base's, 8, is taken" in caplog.text
+
+
+def test_a_vae_of_another_depth_is_refused(tmp_path):
+    base = tiny_pipeline()
+    deeper = dict(base.vae.config) | {
+        "block_out_channels": (8,) * 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    AutoencoderKL.from_config(deeper).save_pretrained(tmp_path / "vae")
+    with pytest.raises(Refusal, match="8 times as wide as their latents, the base's 4"):
+        load_vae(str(tmp_path / "vae"), base)
+
+
+def test_epsilon_beside_a_v_base_with_zero_snr_is_told_the_difference():
+    theirs, ours = ({"prediction_type": kind, "rescale_betas_zero_snr": True} for kind in ("epsilon", "v_prediction"))
+    with pytest.raises(Refusal, match="predicts epsilon and the base v_prediction"):
+        alignable.check_same_noise("--model", "x", theirs, ours)

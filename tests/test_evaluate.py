@@ -1,5 +1,6 @@
 """Win-rates, intervals and guards held against hand-made scores; a whole evaluation held against its own premises."""
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from tiny_world import save_tiny_model, tiny_pipeline, tiny_unet
 
 from inpo_fast import evaluate as ev
-from inpo_fast.config import EvaluateConfig
+from inpo_fast.config import EvaluateConfig, parse
 from inpo_fast.judges import Scores
 from inpo_fast.pocket.scenes import split_scenes
 from inpo_fast.refusal import Refusal
@@ -177,3 +178,15 @@ def test_unreadable_or_empty_prompts_are_refused(tmp_path):
         ev.read_prompts(str(tmp_path / "empty.txt"))
     with pytest.raises(Refusal, match="cannot read"):
         ev.read_prompts(str(tmp_path / "none.txt"))
+
+
+def test_the_configurations_vae_draws_in_the_command_too(tmp_path):
+    """As at the end of a run."""
+    base, other = tiny_pipeline(), tiny_pipeline(seed=5)
+    base.save_pretrained(tmp_path / "base")
+    other.vae.save_pretrained(tmp_path / "vae")
+    config = parse("test", [f"--models.base={tmp_path / 'base'}", f"--models.vae={tmp_path / 'vae'}"])
+    own = argparse.Namespace(base=None, single_file_config=None)
+    opened = ev.open_base(own, config, torch.float32)
+    ours, theirs = opened.vae.state_dict(), other.vae.state_dict()
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())

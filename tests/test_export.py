@@ -135,6 +135,37 @@ def test_a_lora_in_kohyas_names_says_what_it_belongs_to(world, tmp_path, monkeyp
             assert opened.metadata() == {"format": "pt"}
 
 
+def test_v_and_zero_snr_come_back_from_a_file(world, tmp_path, monkeypatch):
+    """Whatever the configuration beside it says. sd21: of SD 1.x's and 2.x's layout."""
+    for kind in ("sd21", "sdxl"):
+        file, config = tmp_path / f"{kind}.safetensors", tmp_path / kind
+        run(monkeypatch, "--model", world / kind / "model", "--output", file)
+        shutil.copytree(world / kind / "model", config)
+        scheduler = config / "scheduler" / "scheduler_config.json"
+        told = json.loads(scheduler.read_text()) | {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+        scheduler.write_text(json.dumps(told))
+        opened = load_pipeline(str(file), single_file_config=str(config)).scheduler.config
+        assert (opened["prediction_type"], opened["rescale_betas_zero_snr"]) == ("v_prediction", True)
+
+
+def test_a_lora_with_diffusers_layers_is_read_without_its_model(world, tmp_path, monkeypatch):
+    """Names with underscores: only the layers of the published XL tell which dots they stand for."""
+    with torch.device("meta"):
+        modules = [n for n, _ in architectures.make_unet("sdxl").named_modules() if n.endswith("attn2.to_k")]
+    state = {}
+    for name in modules:
+        flat = "lora_unet_" + name.replace(".", "_")
+        state |= {f"{flat}.lora_down.weight": torch.ones(1, 2048), f"{flat}.lora_up.weight": torch.ones(640, 1)}
+    save_file(state, tmp_path / "x.safetensors")
+    for format, names in (
+        ("diffusers", {f"unet.{name}.lora_A.weight" for name in modules}),
+        ("kohya-diffusers", {f"lora_unet_{name.replace('.', '_')}.lora_down.weight" for name in modules}),
+        ("kohya", {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight"}),
+    ):
+        tensors, _ = export.lora_tensors(tmp_path / "x.safetensors", format, None)
+        assert names <= tensors.keys() and len(tensors) == (2 + (format != "diffusers")) * len(modules)
+
+
 def test_sdxl_tells_comfyui_that_it_predicts_v(world):
     tensors = export.single_file(load_pipeline(str(world / "sdxl" / "model")))
     assert {"v_pred", "ztsnr"} <= tensors.keys()
@@ -328,6 +359,9 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     save_file({f"unet.a.lora_{k}.weight": torch.ones(2, 2) for k in "AB"}, tmp_path / "unknown.safetensors")
     save_file({"unet.a.b.lora_A.weight": torch.ones(2, 2)}, tmp_path / "half.safetensors")
+    (tmp_path / "several").mkdir()
+    for name in ("half", "unknown"):
+        shutil.copy(tmp_path / f"{name}.safetensors", tmp_path / "several")
     odd = tiny_pipeline()
     odd.unet.register_to_config(down_block_types=["KDownBlock2D", "DownBlock2D"])
     cases = [
@@ -339,7 +373,7 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
         (["--lora", tmp_path / "none", "--output", out], r"--lora: no such file or folder: .*none"),
         (["--lora", tmp_path / "empty", "--output", out], r"--lora: .* holds no LoRA: neither pytorch_lora_weights"),
         (
-            ["--lora", tmp_path, "--output", out],
+            ["--lora", tmp_path / "several", "--output", out],
             r"holds 2 LoRAs .half.safetensors, unknown.*; name the file",
         ),
         (["--lora", tmp_path / "taken.safetensors", "--output", out], r"--lora: .* is not a LoRA in a \.safetensors"),

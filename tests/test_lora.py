@@ -281,6 +281,52 @@ def test_what_is_no_lora(tmp_path):
     assert not [path for path in [*files, tmp_path / "text.safetensors"] if lora_file(path)]
 
 
+def test_a_peft_file_without_its_configuration_says_what_it_takes(unets, tmp_path, caplog):
+    sides = drawn(unets["sd15"])
+    state = {PEFT.format(layer=n, side=s): x for n, ab in sides.items() for s, x in zip("AB", ab, strict=True)}
+    save_file(state, tmp_path / "renamed.safetensors")
+    settings = {"r": RANK, "lora_alpha": ALPHA}
+    for written, scale in ((False, 1.0), (True, ALPHA / RANK)):
+        if written:
+            (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        caplog.clear()
+        lora = read_lora("--model", tmp_path / "renamed.safetensors", unets["sd15"])
+        assert ("adapter_config.json beside it: alpha is taken for the rank" in caplog.text) == (not written)
+        for name, (a, b) in sides.items():
+            assert torch.allclose(lora.layers[name][1], scale * b) and torch.equal(lora.layers[name][0], a)
+
+
+def test_which_file_of_a_folder_it_is(unets, tmp_path, monkeypatch):
+    state, _ = SPELLINGS["diffusers, no alpha"](drawn(unets["sd15"]), "sd15")
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    save_file(state, tmp_path / "model" / "pytorch_lora_weights.safetensors")
+    assert lora_file(tmp_path / "model") is None  # the model, not what lies beside it
+    (tmp_path / "mixed").mkdir()
+    save_file(state, tmp_path / "mixed" / "lora.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "mixed" / "checkpoint.safetensors")
+    assert lora_file(tmp_path / "mixed") is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert lora_file("~/mixed/lora.safetensors") == tmp_path / "mixed" / "lora.safetensors"
+    assert read_lora("--model", "~/mixed/lora.safetensors", unets["sd15"]).layers.keys() == LAYERS
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["pointer", "half"])
+def test_a_pointer_and_half_a_file_are_called_so(unets, tmp_path, name, damage):
+    state, _ = SPELLINGS["diffusers, no alpha"](drawn(unets["sd15"]), "sd15")
+    save_file(state, tmp_path / name)
+    if damage == "pointer":
+        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5000\n"
+        (tmp_path / name).write_text(text)
+    else:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    words = "Git LFS" if damage == "pointer" else "cut off"
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(Refusal, match=rf"^--model: .*{words}"):
+            read_lora("--model", path, unets["sd15"])
+
+
 def test_a_folder_with_several(unets, tmp_path):
     state, _ = SPELLINGS["diffusers, no alpha"](drawn(unets["sd15"]), "sd15")
     for name in ("step-100", "step-200"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from plans import counted_once, plan_of, recipe, unet_passes
 from rich.console import Console
+from safetensors.torch import save_file
 from tiny_world import save_tiny_model
 
 from inpo_fast import plan, recipes
@@ -216,3 +217,19 @@ def test_what_cannot_be_planned_is_refused(tmp_path):
         make_plan(recipe("sd15", f"--models.base={file}", "--models.random=null"), 1)
     with pytest.raises(Refusal, match=r"holds no model_index\.json"):
         make_plan(recipe("sd15", f"--models.base={tmp_path}", "--models.random=null"), 1)
+
+
+@pytest.mark.parametrize("key", ["init", "vae"])
+def test_what_else_a_run_names_is_looked_for(key, tmp_path):
+    for base in (str(tmp_path), "stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        models = parse("test", [f"--models.base={base}", f"--models.{key}={tmp_path}/none/"]).models
+        with pytest.raises(Refusal, match=rf"^models\.{key}: no such folder"):
+            plan.open_shapes(models)
+
+
+def test_a_lora_of_another_model_does_not_pass_as_a_start(tmp_path):
+    save_file({f"unet.mid_block.x.lora_{s}.weight": torch.ones(2, 2) for s in "AB"}, tmp_path / "x.safetensors")
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    models = parse("test", [f"--models.base={base}", f"--models.init={tmp_path / 'x.safetensors'}"]).models
+    with pytest.raises(Refusal, match=r"^models\.init: .* without a place in the UNet"):
+        plan.open_shapes(models)

@@ -203,4 +203,4 @@ def test_folders_that_are_no_pipelines_say_what_they_are(tmp_path):
     assert str(tmp_path / "run" / "model") in folder("run", model__model_index_json={})
     assert "hub's cache" in folder("models--a--b", snapshots__0__model_index_json={})
     assert "x.safetensors" in folder("files", x_safetensors=0)
-    assert "in part" in folder("part", unet__config_json={})
+    assert "a UNet alone goes to models.init" in folder("part", unet__config_json={})
