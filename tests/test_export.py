@@ -376,7 +376,7 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
             ["--lora", tmp_path / "several", "--output", out],
             r"holds 2 LoRAs .half.safetensors, unknown.*; name the file",
         ),
-        (["--lora", tmp_path / "taken.safetensors", "--output", out], r"--lora: .* is not a LoRA in a \.safetensors"),
+        (["--lora", tmp_path / "taken.safetensors", "--output", out], r"--lora: .* is not a .safetensors file"),
         (["--lora", tmp_path / "half.safetensors", "--output", out], r"layer a\.b has one of its two matrices only"),
         (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"2 of 2, the first unet\.a\.lora_A\.weight"),
     ]
