@@ -20,7 +20,7 @@ from inpo_fast.files import write_text
 from inpo_fast.fingerprint import fingerprint
 from inpo_fast.judges import Judge, Scores, judge_id
 from inpo_fast.judges.cache import CHUNK, ScoreCache, image_hash
-from inpo_fast.lora import lora_file, read_lora
+from inpo_fast.lora_files import lora_file, read_lora
 from inpo_fast.paper import reference
 from inpo_fast.picture_store import PictureStore, Stored
 from inpo_fast.progress import picture_progress

@@ -20,8 +20,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from inpo_fast.diffusers_folder import hub_id
 from inpo_fast.loading import load_pipeline, quiet_libraries
-from inpo_fast.lora import kohya_tensors, read_lora, read_lora_alone
+from inpo_fast.lora import kohya_tensors
 from inpo_fast.lora import tensors as diffusers_tensors
+from inpo_fast.lora_files import read_lora, read_lora_alone
 from inpo_fast.models import DTYPES
 from inpo_fast.original_keys import clip_tensors, open_clip_tensors, unet_name, vae_tensors
 from inpo_fast.refusal import Refusal, run_or_refuse

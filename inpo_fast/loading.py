@@ -26,7 +26,8 @@ from inpo_fast import alignable, git_lfs, recognise, single_file
 from inpo_fast.architectures import random_pipeline
 from inpo_fast.folder_weights import NARROW, choose, choose_here
 from inpo_fast.hub import HubModel, path_or_id
-from inpo_fast.lora import lora_file, merge_, read_lora, with_lora
+from inpo_fast.lora import merge_, with_lora
+from inpo_fast.lora_files import lora_file, read_lora
 from inpo_fast.model_files import (
     MODULES,
     TOKENIZERS,

@@ -17,7 +17,7 @@ from inpo_fast.diffusers_folder import HUB_ID, base_folder, hub_id
 from inpo_fast.evaluate import verdict
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import KOHYA_NAME
-from inpo_fast.lora import lora_file
+from inpo_fast.lora_files import lora_file
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.report.results import guards
 

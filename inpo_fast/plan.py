@@ -19,7 +19,7 @@ from inpo_fast.architectures import CLIP_L, OPENCLIP_G, PUBLISHED, make_tokenize
 from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.costs import Passes, forward_bytes, unet_passes
 from inpo_fast.hub import path_or_id
-from inpo_fast.lora import lora_file, read_lora
+from inpo_fast.lora_files import lora_file, read_lora
 from inpo_fast.model_files import find_model, opening
 from inpo_fast.models import DTYPES, ModelsConfig, add_adapter
 from inpo_fast.objectives import SIDES

@@ -25,7 +25,8 @@ from inpo_fast.config import parse
 from inpo_fast.evaluate import verdict
 from inpo_fast.hand_over import KOHYA_NAME, output_pipeline
 from inpo_fast.loading import load_pipeline, open_pipeline, quiet_libraries
-from inpo_fast.lora import read_lora, with_lora
+from inpo_fast.lora import with_lora
+from inpo_fast.lora_files import read_lora
 from inpo_fast.model_card import write_cards
 from inpo_fast.models import DTYPES, LoraSettings, Models, ModelsConfig
 from inpo_fast.refusal import Refusal

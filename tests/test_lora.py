@@ -9,18 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_world import tiny_pipeline, tiny_unet, tiny_xl
 
 from inpo_fast.architectures import UNETS
-from inpo_fast.lora import (
-    Lora,
-    _layer,
-    is_lora,
-    kohya_tensors,
-    layer_names,
-    lora_file,
-    merge_,
-    read_lora,
-    tensors,
-    with_lora,
-)
+from inpo_fast.lora import Lora, kohya_tensors, merge_, tensors, with_lora
+from inpo_fast.lora_files import _layer, is_lora, layer_names, lora_file, read_lora
 from inpo_fast.original_keys import unet_name
 from inpo_fast.refusal import Refusal
 
