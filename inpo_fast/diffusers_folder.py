@@ -22,17 +22,18 @@ from tokenizers import Tokenizer
 from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from inpo_fast.files import allow_reading, write_text
+from inpo_fast.folder_weights import choose_here
+from inpo_fast.hub import ID
+from inpo_fast.refusal import Refusal
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TEXT_PREFIX = "text_model."  # of every tensor of CLIPTextModel before transformers 5
 LOADING = ("is_local", "local_files_only")  # of tokenizer_config.json: how it was opened here
-WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' models, transformers'
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".xml")
 
 
 def hub_id(base: str) -> str | None:
     """Of a base model given by its id, or by the folder of its snapshot in the hub's cache; None for anything else."""
-    if HUB_ID.fullmatch(base) and not Path(base).exists():
+    if ID.fullmatch(base) and not Path(base).exists():
         return base
     found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", str(Path(base).resolve()))
     return f"{found[1]}/{found[2]}" if found else None
@@ -100,25 +101,19 @@ def copy_part(source: Path, target: Path) -> bool:
 
 
 def _weights(source: Path) -> dict[Path, str] | None:
-    """The weights' files -> their names without variant; empty for a part without, None where they will not do."""
-    is_model = any(path.suffix in (".safetensors", *PICKLES) for path in source.iterdir())
-    if not is_model:
+    """The weights' files that a loader takes -> their names without variant; empty for a part without, None where they
+    will not do."""
+    if not any(path.suffix in (".safetensors", *PICKLES) for path in source.iterdir()):
         return {}
-    for stem in WEIGHTS:
-        index = source / f"{stem}.safetensors.index.json"
-        plain = source / f"{stem}.safetensors"
-        variants = sorted(source.glob(f"{stem}.*.safetensors"))
-        if plain.is_file():
-            found = {plain: plain.name}
-        elif index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            found = {source / name: name for name in [index.name, *shards]}
-        elif len(variants) == 1:
-            found = {variants[0]: plain.name}
-        else:
-            continue
-        return found if all(_opens_anywhere(path) for path in found if path.suffix == ".safetensors") else None
-    return None
+    try:
+        chosen = choose_here("models.base", source)
+    except Refusal:  # the part was opened from elsewhere, or is no longer whole: it is written
+        return None
+    if not chosen.safetensors or (chosen.variant and len(chosen.names) > 1):
+        return None
+    variant = f".{chosen.variant}" if chosen.variant else ""
+    found = {source / name: name.replace(variant, "", 1) for name in chosen.names}
+    return found if all(_opens_anywhere(path) for path in found if path.suffix == ".safetensors") else None
 
 
 def _opens_anywhere(file: Path) -> bool:

@@ -186,7 +186,7 @@ def main() -> None:
         tensors = single_file(pipeline)
         metadata = modelspec(about_model(own.model, pipeline.unet.config, own.output.stem))
         folder = own.model
-    # none in diffusers' names: its versions 0.34 to 0.39 stumble over what they do not know there
+    # a LoRA in diffusers' names has none, like the one that a run leaves
     metadata = metadata | provenance(folder) if metadata else {}
     save(convert(tensors, dtype), metadata, own.output)
     print(f"{own.output}: {len(tensors)} tensors, {dtype}, {own.output.stat().st_size / 1e6:.1f} MB")

@@ -1,8 +1,8 @@
 """What a run gives away: a pipeline with the aligned UNet in fp32, and of LoRA the adapter."""
 
-import contextlib
 import copy
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from inpo_fast.diffusers_folder import base_folder, hub_id
 from inpo_fast.loading import open_pipeline
 from inpo_fast.lora import Lora, kohya_tensors, tensors
 from inpo_fast.models import Models, ModelsConfig
+from inpo_fast.notice import notice
 from inpo_fast.weight_files import About, kohya_metadata, write_tensors
+
+log = logging.getLogger(__name__)
 
 KOHYA_NAME = "kohya-for-comfyui-a1111-forge.safetensors"
 
@@ -108,8 +111,10 @@ def save_adapter(models: Models, folder: Path, masters: dict[str, torch.Tensor] 
     lora, config = trained_lora(models, masters), models.policy.config
     write_tensors(tensors(lora, "unet."), {}, folder / LORA_WEIGHT_NAME_SAFE)
     about = About(config, folder.parent.name, models.resolution, models.predicts_v, hub_id(models.config.base))
-    with contextlib.suppress(KeyError):  # an XL with layers that the original UNet has no name for
+    try:
         write_tensors(kohya_tensors(lora, config), kohya_metadata(about, lora.rank), folder / KOHYA_NAME)
+    except KeyError as problem:
+        notice(log, "lora/: no kohya file, the original UNet has no name for the layer %s", problem.args[0])
 
 
 def detach_policy(models: Models) -> torch.nn.Module:

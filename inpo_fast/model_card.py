@@ -13,10 +13,11 @@ from pathlib import Path
 import yaml
 
 from inpo_fast.config import flat
-from inpo_fast.diffusers_folder import HUB_ID, base_folder, hub_id
+from inpo_fast.diffusers_folder import base_folder, hub_id
 from inpo_fast.evaluate import verdict
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import KOHYA_NAME
+from inpo_fast.hub import ID
 from inpo_fast.lora_files import lora_file
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.report.results import guards
@@ -185,7 +186,7 @@ def _told(tree: dict) -> dict:
 
 
 def _is_path(value: object) -> bool:
-    return isinstance(value, str) and "/" in value and (Path(value).exists() or not HUB_ID.fullmatch(value))
+    return isinstance(value, str) and "/" in value and (Path(value).exists() or not ID.fullmatch(value))
 
 
 def _table(rows: dict) -> str:
