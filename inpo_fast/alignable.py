@@ -48,6 +48,11 @@ def check_index(key: str, place: str, index: dict) -> None:
     name = name[-1] if isinstance(name, list) else name  # a pipeline with its own code
     if name not in recognise.STOCK:
         family = recognise.family_of_class(str(name))
+        if name is None:
+            raise Refusal(
+                f"{key}: the model_index.json of {place} names no pipeline class; write StableDiffusionPipeline or "
+                "StableDiffusionXLPipeline as _class_name into it"
+            )
         if family is not None:
             raise Refusal(f"{key}: {place} is {family} ({name}); {ALIGNED}")
         raise Refusal(

@@ -114,8 +114,7 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
             f"# {architecture} aligned with preference pairs: {variant}{', LoRA' * is_lora}",
             f"Method: {method}.",
-            f"Base model: {_base(base, hub_id(base), random)}{_start(init)}. "
-            f"Licence: {_licence_in_words(front)}; it follows the base model's.",
+            f"Base model: {_base(base, hub_id(base), random)}{_start(init)}. Licence: {_licence_in_words(front)}.",
             "## How to load",
             LOAD.format(kind=kind, source=source, lora=lora),
             *([READERS.format(kohya=KOHYA_NAME)] if is_lora else []),
@@ -159,7 +158,8 @@ def _licence(base: str, own_id: str | None) -> dict:
 
 
 def _licence_in_words(front: dict) -> str:
-    return front.get("license_name") or front.get("license") or "not known, the base's folder does not name one"
+    name = front.get("license_name") or front.get("license")
+    return f"{name}, the base model's" if name else "that of the base model, which its folder does not name"
 
 
 def _evaluation(result: dict | None) -> str:

@@ -387,3 +387,8 @@ def test_epsilon_beside_a_v_base_with_zero_snr_is_told_the_difference():
     theirs, ours = ({"prediction_type": kind, "rescale_betas_zero_snr": True} for kind in ("epsilon", "v_prediction"))
     with pytest.raises(Refusal, match="predicts epsilon and the base v_prediction"):
         alignable.check_same_noise("--model", "x", theirs, ours)
+
+
+def test_an_index_without_a_class_is_told_what_to_write():
+    with pytest.raises(Refusal, match=r"^models\.base: .* names no pipeline class; write StableDiffusionPipeline or"):
+        alignable.check_index("models.base", "x", {"unet": ["diffusers", "UNet2DConditionModel"]})

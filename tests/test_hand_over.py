@@ -341,7 +341,10 @@ def test_the_card_names_base_licence_and_data(tmp_path, world, runs, monkeypatch
         assert data["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     for data in cards("a-group/a-model", init="a-group/its-sft"):  # not among the known ones
         assert "license" not in data and "datasets" not in data and data["base_model"] == "a-group/its-sft"
-    assert "Licence: not known" in (tmp_path / "run/model/README.md").read_text()
+    assert (
+        "Licence: that of the base model, which its folder does not name."
+        in (tmp_path / "run/model/README.md").read_text()
+    )
     base = tmp_path / "base"
     base.mkdir()
     for text in (f"---\n{yaml.safe_dump(LICENCE)}---\n# A model", "no front matter", "---\n: [\n---\n"):
