@@ -110,6 +110,15 @@ def test_the_two_keys_hold_whatever_sampler_the_configuration_names(world, name,
     assert opened.scheduler.config.prediction_type == "v_prediction" and levels.alphas_cumprod[-1] == 0
 
 
+def test_v_alone_is_no_zero_snr_whatever_the_configuration_says(world, tmp_path):
+    pipeline = tiny_xl()
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    pipeline.save_pretrained(tmp_path / "xl")
+    path = world.save("marked", world.files["sdxl"] | {"v_pred": torch.zeros(0)})
+    opened = load_pipeline(path, single_file_config=str(tmp_path / "xl")).scheduler.config
+    assert (opened.prediction_type, opened.rescale_betas_zero_snr) == ("v_prediction", False)
+
+
 @pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
 def test_metadata_say_what_a_file_predicts(world, key):
     for kind in ("sd15", "sd21", "sdxl"):
