@@ -81,6 +81,8 @@ def check(config: "RunConfig") -> None:
             raise Refusal(f"{key}={value}: must be {need}")
     if config.inversion.fp8 and config.models.fast == "off":
         raise Refusal("inversion.fp8=true needs models.fast=fused or compiled")
+    if config.models.cuda_graphs and config.models.fast != "compiled":
+        raise Refusal("models.cuda_graphs=true needs models.fast=compiled")
     if config.train.milestone_every % config.train.checkpoint_every:
         raise Refusal(
             f"train.milestone_every={config.train.milestone_every} is not a multiple of train.checkpoint_every="

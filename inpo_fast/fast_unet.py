@@ -2,10 +2,9 @@
 
 fused: channels_last from the first convolution to the last, and the hot parts of diffusers' modules on our kernels:
 GroupNorm + SiLU with the time embedding added inside, LayerNorm with the residual, GEGLU, 1x1 convolutions as matrix
-products, attention with a chosen back end. compiled: the same, and the inversion's evaluations under torch.compile.
-The predictions that the loss compares are never compiled: with and without a gradient the compiler makes two graphs
-that round differently. The parameters stay the module's own: what is saved, trained or adapted does not change. What a
-module does that this file does not know, it leaves alone.
+products, attention with a chosen back end. compiled: the same, with its blocks under torch.compile (compiled.py). The
+parameters stay the module's own: what is saved, trained or adapted does not change. What a module does that this file
+does not know, it leaves alone.
 """
 
 import types
@@ -29,6 +28,7 @@ from torch import nn
 
 from inpo_fast import attention
 from inpo_fast.attention import AttentionBackend
+from inpo_fast.compiled import blockwise, evaluate
 from inpo_fast.fp8 import Fp8Weights, eligible
 from inpo_fast.refusal import Refusal
 
@@ -39,15 +39,16 @@ INDEXABLE = 2**31 - 1  # elements that torch's channels_last upsampling can addr
 class Mode:
     """What the fused modules of one UNet look at while they run."""
 
-    def __init__(self, compiles: bool = False, graphs: bool = False):
-        self.compiles, self.graphs = compiles, graphs
+    def __init__(self, graphs: bool = False):
+        self.graphs = graphs
+        self.cuts = False  # within an evaluation without gradient on compiled blocks
         self.inversion = False  # nothing here is compared with the policy's prediction: other rounding is allowed
         self.fp8: Fp8Weights | None = None  # within an inversion that wants it
         self.narrow: Fp8Weights | None = None  # its weights, kept for the next one
-        self.compiled: Callable | None = None
+        self.compiled: Callable | None = None  # the inversion's evaluation as a CUDA graph
 
     def __deepcopy__(self, memo) -> "Mode":
-        return Mode(self.compiles, self.graphs)  # another UNet's: neither its code nor its weights
+        return Mode(self.graphs)  # another UNet's: neither its code nor its weights
 
 
 def resolve(how: Fast, device: torch.device) -> Fast:
@@ -63,11 +64,11 @@ def make_fast(
         return
     unet.to(memory_format=torch.channels_last)
     attention.use(unet, backend, unet.device)
-    unet.fast_mode = Mode(compiles=how == "compiled", graphs=cuda_graphs)
+    unet.fast_mode = Mode(graphs=cuda_graphs and how == "compiled")
     for module in unet.modules():
         for name, function in _replacements(module).items():
+            function = blockwise(function) if how == "compiled" and function in COMPILED else function
             setattr(module, name, types.MethodType(function, module))
-        if isinstance(module, BasicTransformerBlock | GEGLU):
             module.fast_mode = unet.fast_mode
     for block in unet.modules():
         if isinstance(block, BasicTransformerBlock):
@@ -96,8 +97,8 @@ def is_fast(unet: UNet2DConditionModel) -> bool:
 
 
 def wants_fixed_batch(unet: UNet2DConditionModel) -> bool:
-    """Every other batch size would be compiled anew."""
-    return is_fast(unet) and unet.fast_mode.compiles
+    """A CUDA graph is captured for one batch size."""
+    return is_fast(unet) and unet.fast_mode.graphs
 
 
 @contextmanager
@@ -125,19 +126,18 @@ def inverting(unet: UNet2DConditionModel, fp8: bool = False) -> Iterator[None]:
 
 def _forward(self: UNet2DConditionModel, *args, **kwargs):
     mode = self.fast_mode
-    if not mode.inversion or torch.is_grad_enabled():
-        return type(self).forward(self, *args, **kwargs)
+    if not (mode.graphs and mode.inversion) or torch.is_grad_enabled():
+        return evaluate(self, type(self).forward, *args, **kwargs)
     if mode.compiled is None:
         # no freezing: the weights are the graph's inputs, and what the optimizer writes into them is seen
         mode.compiled = torch.compile(
             types.MethodType(type(self).forward, self),
             fullgraph=True,  # a break would be slow in silence
             dynamic=False,
-            mode="reduce-overhead" if mode.graphs else None,
+            mode="reduce-overhead",
         )
     out = mode.compiled(*args, **kwargs)
-    if mode.graphs:
-        out.sample = out.sample.clone()  # the graph writes the next answer to the same place
+    out.sample = out.sample.clone()  # the graph writes the next answer to the same place
     return out
 
 
@@ -248,9 +248,10 @@ def _layer_norm(norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor | No
 
 def _geglu(self: GEGLU, hidden_states: torch.Tensor, *_, **__) -> torch.Tensor:
     # policy and reference must round alike, so the single kernel, which has no gradient, is the inversion's alone
-    mode, plain = self.fast_mode, type(self.proj) is nn.Linear
-    if mode.inversion and mode.fp8 is None and plain and not torch.is_grad_enabled():
-        return linear_geglu(hidden_states, self.proj.weight, self.proj.bias)
+    if not torch.is_grad_enabled() and type(self.proj) is nn.Linear:  # asked first: compiled for inversion and loss
+        mode = self.fast_mode
+        if mode.inversion and mode.fp8 is None:
+            return linear_geglu(hidden_states, self.proj.weight, self.proj.bias)
     return geglu(self.proj(hidden_states))
 
 
@@ -261,3 +262,7 @@ def _upsample(self: Upsample2D, hidden_states: torch.Tensor, output_size=None, *
     parts = hidden_states.split(max(1, INDEXABLE // per_image))
     large = [F.interpolate(part, mode="nearest", **how) for part in parts]
     return self.conv(large[0] if len(large) == 1 else torch.cat(large))
+
+
+# Convolutions alone (in, out, down, up) have nothing to gain from a compiler.
+COMPILED = (_resnet, _enter, _leave, _block)

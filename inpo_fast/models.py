@@ -57,14 +57,15 @@ class ModelsConfig:
     """What the UNets compute in. bf16 and fp16 keep fp32 masters, gradient sums, schedule and losses."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     fast: Fast = "off"
-    """fused: channels_last and our kernels inside the UNets. compiled: the inversion also under torch.compile, in
-    calls of one size (inversion.batch). off: diffusers as it is. auto: fused on a GPU, off elsewhere. None is the
-    default before it was measured on a GPU."""
+    """fused: channels_last and our kernels inside the UNets. compiled: the same under torch.compile, block by block,
+    one graph for policy, reference and inversion; the first step compiles. off: diffusers as it is. auto: fused on a
+    GPU, off elsewhere. None is the default before it was measured on a GPU."""
     attention: AttentionBackend = "auto"
     """The attention kernel of a fused UNet. auto: by size of the heads, from a measured table; torch where it has no
     entry."""
     cuda_graphs: bool = False
-    """With fast=compiled: replay the inversion's evaluation as a CUDA graph (small models and batches)."""
+    """With fast=compiled: the inversion's evaluation is compiled as a whole and replayed as a CUDA graph, in calls of
+    one size (small models and batches)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     micro_conditioning: Literal["image", "published"] = "image"
@@ -134,6 +135,7 @@ class Models:
             pipeline.unet = self.reference = copy.deepcopy(self.policy)
             self.adapters = []
         how = resolve(config.fast, device)
+        self.zeros = zero_factors(self.adapters) if how == "compiled" else None
         for unet in {id(unet): unet for unet in (self.policy, self.reference)}.values():
             make_fast(unet, how, config.attention, config.cuda_graphs)
         trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
@@ -171,13 +173,23 @@ class Models:
 
     @contextmanager
     def _base_only(self):
-        for layer in self.adapters:
-            layer.enable_adapters(False)
+        """The adapters are off. Compiled, they stay in the graph and add zeros: another graph would round otherwise."""
+        if self.zeros is not None:
+            trained = [factor.weight for factor, _ in self.zeros]
+            for factor, zero in self.zeros:
+                factor.weight = zero
+        else:
+            for layer in self.adapters:
+                layer.enable_adapters(False)
         try:
             yield
         finally:
-            for layer in self.adapters:
-                layer.enable_adapters(True)
+            if self.zeros is not None:
+                for (factor, _), weight in zip(self.zeros, trained, strict=True):
+                    factor.weight = weight
+            else:
+                for layer in self.adapters:
+                    layer.enable_adapters(True)
 
     def eps(self, answer: torch.Tensor, x_t: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
         """The predicted noise: the answer itself, or a v + s x_t in fp32 (arXiv 2202.00512, appendix D)."""
@@ -253,3 +265,9 @@ def add_adapter(unet: UNet2DConditionModel, settings: LoraSettings) -> list:
         LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(settings.targets), init_lora_weights=True)
     )
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def zero_factors(adapters: list) -> list[tuple[torch.nn.Module, torch.nn.Parameter]]:
+    """The last layer of each adapter, and a weight of zeros for it: with it in place the model is its base."""
+    last = [factor for layer in adapters for factor in layer.lora_B.values()]
+    return [(factor, torch.nn.Parameter(torch.zeros_like(factor.weight))) for factor in last]

@@ -26,6 +26,8 @@ def world(tmp_path_factory):
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile with the tracing and without the C++ compiler, which takes a minute; counts the graphs."""
+    from inpo_fast.compiled import graph_of
+
     graphs = []
 
     def backend(graph, example):
@@ -33,7 +35,13 @@ def traced(monkeypatch):
         return graph
 
     plain = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **(how | {"backend": backend, "mode": None})))
+    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **(_only(how) | {"backend": backend})))
     torch._dynamo.reset()
+    graph_of.cache_clear()
     yield graphs
     torch._dynamo.reset()
+    graph_of.cache_clear()
+
+
+def _only(how: dict) -> dict:
+    return {name: value for name, value in how.items() if name in ("fullgraph", "dynamic")}

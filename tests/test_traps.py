@@ -1,8 +1,7 @@
 """The traps that made others' trainers slow or wrong, one test each.
 
-Elsewhere: strides at every convolution (test_fast_unet); weights changed in place are seen by the compiled inversion
-(test_fast_inversion); waits of the host (test_syncs); the schedule in bf16 (test_schedule). Compiled gradients, which
-lose their layout or come out wrong in some releases of torch, are not used: only the inversion is compiled.
+Elsewhere: strides at every convolution (test_fast_unet); weights changed in place are seen by compiled blocks, whose
+gradients are held to float64 (test_compiled); waits of the host (test_syncs); the schedule in bf16 (test_schedule).
 """
 
 import math
