@@ -33,6 +33,7 @@ from inpo_fast.fp8 import Fp8Weights, eligible
 from inpo_fast.refusal import Refusal
 
 Fast = Literal["off", "fused", "compiled", "auto"]
+METHODS = ("forward", "_operate_on_continuous_inputs", "_get_output_for_continuous_inputs")  # what is put in place
 INDEXABLE = 2**31 - 1  # elements that torch's channels_last upsampling can address (pytorch issue 141831)
 
 
@@ -86,7 +87,7 @@ def make_fast(
 def undo(unet: UNet2DConditionModel) -> None:
     """Takes back what `make_fast` put in; the weights stay in channels_last."""
     for module in unet.modules():
-        for name in ("forward", "_operate_on_continuous_inputs", "_get_output_for_continuous_inputs", "fast_mode"):
+        for name in (*METHODS, "fast_mode"):
             module.__dict__.pop(name, None)
         if isinstance(getattr(module, "processor", None), attention.Processor):
             module.set_processor(attention.AttnProcessor2_0())
@@ -94,6 +95,17 @@ def undo(unet: UNet2DConditionModel) -> None:
 
 def is_fast(unet: UNet2DConditionModel) -> bool:
     return hasattr(unet, "fast_mode")
+
+
+def compiled_blocks(unet: UNet2DConditionModel) -> int:
+    """How many different blocks the first evaluations compile (a block that meets images of two sizes: twice); 0 where
+    none is compiled."""
+    found = set()
+    for module in unet.modules():
+        for method in map(module.__dict__.get, METHODS):
+            if (function := getattr(method, "__wrapped__", None)) in COMPILED:
+                found.add((function, tuple((name, p.shape) for name, p in module.named_parameters())))
+    return len(found)
 
 
 def wants_fixed_batch(unet: UNet2DConditionModel) -> bool:

@@ -27,6 +27,7 @@ from inpo_fast.config import RunConfig, parse, split_batch, to_dict, variant_of
 from inpo_fast.data.sources import Source
 from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.evaluate import evaluate, open_inputs, verdict
+from inpo_fast.fast_unet import compiled_blocks
 from inpo_fast.files import write_text
 from inpo_fast.hand_over import detach_policy, output_pipeline, whole_masters
 from inpo_fast.inversion import check_estimator
@@ -99,6 +100,8 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     trajectories, notes = open_trajectories(models, config.inversion, config.objective, config.data), ()
     if trajectories is not None:
         notes = trajectories.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
+    if blocks := compiled_blocks(models.policy):
+        notes = (*notes, f"models.fast=compiled: the first step compiles {blocks} kinds of blocks and takes longer")
     optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
     average = (
         None if config.optim.average == "none" else Average(models.weights.masters, config.optim, config.train.steps)

@@ -182,7 +182,7 @@ def _identity(
         "precision": settings.precision,
         # where the fused inversion meets an adapter it takes another kernel, which rounds otherwise
         "fast": f"{fast}, {'adapters' if models.adapters else 'no adapters'}" if fast != "off" else fast,
-        **({"compiled": "whole, as a CUDA graph" if settings.cuda_graphs else "by blocks"} if fast == "compiled" else {}),
+        **({"compiled": "as a CUDA graph" if settings.cuda_graphs else "by blocks"} if fast == "compiled" else {}),
         "device": models.device.type,
         "steps": inversion.steps,
         "grid": inversion.grid,

@@ -367,3 +367,11 @@ def test_the_pocket_by_inductor(items):
         spread.append(noise_window(window, models, RECIPE)[0])
     assert distance(gradients[2], gradients[0]) < 1.05 * distance(gradients[1], gradients[0])
     assert distance(spread[2], spread[0]) < 1.2 * distance(spread[1], spread[0])
+
+
+def test_how_many_blocks_it_says(traced):
+    """Before the first step: the kinds of blocks; another size of image makes more graphs."""
+    fused, fast = pair("sd")
+    assert fast_unet.compiled_blocks(fused) == 0
+    fast(*inputs(fast)[0])
+    assert fast_unet.compiled_blocks(fast) <= len(traced) <= 2 * fast_unet.compiled_blocks(fast)

@@ -19,7 +19,7 @@ from inpo_fast.inversion import InversionConfig
 from inpo_fast.models import LoraSettings, Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig, label
 from inpo_fast.refusal import Refusal
-from inpo_fast.step import noise_window, train_step
+from inpo_fast.step import noise_window
 from inpo_fast.trajectories import open_trajectories
 from inpo_fast.window import Recipe, make_window
 
