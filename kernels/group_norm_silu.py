@@ -258,7 +258,7 @@ def _group_norm_silu(
 
 @_group_norm_silu.register_fake
 def _(x, weight, bias, groups, eps, silu, temb=None):
-    mean = x.new_empty(len(x), groups, dtype=torch.float32)
+    mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)  # not len(x): a compiler's batch may be any
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 

@@ -14,6 +14,8 @@ from inpo_kernels.layer_norm import _layer_norm
 from test_fast_inversion import RECIPE, ROUNDED, distance, inverted, move, world
 from test_fast_unet import check_same, inputs, make
 from tiny_world import save_pairs, tiny_pipeline, tiny_unet, tiny_xl
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpo_fast import compiled, fast_unet
 from inpo_fast.config import RunConfig
@@ -287,10 +289,25 @@ def test_on_the_kernels(kernels):
     plain, fast = make("sd"), make("sd")
     make_fast(fast, "compiled")
     check_same(fast, plain, batch=2)
+    graphs = counters["stats"]["unique_graphs"]
     args, more = inputs(fast, 3)
     with torch.no_grad():
         without = fast(*args, **more).sample
     assert torch.equal(fast(*args, **more).sample, without)
+    assert counters["stats"]["unique_graphs"] == graphs > 5  # no operator's shape function pins the batch
+
+
+class Layouts(TorchDispatchMode):
+    """The images that convolutions' backward passes get: (shape, is it channels_last)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.seen += [(tuple(x.shape), x.is_contiguous(memory_format=torch.channels_last)) for x in args[:2]]
+        return function(*args, **(kwargs or {}))
 
 
 def gradient_of(function, block, arguments: list, weight: torch.Tensor) -> torch.Tensor:
@@ -318,8 +335,11 @@ def test_a_block_by_inductor():
         got = gradient_of(lambda *args: forward(block, *args), block, arguments, weight)
         given = [x.detach().requires_grad_() for x in arguments]
         with_gradient = forward(block, *given)
+        with Layouts() as layouts:
+            with_gradient.backward(weight)
         block.fast_mode.cuts = True
         cut = forward(block, *given)
+    assert len(layouts.seen) == 2 * 3 and all(nhwc for _, nhwc in layouts.seen), layouts.seen
     assert torch.equal(cut, with_gradient) and cut.grad_fn is None and cut.requires_grad
     assert distance(got, want) < 1.05 * distance(eager, want)
 
