@@ -28,6 +28,8 @@ import install
 from install import Refusal
 
 ROOT = Path(__file__).resolve().parent
+if sys.version_info < install.OLDEST:
+    sys.exit(f"{sys.executable} is Python {sys.version.split()[0]}; this needs 3.11 or newer: make PYTHON=python3.12 …")
 sys.path.append(str(ROOT / ".ci"))
 from resolve import explain, pins  # noqa: E402
 
@@ -35,11 +37,11 @@ FOLDER = ROOT / "build" / "wheelhouse"
 LIST = "requirements.txt"
 HELD = ("torch", "triton")  # what they need on a machine is there with them, not always as packages that pip knows
 THERE = "+there"  # local version of what stands for a package of that machine: no index has it
-PINNED_ELSEWHERE = re.compile(r"^([\w.\-]+) @ \S*?/[\w.]+?-([^-/]+)-[^/]+\.whl")
 SILENT = (
     "the package index does not answer; check the network and the proxy (HTTPS_PROXY), then call it again: it goes on "
     "from here"
 )
+PLACED = re.compile(r"^([\w.\-]+) @ \S*?/[\w.]+?-([^-/]+)-[^/]+\.whl")
 EDITABLE = re.compile(r"^# Editable .*\(([\w.\-]+)==(\S+)\)")
 
 
@@ -109,14 +111,13 @@ def read_freeze(path):
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as problem:
         raise Refusal(f"HAS={path} cannot be read ({getattr(problem, 'strerror', None) or 'no text'})") from None
-    lines = [line.strip() for line in text.splitlines()]
-    placed = [found.groups() for line in lines if (found := PINNED_ELSEWHERE.match(line) or EDITABLE.match(line))]
-    found = pins("\n".join([*lines, *(f"{name}=={unquote(version)}" for name, version in placed)]))
-    known = {normal(name) for name, _ in placed}
-    places = [name for line in lines if (name := re.match(r"([\w.\-]+) @ ", line)) and normal(name[1]) not in known]
+    said = [line.strip() for line in text.splitlines()]
+    placed = [found.groups() for line in said if (found := PLACED.match(line) or EDITABLE.match(line))]
+    found = pins("\n".join([*said, *(f"{name}=={unquote(version)}" for name, version in placed)]))
+    places = [name[1] for line in said if (name := re.match(r"([\w.\-]+) @ ", line)) and normal(name[1]) not in found]
     how = f"make it there with: python3 -m pip list --format=freeze > {Path(path).name}"
     if places:
-        raise Refusal(f"HAS={path} has places instead of versions ({places[0][1]} and {len(places) - 1} more); {how}")
+        raise Refusal(f"HAS={path} has places instead of versions ({places[0]} and {len(places) - 1} more); {how}")
     if not found:
         raise Refusal(f"HAS={path} has no line NAME==VERSION; {how}")
     found.pop(project_name(), None)
@@ -154,8 +155,9 @@ class Target:
         if not self.has:
             return self.resolve(project, extras, fixed=tested), []
         wanted, held, refused = tested | self.has, [name for name in HELD if name in self.has], set()
+        fixed = self.triton_of_torch()
         while True:
-            found = self.resolve(project, extras, wanted, held=held)
+            found = self.resolve(project, extras, wanted, fixed, held)
             new = self.lacking(found, held).keys() & self.has.keys() - refused
             if not new:
                 return found, held
@@ -187,6 +189,13 @@ class Target:
             if done.returncode:
                 raise Refusal(self.why(done.stderr, constraints))
             return {name: public(version) for name, version in pins(output.read_text()).items()}
+
+    def triton_of_torch(self):
+        """Each torch asks for one triton; where that machine has a torch without it, the index's torch says which."""
+        if "torch" not in self.has or "triton" in self.has:
+            return {}
+        done = self.compile("-", text=f"torch=={public(self.has['torch'])}\n")
+        return {name: version for name, version in pins(done.stdout).items() if name == "triton"}
 
     def offered(self, name, version):
         """Has an index this version?"""

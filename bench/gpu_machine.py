@@ -62,7 +62,9 @@ def make(asked):
     if free < UNPACKED * size:
         raise Refusal(f"up to {UNPACKED * size:.0f} MB are needed for it and {free:.0f} are free; make room")
     shutil.rmtree(VENV, ignore_errors=True)
-    uv(target, "venv", "--quiet", "--seed", "--python", python, VENV)
+    done = subprocess.run([python, "-m", "venv", VENV], capture_output=True, text=True)
+    if done.returncode:
+        raise Refusal(f"{python} -m venv fails; on Debian and Ubuntu: apt install python{asked.python}-venv")
     install_there = ("pip", "install", "--quiet", "--no-deps", "--python", VENV / "bin" / "python")
     if asked.torch:
         url, label = (asked.torch, "") if "/" in asked.torch else (install.TORCH_INDEX + asked.torch, "+" + asked.torch)
@@ -82,7 +84,7 @@ def state_of(asked):
 
 
 def find_python(program, version):
-    """uv venv would fetch one."""
+    """One that is installed: uv would fetch one of its own."""
     command = [program, "python", "find", "--no-python-downloads", "--system", version]
     done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
     if done.returncode:
