@@ -279,11 +279,10 @@ class Wheel:
         """Downloads it to a folder of its own there, and moves it when it is whole."""
         new = folder / "new"
         shutil.rmtree(new, ignore_errors=True)
-        *_, abi, platforms = self.file[: -len(".whl")].split("-")
+        platforms = self.file[: -len(".whl")].rsplit("-", 1)[1]
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(new)]
         command += ["--python-version", self.python, "--no-input", "--disable-pip-version-check"]
         command += [] if platforms == "any" else [f"--platform={name}" for name in platforms.split(".")]
-        command += [] if abi == "none" else [f"--abi={abi}", "--implementation=cp"]
         command += [self.url + (f"#sha256={self.sha256}" if self.sha256 else "")]
         quiet = [] if self.size > 30e6 else ["--quiet"]  # pip's own progress for what takes a while
         done = subprocess.run([*command, *quiet], stderr=subprocess.PIPE, text=True)
@@ -336,7 +335,7 @@ def fetch(wheels, folder, what):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = [f"# {what}"]
     for wheel in wheels:
-        text.append(f"{wheel.name}=={wheel.version} --hash=sha256:{digest(part / wheel.file)}")
+        text.append(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256 or digest(part / wheel.file)}")
     (part / LIST).write_text("\n".join([*text, ""]))
     part.rename(folder)
 
