@@ -100,7 +100,7 @@ def with_needs(target, versions):
     with tempfile.TemporaryDirectory() as scratch:
         request = Path(scratch, "machine.txt")
         request.write_text(lines(versions))
-        return Target(target.python, target.platform, {}).resolve([request], wanted=target.has, fixed=versions)
+        return Target(target.python, target.platform, {}).resolve([request], wanted=target.has)
 
 
 def without_index(command):

@@ -285,17 +285,18 @@ def test_where_tritons_interpreter_does_not_run_is_said_in_one_line(triton, nump
 
 
 def test_only_what_the_interpreter_cannot_run_is_skipped(monkeypatch):
-    def end(problem: Exception) -> None:
+    def end(problem: Exception) -> BaseException:
         hook = interpreter.pytest_pyfunc_call()
         next(hook)
-        hook.throw(problem)
+        try:
+            hook.throw(problem)
+        except BaseException as raised:  # also the one that would skip this test
+            return raised
 
     known, other = RuntimeError(f"TypeError('{interpreter.SYMPTOM}')"), AssertionError("wrong values")
     monkeypatch.setattr(interpreter, "BROKEN", "the interpreter cannot")
-    with pytest.raises(pytest.skip.Exception, match="the interpreter cannot"):
-        end(known)
-    with pytest.raises(AssertionError, match="wrong values"):
-        end(other)
+    skipped = end(known)
+    assert isinstance(skipped, pytest.skip.Exception) and skipped.msg == "the interpreter cannot"
+    assert end(other) is other
     monkeypatch.setattr(interpreter, "BROKEN", "")
-    with pytest.raises(RuntimeError, match="0-dimensional"):
-        end(known)
+    assert end(known) is known
