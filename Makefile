@@ -6,6 +6,9 @@
 # make bench   set up, time the kernels (without a GPU only their CPU paths)
 # make study   set up, five methods on the pocket world, two training seeds, few steps: a table with intervals
 # make gpu     what wants a GPU: kernel tests, kernel benchmarks, step benchmark, in slices
+# make wheelhouse FOR=3.12 HAS=freeze.txt   what a machine without a network lacks, as wheels, in build/wheelhouse.
+#              freeze.txt: `python3 -m pip list --format=freeze` there; FOR its Python; EXTRAS=gpu,data; PLATFORM=aarch64
+# make gpu-rehearse   make gpu's tasks on the CPU, with a GPU machine's packages (bench/gpu-machine.txt, or HAS=)
 
 PYTHON ?= python3
 TORCH ?=
@@ -13,8 +16,14 @@ INSTALLER ?=
 BIN := .venv/bin
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node
 PROCESSES ?= 2
+# with .venv's Python where there is one
+HERE = $(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON))
+EXTRAS ?= bench
+PLATFORM ?= x86_64
+FOR ?=
+HAS ?=
 
-.PHONY: train test lint format pocket kernels bench study gpu setup clean audit resolve
+.PHONY: train test lint format pocket kernels bench study gpu gpu-rehearse wheelhouse setup clean audit resolve
 
 # what was set up in another place, for another TORCH, or has lost its Python is set up anew
 $(shell test -x $(BIN)/python && grep -qxF 'place $(CURDIR)' .venv/ready 2>/dev/null || rm -f .venv/ready)
@@ -55,7 +64,15 @@ study: .venv/ready
 
 # on a machine with a GPU: installs nothing, goes on where the last call stopped; make gpu ARGS="--budget-minutes 30"
 gpu:
-	$(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
+	$(HERE) -m bench.gpu $(ARGS)
+
+wheelhouse:
+	@$(HERE) wheelhouse.py --for '$(FOR)' --platform '$(PLATFORM)' --extras '$(EXTRAS)' --has '$(HAS)'
+
+# in an environment of its own, made once; HAS=constraints-oldest.txt rehearses with the oldest versions
+gpu-rehearse:
+	@$(HERE) -m bench.gpu_machine --for '$(or $(FOR),3.12)' --has '$(or $(HAS),bench/gpu-machine.txt)' --extras '$(EXTRAS)' --torch '$(TORCH)'
+	build/gpu-machine/bin/python -m bench.gpu --rehearse $(ARGS)
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -6,19 +6,15 @@ Over the tiny cases of bench/bench_*.py, on the CPU in Triton's interpreter or o
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+from bench import interpreter, results  # interpreter first: before anything imports triton
+from bench.case import Case, all_cases, check, provide
+from bench.report import write_between
 
-from bench import results  # noqa: E402
-from bench.case import Case, all_cases, check, provide  # noqa: E402
-from bench.report import write_between  # noqa: E402
-
+CUDA = interpreter.CUDA
 TRUNCATED = (
     " The interpreter truncates what it stores in bf16, up to one ulp; compiled kernels round to nearest, half of that."
 )
@@ -44,6 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, default=results.ROOT / "docs" / "kernels.md")
     arguments = parser.parse_args()
+    if interpreter.BROKEN:
+        parser.exit(2, f"bench.accuracy: {interpreter.BROKEN}\n")
     made = results.provenance()
     where = f"on {made['device']}" if CUDA else "in Triton's interpreter on the CPU"
     text = (

@@ -14,15 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-CUDA = torch.cuda.is_available()
+from bench import interpreter, results  # interpreter first: before anything imports triton
+from bench.case import Case, check, provide
+from bench.clock import Calls, Replay, ceilings, timing
+
+CUDA = interpreter.CUDA
 if not CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
     torch.set_num_threads(1)
-
-from bench import results  # noqa: E402
-from bench.case import Case, check, provide  # noqa: E402
-from bench.clock import Calls, Replay, ceilings, timing  # noqa: E402
-
+pytest_pyfunc_call = interpreter.pytest_pyfunc_call
 LINES: list[dict] = []  # of this run, for the summary
 CPU_ONLY = "no CUDA device: no kernel's speed is measured, only the `cpu path` of the public functions at tiny shapes"
 
@@ -45,6 +44,7 @@ def pytest_configure(config):
 def pytest_report_header(config):
     if not CUDA and not config.option.check:
         return CPU_ONLY
+    return interpreter.BROKEN or None
 
 
 class StandIn:

@@ -1,13 +1,16 @@
 """Set before anything imports triton: without a CUDA device the kernels run in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from bench import interpreter
+
 torch.set_num_threads(1)
+pytest_pyfunc_call = interpreter.pytest_pyfunc_call
+
+
+def pytest_report_header():
+    return interpreter.BROKEN or None
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench import gpu, report, results
+from bench import gpu, interpreter, report, results
 from bench.case import Case, all_cases, check, copy, deviation, provide
 from bench.clock import Ceilings, Replay, timing
 
@@ -194,7 +194,7 @@ ALLOWED = {"torch", "triton", "numpy", "pytest", "inpo_kernels", "bench"} | set(
 
 
 def test_kernel_benchmarks_need_nothing_but_torch_and_triton():
-    names = ("case", "clock", "conftest", "results", "report", "accuracy", "gpu")
+    names = ("case", "clock", "conftest", "results", "report", "accuracy", "gpu", "interpreter")
     for path in [*(results.ROOT / "bench").glob("bench_*.py"), *(results.ROOT / "bench" / f"{n}.py" for n in names)]:
         tree = ast.parse(path.read_text())
         found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -272,3 +272,32 @@ def test_gpu_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     text = gpu.summary(todo, state, tmp_path)
     assert "| second | failed (1) |" in text and "- second: tests/x.py::test_y[a b]" in text
     assert report.NOT_MEASURED in text
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.6.0", "2.10.1", False), ("3.7.1", "2.5.2", True)],
+)
+def test_where_tritons_interpreter_does_not_run_is_said_in_one_line(triton, numpy, runs):
+    line = interpreter.broken(triton, numpy)
+    assert runs == (line == "") and "\n" not in line
+    assert runs or f"Triton {triton}'s interpreter needs numpy < 2.4 and this is {numpy}" in line
+
+
+def test_only_what_the_interpreter_cannot_run_is_skipped(monkeypatch):
+    def end(problem: Exception) -> BaseException:
+        hook = interpreter.pytest_pyfunc_call()
+        next(hook)
+        try:
+            hook.throw(problem)
+        except BaseException as raised:  # also the one that would skip this test
+            return raised
+
+    known, other = RuntimeError(f"TypeError('{interpreter.SYMPTOM}')"), AssertionError("wrong values")
+    with monkeypatch.context() as here:  # the hook is around this test, too: it must see nothing of this
+        here.setattr(interpreter, "BROKEN", "it cannot")
+        skipped, wrong = end(known), end(other)
+        here.setattr(interpreter, "BROKEN", "")
+        elsewhere = end(known)
+    assert isinstance(skipped, pytest.skip.Exception) and str(skipped) == "it cannot"
+    assert (wrong is other, elsewhere is known) == (True, True)

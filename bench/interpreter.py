@@ -1,0 +1,43 @@
+"""Triton's interpreter runs the kernels where there is no GPU: switches it on, and says where it cannot run them.
+
+To be imported before anything imports triton.
+"""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+SYMPTOM = "only 0-dimensional arrays can be converted to Python scalars"  # findings/triton-3.6-numpy-2.4.sh
+
+
+def broken(triton: str, numpy: str) -> str:
+    """Why kernels with a loop cannot run in this version's interpreter, or nothing."""
+    of_triton, of_numpy = (tuple(int(part) for part in text.split(".")[:2]) for text in (triton, numpy))
+    if of_triton >= (3, 7) or of_numpy < (2, 4):
+        return ""
+    return (
+        f"Triton {triton}'s interpreter needs numpy < 2.4 and this is {numpy}: kernels with a loop do not run in it, "
+        "so without a GPU; pip install 'numpy<2.4', or triton>=3.7 where torch allows it"
+    )
+
+
+try:
+    BROKEN = "" if CUDA else broken(version("triton"), version("numpy"))
+except PackageNotFoundError:  # a torch of its own brings it under another name
+    BROKEN = ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """A test that fails for just this is skipped, and says why; every other one runs."""
+    try:
+        return (yield)
+    except Exception as problem:
+        if BROKEN and SYMPTOM in str(problem):
+            pytest.skip(BROKEN)
+        raise
