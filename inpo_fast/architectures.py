@@ -100,10 +100,17 @@ def text_config(tokenizer: CLIPTokenizer, shape: dict) -> CLIPTextConfig:
     )
 
 
-def random_pipeline(name: Architecture, dtype: torch.dtype = torch.float32, seed: int = 0) -> DiffusionPipeline:
-    """The whole pipeline on the CPU. fp32 weights are drawn as such; `dtype` is what they are drawn in."""
-    tokenizer, before = make_tokenizer(), torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
+def random_pipeline(
+    name: Architecture,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> DiffusionPipeline:
+    """The whole pipeline, drawn where it will be: minutes of a CPU for SDXL are a moment of a GPU. Each kind of device
+    has its own numbers for a seed. fp32 weights are drawn as such; `dtype` is what they are drawn in."""
+    tokenizer, before, device = make_tokenizer(), torch.get_default_dtype(), torch.device(device)
+    touched = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=touched), device:
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:
