@@ -5,7 +5,7 @@
 # make kernels set up, compile every kernel for sm_80, sm_90 and sm_100: registers, spills, widths; needs no GPU
 # make bench   set up, time the kernels (without a GPU only their CPU paths)
 # make study   set up, five methods on the pocket world, two training seeds, few steps: a table with intervals
-# make gpu     what wants a GPU: kernel tests, kernel benchmarks, step benchmark, in slices
+# make gpu     what wants a GPU: step benchmark, kernel tests, kernel benchmarks, in slices, the most telling first
 
 PYTHON ?= python3
 TORCH ?=
@@ -53,9 +53,9 @@ bench: .venv/ready
 study: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.study short $(ARGS)
 
-# on a machine with a GPU: installs nothing, goes on where the last call stopped; make gpu ARGS="--budget-minutes 30"
+# on a machine with a GPU: installs nothing, goes on where the last call stopped; make gpu ARGS="--budget-seconds 1800"
 gpu:
-	$(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
+	$(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m bench.gpu --plan all $(ARGS)
 
 clean:
 	rm -rf .venv runs build *.egg-info

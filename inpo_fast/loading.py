@@ -46,10 +46,10 @@ from inpo_fast.weights_file import read_header
 log = logging.getLogger(__name__)
 
 
-def open_pipeline(config: ModelsConfig, device: torch.device | str = "cpu") -> DiffusionPipeline:
+def open_pipeline(config: ModelsConfig, device: torch.device | None = None) -> DiffusionPipeline:
     """What the configuration names: fp32, or for LoRA, which needs no masters, in the working precision.
 
-    device: where random weights are drawn. What comes from files is opened on the CPU.
+    device: where random weights are drawn, None: on the CPU. What comes from files is opened on the CPU.
 
     Where models.init is a LoRA, its weights are merged, and it is kept as `pipeline.init_lora`.
     """
