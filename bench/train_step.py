@@ -51,6 +51,7 @@ from inpo_fast.window import Recipe, make_window
 
 STEPS, SEED, RECIPE_PAIRS = 10, 0, 400 * 1024
 NAMES = ("naive", "lockstep", "plain", "fused", "compiled")
+LAST = {"fused", "compiled"}  # they want channels_last
 # beta: large logits would turn bf16's rounding of an error into another weight of the pair, in all contenders alike
 BETA = {"fp32": 2000.0, "bf16": 20.0}
 # of the gradient's norm. fp32: sums in another order, through ten chained evaluations. bf16: autocast rounds the
@@ -108,11 +109,11 @@ def main() -> None:
     if memory is not None:
         fit(asked, names, memory)
     begun = time.perf_counter()
-    models = Models(*_opened(asked, device))
+    pipeline, *rest = _opened(asked, device)
+    if LAST & set(names):  # as in a run with models.fast: weights, masters and gradient sums lie alike
+        pipeline.unet.to(memory_format=torch.channels_last)
+    models = Models(pipeline, *rest)
     move_policy(models)
-    if {"fused", "compiled"} & set(names):  # as making one fast would do it to all, but before any is timed
-        for unet in (models.policy, models.reference):
-            unet.to(memory_format=torch.channels_last)
     _wait(device)
     weights = time.perf_counter() - begun
     print(f"weights: {weights:.1f} s", flush=True)
@@ -146,7 +147,7 @@ def fit(asked: argparse.Namespace, names: list[str], memory: float) -> None:
     """Halves micro-batch and inversion batch until the plan's count fits `memory` GiB. In place; says so.
 
     Beside a run's own (without an optimizer) lie the first gradient in the working precision, where there is another
-    to compare, and the naive loop's fp32 policy."""
+    to compare, and the naive loop's fp32 policy with gradient sums in its own layout."""
     if asked.model not in ("sd15", "sdxl"):
         return
     models = ModelsConfig(base="", random=asked.model, precision=asked.precision)
@@ -155,7 +156,7 @@ def fit(asked: argparse.Namespace, names: list[str], memory: float) -> None:
     plan = make_plan(config, 1)
     kept = sum(size for what, size in plan.kept.items() if not what.startswith("optimizer"))
     kept += plan.parameters * DTYPES[asked.precision].itemsize * (len(names) > 1)
-    kept += 4 * plan.parameters * ("naive" in names)
+    kept += 4 * plan.parameters * ("naive" in names) * (2 if LAST & set(names) else 1)
     free = (memory - RESERVE) * GIB - kept
     image = plan.inversion / asked.inversion_batch
     for name, each in (("micro_batch", plan.activations), ("inversion_batch", image)):
@@ -352,7 +353,16 @@ def _contender(name: str, models: Models, items: list[Item], asked: argparse.Nam
     sizes = {size: getattr(asked, size) for size in SIZES.get(name, OURS)}
     if name == "naive":
         other, autocast = _naive_models(models), None if asked.precision == "fp32" else DTYPES[asked.precision]
-        return Contender(name, lambda items: naive_step(items, other, autocast=autocast, **how), items)
+        sums = [p.grad for p in other.policy.parameters()]
+        own = [(g, total) for g, total in zip(sums, models.weights.gradients, strict=True) if g is not total]
+
+        def naive(items: list[Item]) -> None:
+            naive_step(items, other, autocast=autocast, **how)
+            for g, total in own:
+                total.copy_(g)
+                g.zero_()
+
+        return Contender(name, naive, items)
     if name == "lockstep":
         twins = {who: twin(getattr(models, who)) for who in ("policy", "reference")}
         if models.device.type == "cuda":
@@ -395,15 +405,15 @@ def _with_unets(models: Models, policy: UNet2DConditionModel, reference: UNet2DC
 
 
 def _naive_models(models: Models) -> Models:
-    """An fp32 policy with the values of the masters, whose gradients go to the masters' own sums. The reference has
-    the working precision, as in the published script."""
+    """An fp32 policy in NCHW with the values of the masters, whose gradients go to the masters' own sums where these
+    lie alike. The reference has the working precision, as in the published script."""
     with torch.device("meta"):
         policy = UNet2DConditionModel.from_config(models.policy.config)
     masters = zip(models.weights.names, models.weights.masters, strict=True)
     values = {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in masters}
     policy.load_state_dict(values, assign=True)
     for p, total in zip(policy.requires_grad_(True).parameters(), models.weights.gradients, strict=True):
-        p.grad = total
+        p.grad = total if total.stride() == p.stride() else torch.zeros_like(p)
     return _with_unets(models, policy.eval(), twin(models.reference))
 
 

@@ -362,13 +362,14 @@ from pathlib import Path
 from bench import gpu
 folder = Path(sys.argv[1])
 parts = [gpu.Slice("one", (sys.executable, "-c", "print(1)"), 0, 9),
-         gpu.Slice("two", (sys.executable, "-c", "import os, time; print('on', os.getpid(), flush=True); time.sleep(60)"), 0, 90)]
+         gpu.Slice("two", (sys.executable, "-c", sys.argv[2]), 0, 90)]
 gpu.run(gpu.Book(folder, parts), 100)
 """
 
 
 def test_a_call_that_is_killed_leaves_summary_and_few_files(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=results.ROOT, process_group=0)
+    at_work = "import os, time; print('on', os.getpid(), flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), at_work], cwd=results.ROOT)
     log, until = tmp_path / "log.txt", time.monotonic() + 60
     while not (log.exists() and (at_work := re.search(r"^on (\d+)\n", log.read_text(), re.MULTILINE))):
         assert time.monotonic() < until and process.poll() is None
