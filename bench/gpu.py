@@ -13,7 +13,8 @@ own limit or the budget's; what it has recorded by then is kept. FOLDER (build/g
 written anew after each slice, and DEVICE.jsonl with the results; the next call for the same state of the sources goes
 on there. Slices that only test and time kernels need Python, torch, triton, numpy, pytest and hypothesis; what trains
 also needs diffusers and the rest, and is skipped, with the reason, where they are missing.
---rehearse: the same slices on the CPU with a tiny model, all of them unless told otherwise; no measurement.
+--rehearse: the same slices on the CPU with a tiny model, a few tests and without torch.compile, all of them unless told
+otherwise; no measurement. Its folder is build/gpu-rehearsal.
 Exit status 1: a slice failed, or a gradient was off. 2: there is no GPU, or no such slice.
 """
 
@@ -100,7 +101,7 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
     sdxl = "--pairs 8 --micro-batch 4 --inversion-batch 16 --repeats 2"
     few = "--pairs 6 --micro-batch 6 --inversion-batch 12 --repeats 1"
     every = "naive,lockstep,plain,fused,compiled"
-    on_gpu = ("tests/kernels", "tests/test_syncs.py", "tests/test_fast_inversion.py")
+    on_gpu = ("tests/kernels", *TRAINER)
     kernel_tests = (*many, "tests/kernels", "--ignore=tests/kernels/test_compile.py")
     a_few = (*many, "tests/kernels/test_errors.py", "tests/kernels/test_tensor_lists.py")
     no_wait = (
@@ -331,7 +332,7 @@ def main() -> int:
     )
     asked = parser.parse_args()
     tiny = asked.rehearse
-    if tiny:  # also beside a GPU; torch.compile would take a minute, whatever the model
+    if tiny:  # also beside a GPU; torch.compile would take minutes, whatever the model
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     folder = (asked.output or ROOT / "build" / ("gpu-rehearsal" if tiny else "gpu")).resolve()
     plans = slices(folder, tiny)
@@ -349,7 +350,8 @@ def main() -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the slice at work is ended too
     book = Book(folder, todo)
-    run(book, asked.budget_seconds or (1200 if tiny else 470), asked.again, BEGUN)
+    budget = (1200 if tiny else 470) if asked.budget_seconds is None else asked.budget_seconds
+    run(book, budget, asked.again, BEGUN)
     print((folder / "summary.md").read_text() if (folder / "summary.md").exists() else "nothing was begun")
     left = [it.name for it in todo if book.is_open(it)]
     print(f"left: {', '.join(left)}; the same command goes on" if left else "nothing left")

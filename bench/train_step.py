@@ -357,10 +357,11 @@ def _contender(name: str, models: Models, items: list[Item], asked: argparse.Nam
         own = [(g, total) for g, total in zip(sums, models.weights.gradients, strict=True) if g is not total]
 
         def naive(items: list[Item]) -> None:
+            for g, _ in own:
+                g.zero_()
             naive_step(items, other, autocast=autocast, **how)
             for g, total in own:
                 total.copy_(g)
-                g.zero_()
 
         return Contender(name, naive, items)
     if name == "lockstep":

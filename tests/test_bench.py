@@ -122,10 +122,29 @@ def test_out_of_memory_is_recorded_and_halves(command, monkeypatch, tmp_path, ca
         assert "plain: out of memory at micro_batch 1: given up" in capsys.readouterr().out
 
 
+def test_turns_of_other_sizes_are_not_mixed(command, monkeypatch, tmp_path):
+    """Memory that runs out in the second turn: its rates are of the smaller size alone."""
+    real, calls = train_step.train_step, []
+
+    def fuller(window, models, recipe, *more, **how):
+        calls.append(recipe.micro_batch)
+        if len(calls) == 3:
+            raise TooLarge("inversion.batch", recipe.inversion.batch)
+        return real(window, models, recipe, *more, **how)
+
+    monkeypatch.setattr(train_step, "train_step", fuller)
+    command("--contenders=plain", "--inversion-batch=8", "--repeats=3", "--results", str(tmp_path / "results"))
+    lines = [(x["repeats"], x["inversion_batch"], x["too_large"]) for x in recorded(tmp_path / "results")]
+    assert lines == [(1, 8, []), (1, 4, ["inversion_batch 8"]), (2, 4, ["inversion_batch 8"])]
+
+
 @pytest.mark.parametrize(
     ("model", "names", "memory", "micro_batch"),
     [
         ("sd15", ["plain", "fused"], 79.2, 16),
+        ("sd15", ["plain", "fused"], 46, 16),
+        ("sd15", ["plain", "naive"], 46, 16),
+        ("sd15", ["fused", "naive"], 46, 8),
         ("sdxl", ["fused"], 79.2, 2),
         pytest.param("sdxl", ["naive", "plain"], 79.2, 2, marks=pytest.mark.slow),
         pytest.param("sdxl", ["naive", "plain"], 139.8, 4, marks=pytest.mark.slow),
