@@ -65,14 +65,15 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
     where = os.path.relpath(folder, ROOT)
     python = (sys.executable, "-m")
     pytest = (*python, "pytest", "-q", "--tb=short", "--continue-on-collection-errors")
+    untimed = "not slow and not gpu"
     many = ("-n", str(2 if tiny else os.cpu_count())) if find_spec("xdist") else ()
-
-    def tests(name: str, files: tuple[str, ...], few: tuple[str, ...], marks: str, expected: float, limit: float):
-        which = (*few, "-m", "not slow and not gpu") if tiny else (*files, "-m", marks)
-        return timed(name, (*pytest, *which), expected, limit, interprets=True)
 
     def timed(name: str, command: tuple[str, ...], expected: float, limit: float, **more) -> Slice:
         return Slice(name, command, *((15, 120) if tiny else (expected, limit)), **more)
+
+    def tests(name: str, files: tuple[str, ...], few: tuple[str, ...], marks: str, *seconds: float, **more) -> Slice:
+        which = (*few, "-m", untimed) if tiny else (*files, "-m", marks)
+        return timed(name, (*pytest, *which), *seconds, **more)
 
     def step(name: str, model: str, contenders: str, sizes: str, expected: float, limit: float) -> Slice:
         if tiny:
@@ -113,13 +114,12 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
     attention = (*python, "bench.attention", "--results", where, *(("--tiny",) if tiny else ()))
     values = (*pytest, "bench", "--check", *(("-k", "errors and tiny") if tiny else ()))
     facts = (sys.executable, "-c", "import bench.gpu; bench.gpu.facts()")
-    untimed = "not slow and not gpu"
     return {
         "first": [
             timed("machine", facts, 20, 40, shown=12),
             step("step-sd15", "sd15", "plain,fused", sd15, 105, 150),
-            tests("kernel-tests", kernel_tests, a_few, untimed, 50, 100),
-            tests("gpu-tests", on_gpu, no_wait, "gpu", 35, 60),
+            tests("kernel-tests", kernel_tests, a_few, untimed, 50, 100, interprets=True),
+            tests("gpu-tests", on_gpu, no_wait, "gpu", 35, 60, interprets=True),
             timed("attention", attention, 60, 80, needs=("diffusers",), shown=6),
             step("step-sd15-compiled", "sd15", "fused,compiled", sd15, 110, 150),
         ],
@@ -134,7 +134,15 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
             step("step-pocket", "pocket", "naive,plain,fused", "--repeats 3", 40, 80),
             step("step-sd15-all", "sd15", every, sd15 + " --lockstep-batch 16", 400, 470),
             step("step-sdxl-all", "sdxl", every, sdxl + " --lockstep-batch 2", 400, 470),
-            tests("trainer-tests", TRAINER, ("tests/test_fast_unet.py", "-k", "odd or undo"), untimed, 120, 240),
+            tests(
+                "trainer-tests",
+                TRAINER,
+                ("tests/test_fast_unet.py", "-k", "odd or undo"),
+                untimed,
+                120,
+                240,
+                needs=TRAINING,
+            ),
             profile("sd15", "--pairs=64 --train.micro_batch=16 --windows=2"),
             profile("sdxl", "--pairs=16 --train.micro_batch=2 --windows=2"),
         ],

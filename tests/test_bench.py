@@ -205,6 +205,24 @@ def test_lockstep_is_the_naive_loop(tmp_path, pipeline):
         assert (gradient(lockstep_step, batch=batch) - wanted).norm() < 1e-3 * wanted.norm()
 
 
+def test_the_naive_loop_keeps_sums_in_its_own_layout(tmp_path):
+    """Where the others' lie in channels_last: handed over whole at each step, and nothing of the step before."""
+    pipeline = tiny_pipeline()
+    pipeline.unet.to(memory_format=torch.channels_last)
+    models = Models(pipeline, torch.device("cpu"), ModelsConfig(base="x"))
+    train_step.move_policy(models)
+    source = open_source(save_pairs(tmp_path / "pairs.parquet"))
+    items = next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 2))
+    naive = train_step._contender("naive", models, items, argparse.Namespace(precision="fp32"))
+    found = []
+    for _ in range(2):
+        models.weights.zero()
+        naive.step(items)
+        found.append([g.clone() for g in models.weights.gradients])
+    assert sum(g.norm() for g in found[0]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_twin_has_the_same_parameters():
     """Not copies: what one writes the other computes with, and gradients meet in one place."""
     models = Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="x", precision="bf16"))

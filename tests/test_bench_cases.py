@@ -418,7 +418,7 @@ def test_the_interpreter_is_said_to_be_broken(monkeypatch, tmp_path):
 
 def test_rehearsal(tmp_path):
     """The command itself, on a few slices: the files that a call leaves, and their names."""
-    names = "machine,attention,errors"
+    names = "machine,attention,trainer-tests"
     ran = command_line("--rehearse", "--only", names, "--output", str(tmp_path))
     assert ran.returncode == 0 and "nothing left" in ran.stdout, ran.stdout + ran.stderr
     found = sorted(path.name for path in tmp_path.iterdir())
