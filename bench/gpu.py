@@ -5,7 +5,7 @@
 
 --plan first (the default, about 400 s): the machine, SD1.5's step, kernel tests, tests that need a GPU, attention back
 ends, SD1.5's step compiled. second (about 200 s): linear + GEGLU, SDXL's step, the naive loop. all: these two, then
-every kernel benchmark, all contenders, values, profiles (half an hour). `make gpu` is --plan all: called again it goes
+every kernel benchmark, all contenders, values, profiles (45 minutes). `make gpu` is --plan all: called again it goes
 on with what is left.
 
 A slice is a process. It is begun when what is left of the budget is as much as it is expected to take, and ended at its

@@ -82,8 +82,9 @@ def _beside(card: str, x: dict) -> str:
     rows += [[p, f"{ms:.1f}", f"{measured[p]:.1f}", f"{measured[p] / ms:.2f}"] for p, ms in predicted.items()]
     largest = max(COUNTED, key=lambda p: abs(measured[p] - predicted[p]))
     away = measured[largest] - predicted[largest]
+    off = "**Gradient off: not a result.** " if report.is_off(x) else ""
     return (
-        f"{x['provider']} on {x['device']} beside the prediction for an {card} (micro-batch {MICRO_BATCH}, +-"
+        f"{off}{x['provider']} on {x['device']} beside the prediction for an {card} (micro-batch {MICRO_BATCH}, +-"
         f"{UNSURE:.0%}), {x['evaluations']:.2f} evaluations an image, micro-batch {x['micro_batch']}:\n\n"
         f"{report.markdown(rows)}\n\nLargest gap: {largest}, {away:+.1f} ms a pair "
         f"({measured[largest] / predicted[largest]:.2f} times the prediction)."

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench import results
+from bench import report, results
 from bench.naive import lockstep_step, naive_step
 from inpo_fast import draws
 from inpo_fast.config import RunConfig
@@ -218,7 +218,7 @@ class Run:
         return next((c for c in self.contenders if not c.failed), self.contenders[0])
 
     def is_off(self, c: Contender) -> bool:
-        return c.gradient_error is not None and not c.gradient_error < self.allowed
+        return report.is_off({"gradient_error": c.gradient_error, "gradient_allowed": self.allowed})
 
     def turn(self, c: Contender) -> None:
         """One timed step; its line is printed and written at once."""
@@ -463,7 +463,7 @@ def text_of(x: dict) -> str:
     if x["ms_per_pair"]:
         text += "\n" + " " * 10 + "  ".join(f"{name} {ms:.1f}" for name, ms in x["ms_per_pair"].items())
         text += "  ms per pair"
-    return text
+    return _loud(f"{text}\n          GRADIENT OFF: not a result") if report.is_off(x) else text
 
 
 if __name__ == "__main__":

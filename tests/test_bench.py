@@ -66,7 +66,11 @@ def test_a_wrong_gradient_is_recorded_and_marked_and_fails(command, capsys, monk
         command("--repeats=1", "--contenders=plain,naive", "--results", str(tmp_path / "results"))
     assert ended.value.code == 1
     out = capsys.readouterr().out
-    assert out.count("OFF") == 1 and out.splitlines()[-1].startswith("gradient off: naive ")
+    assert (
+        out.count("OFF\n") == 1
+        and out.count("GRADIENT OFF: not a result") == 1
+        and out.splitlines()[-1].startswith("gradient off: naive ")
+    )
     plain, naive = recorded(tmp_path / "results")
     assert naive["gradient_error"] > naive["gradient_allowed"] and naive["pairs_s"] > 0
     table = report.steps_table([plain, naive]).splitlines()

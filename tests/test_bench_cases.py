@@ -269,6 +269,9 @@ def test_predictions_stand_beside_what_was_measured():
     assert f"| encode | {predicted['encode']:.1f} | {measured['encode']:.1f} | 1.28 |" in text
     assert f"| wall | {sum(predicted.values()):.1f} | 62.5 | 1.11 |" in text
     assert "predicted by a model" in text and "Largest gap: invert, -5.0 ms a pair (0.80 times" in text
+    assert "not a result" not in text
+    off = predictions.comparison([step_line("fused", ms_per_pair=measured, gradient_error=0.2)])
+    assert off.startswith("**Gradient off: not a result.**")
     more = predictions.comparison([step_line("fused", ms_per_pair=measured, evaluations=2 * 5.48)])
     assert f"| invert | {2 * predicted['invert']:.1f} |" in more
     for other in ({"provider": "plain"}, {"device": "NVIDIA A100"}, {"dtype": "fp32"}, {"shape": "256px"}):
