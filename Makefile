@@ -5,7 +5,7 @@
 # make kernels set up, compile every kernel for sm_80, sm_90 and sm_100: registers, spills, widths; needs no GPU
 # make bench   set up, time the kernels (without a GPU only their CPU paths)
 # make study   set up, five methods on the pocket world, two training seeds, few steps: a table with intervals
-# make gpu     what wants a GPU: kernel tests, kernel benchmarks, step benchmark, in slices
+# make gpu     what wants a GPU: step benchmark, kernel tests, kernel benchmarks, in slices, the most telling first
 # make wheelhouse FOR=3.12 HAS=freeze.txt   what a machine without a network lacks, as wheels, in build/wheelhouse.
 #              freeze.txt: `python3 -m pip list --format=freeze` there; FOR its Python; EXTRAS=gpu,data; PLATFORM=aarch64
 # make gpu-rehearse   make gpu's tasks on the CPU, with a GPU machine's packages (bench/gpu-machine.txt, or HAS=)
@@ -62,9 +62,9 @@ bench: .venv/ready
 study: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.study short $(ARGS)
 
-# on a machine with a GPU: installs nothing, goes on where the last call stopped; make gpu ARGS="--budget-minutes 30"
+# on a machine with a GPU: installs nothing, goes on where the last call stopped; make gpu ARGS="--budget-seconds 1800"
 gpu:
-	$(HERE) -m bench.gpu $(ARGS)
+	$(HERE) -m bench.gpu --plan all $(ARGS)
 
 wheelhouse:
 	@$(HERE) wheelhouse.py --for '$(FOR)' --platform '$(PLATFORM)' --extras '$(EXTRAS)' --has '$(HAS)'

@@ -1,9 +1,10 @@
 """Which attention back end is fastest for each head size of SD1.5 and SDXL, forward and with its gradient.
 
-    python -m bench.attention [--results FOLDER] [--images 16]
+    python -m bench.attention [--results FOLDER] [--images 16] [--tiny]
 
 Every back end is compared with float64 first. Prints the table that inpo_fast/attention.py keeps as FASTEST: the one
-with the least total time over a UNet's shapes, where it beats torch's own choice by more than the noise. GPU only.
+with the least total time over a UNet's shapes, where it beats torch's own choice by more than the noise. Needs a GPU;
+--tiny tries the script on small shapes anywhere.
 """
 
 import argparse
@@ -33,6 +34,7 @@ SHAPES = [
     ("sdxl", 20, 64, 1024, 1024, 60),
     ("sdxl", 20, 64, 1024, 77, 60),
 ]
+TINY = [("tiny", 2, 40, 16, 16, 1), ("tiny", 2, 40, 16, 7, 2)]
 GAIN = 0.98  # a back end must take at most this share of torch's time to be written into the table
 
 
@@ -40,16 +42,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--results", type=Path, help="folder for a JSON line per shape and back end")
+    parser.add_argument("--tiny", action="store_true", help="small shapes; without a GPU torch's back end alone")
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.attention: there is no CUDA device")
+    cuda = torch.cuda.is_available()
+    if not (cuda or asked.tiny):
+        print("bench.attention: there is no CUDA device; --tiny tries the script")
         return 2
-    major, totals = torch.cuda.get_device_capability()[0], defaultdict(float)
+    device, totals = "cuda" if cuda else "cpu", defaultdict(float)
+    major = torch.cuda.get_device_capability()[0] if cuda else 0
     broken: set[tuple[str, int]] = set()
-    for model, heads, size, queries, keys, often in SHAPES:
-        for backend in BACKENDS:
+    for model, heads, size, queries, keys, often in TINY if asked.tiny else SHAPES:
+        for backend in BACKENDS if cuda else BACKENDS[:1]:
             try:
-                line = measure(backend, asked.images, heads, size, queries, keys)
+                line = measure(backend, asked.images, heads, size, queries, keys, device)
             except (ImportError, RuntimeError, NotImplementedError, ValueError) as problem:
                 print(f"{model} {heads}x{size} {queries}x{keys} {backend}: {str(problem).splitlines()[0]}")
                 broken.add((backend, size))
@@ -70,10 +75,10 @@ def main() -> int:
     return 0
 
 
-def measure(backend: str, images: int, heads: int, size: int, queries: int, keys: int) -> dict[str, float]:
+def measure(backend: str, images: int, heads: int, size: int, queries: int, keys: int, device: str) -> dict[str, float]:
     """Median milliseconds of the forward pass and of forward and backward; ValueError when the values are wrong."""
     q, k, v = (
-        torch.randn(images, n, heads, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(images, n, heads, size, device=device, dtype=torch.bfloat16, requires_grad=True)
         for n in (queries, keys, keys)
     )
     with torch.no_grad():
@@ -87,8 +92,8 @@ def measure(backend: str, images: int, heads: int, size: int, queries: int, keys
         torch.autograd.grad(attend(q, k, v, backend), (q, k, v), weight)
 
     with torch.no_grad():
-        forward = median_ms(lambda: attend(q, k, v, backend), 5, 20)
-    return {"forward_ms": round(forward, 4), "both_ms": round(median_ms(both, 5, 20), 4), "error": off}
+        forward = median_ms(lambda: attend(q, k, v, backend), 5, 20, device)
+    return {"forward_ms": round(forward, 4), "both_ms": round(median_ms(both, 5, 20, device), 4), "error": off}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import functools
 import math
 import time
 from dataclasses import dataclass
+from timeit import timeit
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -162,7 +163,10 @@ def ceilings() -> Ceilings:
     return Ceilings(2 * x.numel() * x.element_size() / copied / 1e6, 2 * n**3 / multiplied / 1e9)
 
 
-def median_ms(function: Function, warm_up: int = 30, samples: int = 50) -> float:
+def median_ms(function: Function, warm_up: int = 30, samples: int = 50, device: str = "cuda") -> float:
+    if device == "cpu":
+        taken = [timeit(function, number=1) for _ in range(warm_up + samples)]
+        return 1000 * sorted(taken[warm_up:])[samples // 2]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     taken = []
     for _ in range(warm_up + samples):

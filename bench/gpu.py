@@ -1,96 +1,158 @@
-"""Everything that wants a GPU, in slices: tests, the kernels' benchmarks, the step benchmark, the profile.
+"""What a GPU is wanted for, in slices with time limits, the most telling ones first.
 
-    python -m bench.gpu [--budget-minutes 8.5] [--output FOLDER] [--again] [--list] [--rehearse]
+    python -m bench.gpu [--plan first|second|all] [--only NAME,NAME] [--budget-seconds 470] [--output FOLDER]
+                        [--again] [--list] [--rehearse]
 
-Each task is a process with a time limit. One is started only while its limit fits into the budget; the next call,
-for the same state of the sources, goes on with what is left. FOLDER (bench/results/gpu-COMMIT) gets state.json,
-log.txt, the benchmarks' JSON lines and summary.md, as things happen. Needs Python, torch, triton, numpy, pytest and
-hypothesis; what trains also needs diffusers and the rest, and is skipped, with the reason, where they are missing.
-Exit status 1: a task failed. 2: there is no GPU.
+--plan first (the default, about 400 s): the machine, SD1.5's step, kernel tests, tests that need a GPU, attention back
+ends, SD1.5's step compiled. second (about 200 s): linear + GEGLU, SDXL's step, the naive loop. all: these two, then
+every kernel benchmark, all contenders, values, profiles (45 minutes). `make gpu` is --plan all: called again it goes
+on with what is left.
+
+A slice is a process. It is begun when what is left of the budget is as much as it is expected to take, and ended at its
+own limit or the budget's; what it has recorded by then is kept. FOLDER (build/gpu) has state.json, log.txt, summary.md,
+written anew after each slice, and DEVICE.jsonl with the results; the next call for the same state of the sources goes
+on there. Slices that only test and time kernels need Python, torch, triton, numpy, pytest and hypothesis; what trains
+also needs diffusers and the rest, and is skipped, with the reason, where they are missing.
+--rehearse: the same slices on the CPU with a tiny model and a few tests, torch.compile too, all of them unless told
+otherwise; no measurement. Its folder is build/gpu-rehearsal.
+Exit status 1: a slice failed, or a gradient was off. 2: there is no GPU, or no such slice.
 """
 
-import argparse
-import contextlib
-import json
-import os
-import re
-import shlex
-import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
+BEGUN = time.monotonic()  # the budget is the call's: importing torch takes its part
 
-from bench import report, results
-from bench.clock import ceilings
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
+import shlex  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from bench import predictions, report, results  # noqa: E402
+from bench.clock import ceilings  # noqa: E402
 
 ROOT = results.ROOT
 TRAINER = ("tests/test_fast_unet.py", "tests/test_fast_inversion.py", "tests/test_syncs.py")
-UNFINISHED = ("running", "unfinished", "")  # a task that a killed run was at is begun again
+TRAINING = ("diffusers", "transformers", "accelerate", "peft", "jsonargparse")  # what the trainer cannot do without
+KERNELS = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py") if path.stem != "bench_linear_geglu")
+GRACE = 5.0  # seconds from the interrupt, at which pytest says what has failed so far, to the kill
 
 
 @dataclass(frozen=True)
-class Task:
+class Slice:
     name: str
     command: tuple[str, ...]
-    minutes: float  # killed after so long
-    needs: str = ""  # a module; where it cannot be imported the task is skipped, with the reason
+    expected: float  # seconds on a GPU, a guess until measured
+    limit: float  # seconds: ended after so long
+    needs: tuple[str, ...] = ()  # modules; where one is missing the slice is skipped, with the reason
     shown: int = 0  # so many last lines of what it prints go into the summary
-    resumes: bool = False  # keeps what it has when its time is up, and goes on from there: not failed while it gets on
+    resumes: bool = False  # begun again it goes on from what it has recorded
 
 
-def tasks(folder: Path, rehearse: bool) -> list[Task]:
-    python = (sys.executable, "-m")
-    pytest = (*python, "pytest", "-q")
-    machine = (*python, "bench.results") if rehearse else (sys.executable, "-c", "import bench.gpu; bench.gpu.facts()")
-    which = "not slow and not gpu" if rehearse else "gpu or not slow"
-    timing = ("--benchmark-only", "--missing", "--results", os.path.relpath(folder, ROOT))
+def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
+    """Plan -> its own slices, in order; `all` has those of the others before it. tiny: the rehearsal's."""
     where = os.path.relpath(folder, ROOT)
-    small = ("--pairs", "4", "--micro-batch", "2", "--repeats", "1") if rehearse else ("--results", where)
-    bf16 = ("--precision", "bf16", "--contenders", "naive,lockstep,plain,fused,compiled")
-    steps = {"step pocket": ()}
-    if not rehearse:
-        steps["step sd15"] = ("--model", "sd15", *bf16, "--pairs", "64", "--repeats", "2")
-        sizes = ("--pairs", "12", "--micro-batch", "4", "--inversion-batch", "24", "--lockstep-batch", "4")
-        steps["step sdxl"] = ("--model", "sdxl", *bf16, *sizes, "--repeats", "1")
-    profiles = {} if rehearse else {f"profile {name}": name for name in ("sd15", "sdxl")}
-    names = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py"))
-    files = {name: (*pytest, f"bench/{name}.py", *(("--check",) if rehearse else timing)) for name in names}
-    return [
-        Task("machine", machine, 1, shown=6),
-        Task("kernel tests", (*pytest, "tests/kernels", "--continue-on-collection-errors", "-m", which), 6),
-        Task("values", (*pytest, "bench", "--check"), 4),
-        *(Task(name, command, 3, resumes=True) for name, command in files.items()),
-        *(
-            Task(name, (*python, "bench.train_step", *more, *small), 8, needs="bench.train_step", shown=16)
-            for name, more in steps.items()
-        ),
-        Task("attention", (*python, "bench.attention", "--results", where), 3, needs="inpo_fast.attention", shown=5)
-        if not rehearse
-        else Task("attention", (*python, "compileall", "-q", "bench/attention.py"), 1),
-        Task("tests of the trainer", (*pytest, *TRAINER, "-m", which), 4, needs="inpo_fast.train"),
-        *(
-            Task(name, (*python, "inpo_fast.profile", *profile(config, folder)), 6, needs="inpo_fast.train", shown=20)
-            for name, config in profiles.items()
-        ),
-    ]
+    python = (sys.executable, "-m")
+    pytest = (*python, "pytest", "-q", "--tb=short", "--continue-on-collection-errors")
+    untimed = "not slow and not gpu"
+    many = ("-n", str(2 if tiny else os.cpu_count())) if find_spec("xdist") else ()
 
+    def timed(name: str, command: tuple[str, ...], expected: float, limit: float, **more) -> Slice:
+        return Slice(name, command, *((15, 120) if tiny else (expected, limit)), **more)
 
-def profile(config: str, folder: Path) -> tuple[str, ...]:
-    """The recipe on random weights and pictures, on the kernels."""
-    name = str(folder / f"profile-{config}.json")
-    sizes = ("--pairs=64", "--train.micro_batch=16") if config == "sd15" else ("--pairs=16", "--train.micro_batch=4")
-    model = ("--models.base=", f"--models.random={config}", "--models.fast=fused", "--data.source=")
-    return (f"--config=configs/{config}.yaml", *model, *sizes, "--windows=2", "--json", name)
+    def tests(name: str, files: tuple[str, ...], few: tuple[str, ...], marks: str, *seconds: float, **more) -> Slice:
+        which = (*few, "-m", untimed) if tiny else (*files, "-m", marks)
+        return timed(name, (*pytest, *which), *seconds, **more)
+
+    def step(name: str, model: str, contenders: str, sizes: str, expected: float, limit: float) -> Slice:
+        if tiny:
+            sizes = "--pairs 4 --micro-batch 2 --inversion-batch 6 --lockstep-batch 2 --repeats 2 --threads 1"
+        precision = "fp32" if model == "pocket" else "bf16"
+        what = ("--model", "pocket" if tiny else model, "--precision", precision, "--contenders", contenders)
+        command = (*python, "bench.train_step", *what, *sizes.split(), "--results", where)
+        return timed(name, command, expected, limit, needs=TRAINING, shown=14)
+
+    def kernel(name: str, expected: float, limit: float) -> Slice:
+        how = ("--check", "-k", "tiny") if tiny else ("--benchmark-only", "--missing", "--results", where)
+        command = (*pytest, f"bench/{name}.py", *how)
+        title = name.removeprefix("bench_").replace("_", "-")
+        return timed(title, command, expected, limit, resumes=True)
+
+    def profile(model: str, sizes: str) -> Slice:
+        known = ("--models.base=", f"--models.random={model}", "--models.fast=fused", "--data.source=")
+        base, sizes = ("pocket", "--pairs=4 --train.micro_batch=2 --windows=1") if tiny else (model, sizes)
+        what = (f"--config=configs/{base}.yaml", *(() if tiny else known), *sizes.split())
+        out = ("--json", f"{where}/profile-{model}.json")
+        return timed(
+            f"profile-{model}", (*python, "inpo_fast.profile", *what, *out), 150, 300, needs=TRAINING, shown=20
+        )
+
+    sd15 = "--pairs 64 --micro-batch 16 --inversion-batch 60 --repeats 2"
+    sdxl = "--pairs 8 --micro-batch 4 --inversion-batch 16 --repeats 2"
+    few = "--pairs 6 --micro-batch 6 --inversion-batch 12 --repeats 1"
+    every = "naive,lockstep,plain,fused,compiled"
+    on_gpu = ("tests/kernels", *TRAINER)
+    kernel_tests = (*many, "tests/kernels", "--ignore=tests/kernels/test_compile.py")
+    a_few = (*many, "tests/kernels/test_errors.py", "tests/kernels/test_tensor_lists.py")
+    no_wait = (
+        "tests/test_fast_unet.py::test_fused_is_plain_on_the_kernels",
+        "tests/test_syncs.py",
+        "-k",
+        "kernels or sees",
+    )
+    attention = (*python, "bench.attention", "--results", where, *(("--tiny",) if tiny else ()))
+    values = (*pytest, "bench", "--check", *(("-k", "errors and tiny") if tiny else ()))
+    facts = (sys.executable, "-c", "import bench.gpu; bench.gpu.facts()")
+    return {
+        "first": [
+            timed("machine", facts, 20, 40, shown=12),
+            step("step-sd15", "sd15", "plain,fused", sd15, 105, 150),
+            tests("kernel-tests", kernel_tests, a_few, untimed, 50, 100),
+            tests("gpu-tests", on_gpu, no_wait, "gpu", 35, 60),
+            timed("attention", attention, 60, 80, needs=("diffusers",), shown=6),
+            step("step-sd15-compiled", "sd15", "fused,compiled", sd15, 110, 150),
+        ],
+        "second": [
+            kernel("bench_linear_geglu", 50, 60),
+            step("step-sdxl", "sdxl", "fused", sdxl, 100, 130),
+            step("step-sd15-naive", "sd15", "naive,plain", few, 50, 70),
+        ],
+        "all": [
+            timed("values", values, 120, 240),
+            *(kernel(name, 90, 180) for name in KERNELS),
+            step("step-pocket", "pocket", "naive,plain,fused", "--repeats 3", 40, 80),
+            step("step-sd15-all", "sd15", every, sd15 + " --lockstep-batch 16", 400, 470),
+            step("step-sdxl-all", "sdxl", every, sdxl + " --lockstep-batch 2", 400, 470),
+            tests(
+                "trainer-tests",
+                TRAINER,
+                ("tests/test_fast_unet.py", "-k", "odd or undo"),
+                untimed,
+                120,
+                240,
+                needs=TRAINING,
+            ),
+            profile("sd15", "--pairs=64 --train.micro_batch=16 --windows=2"),
+            profile("sdxl", "--pairs=16 --train.micro_batch=2 --windows=2"),
+        ],
+    }
 
 
 def facts() -> None:
     """The machine: versions, the GPU and its settings, the two ceilings."""
     for name, value in results.provenance().items():
         print(name, value)
+    if not torch.cuda.is_available():
+        return
     p = torch.cuda.get_device_properties(0)
     print(f"sm_{p.major}{p.minor}, {p.multi_processor_count} SMs, {p.total_memory} bytes, L2 {p.L2_cache_size} bytes")
     fields = "driver_version,power.limit,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu"
@@ -111,39 +173,55 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
-def missing(module: str) -> str:
-    """Why a module cannot be imported, or nothing."""
-    command = [sys.executable, "-c", f"import {module}"]
-    ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    return ran.stderr.strip().splitlines()[-1] if ran.returncode else ""
+def why_not(it: Slice) -> str:
+    """What it lacks here, or nothing."""
+    missing = [name for name in it.needs if not find_spec(name)]
+    return f"there is no {', no '.join(missing)}" if missing else ""
 
 
-def execute(task: Task, log: Path) -> dict:
-    """Status, names of failing tests and last lines of one task. What it prints goes to the log."""
-    if task.needs and (reason := missing(task.needs)):
+def execute(it: Slice, folder: Path, ends: float) -> dict:
+    """Status, names of failing tests and last lines of one slice. What it prints goes to the log."""
+    if reason := why_not(it):
         return {"status": f"skipped: {reason}"}
-    size = size_of_results(log.parent)
+    before, begun = len(results.load(folder)), time.monotonic()
+    limit = min(it.limit, ends - begun)
+    log = folder / "log.txt"
     with open(log, "a") as file:
-        file.write(f"\n===== {task.name}: {shlex.join(task.command)}\n")
+        file.write(f"\n===== {it.name}, at most {limit:.0f} s: {shlex.join(it.command)}\n")
         file.flush()
         begin = file.tell()
         process = subprocess.Popen(
-            task.command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, process_group=0
+            it.command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, process_group=0
         )
-        try:
-            status = "passed" if process.wait(60 * task.minutes) == 0 else f"failed ({process.returncode})"
-        except subprocess.TimeoutExpired:
-            got_on = task.resumes and size_of_results(log.parent) > size
-            status = "unfinished" if got_on else f"failed (took more than {task.minutes:g} minutes)"
-        finally:
-            stop(process)
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
+                code = process.wait(limit - min(GRACE, limit / 10))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                process.wait(max(0.0, limit - (time.monotonic() - begun)))
+            finally:
+                stop(process)
     said = log.read_bytes()[begin:].decode(errors="replace")
+    lines = said.strip().splitlines()
+    kept = len(results.load(folder)) - before
     failures = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", said, re.MULTILINE)
-    return {"status": status, "failures": failures, "last": said.strip().splitlines()[-12:]}
+    return {"status": _status(it, code, limit, kept, lines), "failures": failures, "last": lines[-14:], "kept": kept}
 
 
-def size_of_results(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.jsonl"))
+def _status(it: Slice, code: int | None, limit: float, kept: int, lines: list[str]) -> str:
+    last = lines[-1] if lines else ""
+    if code == 0:
+        return "passed"
+    if code is None:
+        if limit < it.limit or (it.resumes and kept):
+            return f"unfinished (cut off after {limit:.0f} s, {kept} results kept)"
+        return f"failed (took more than {limit:.0f} s; {kept} results kept)"
+    if code == 1 and last.startswith("gradient off"):
+        return f"passed, {last}"
+    if last.startswith("ModuleNotFoundError"):
+        return f"skipped: {last}"
+    return f"failed ({code})"
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -153,86 +231,128 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run(todo: list[Task], folder: Path, budget: float, again: bool = False) -> dict[str, dict]:
-    """Runs what is left of the tasks for `budget` seconds. Returns the state: task -> status, seconds, failures."""
-    ends = time.monotonic() + budget
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "state.json"
-    of = {"commit": results.commit()[0], "sources": results.sources()}
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    state = kept["tasks"] if kept.items() >= of.items() else {}
+class Book:
+    """What is known of the slices, in FOLDER/state.json and FOLDER/summary.md, of one state of the sources."""
 
-    def note(task: Task, done: dict) -> None:
-        state[task.name] = done
-        aside = path.with_suffix(".part")  # a killed run leaves the old state or the new one
-        aside.write_text(json.dumps({**of, "tasks": state}, indent=1))
-        aside.replace(path)
+    def __init__(self, folder: Path, todo: list[Slice]):
+        self.folder, self.todo = folder, todo
+        self.of = {"commit": results.commit()[0], "sources": results.sources()}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "state.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        self.state: dict[str, dict] = kept["slices"] if kept.items() >= self.of.items() else {}
 
-    before = {task: status_of(task, state) for task in todo}
-    queue = [task for task in todo if before[task] in UNFINISHED or (again and before[task] != "passed")]
-    for task in queue:
-        if time.monotonic() + 60 * task.minutes > ends:
-            print(f"{task.name}: not begun, its limit of {task.minutes:g} minutes does not fit", flush=True)
-            continue  # a later task may have a shorter limit
+    def status(self, it: Slice) -> str:
+        return self.state.get(it.name, {}).get("status", "")
+
+    def is_open(self, it: Slice) -> bool:
+        """Never begun, or ended in the middle by the budget or with the call."""
+        return not self.status(it) or self.status(it).startswith(("running", "unfinished"))
+
+    def note(self, it: Slice, done: dict) -> None:
+        self.state[it.name] = done
+        self._write("state.json", json.dumps({**self.of, "slices": self.state}, indent=1))
+        self._write("summary.md", summary(self))
+
+    def _write(self, name: str, text: str) -> None:
+        aside = self.folder / "unfinished.part"  # a killed call leaves the old text or the new one
+        aside.write_text(text)
+        aside.replace(self.folder / name)
+
+
+def run(book: Book, budget: float, again: bool = False, begun: float | None = None) -> None:
+    """Runs what is left of the slices for `budget` seconds from `begun` (a time.monotonic(); now)."""
+    ends = (time.monotonic() if begun is None else begun) + budget
+    queue = [it for it in book.todo if book.is_open(it) or (again and book.status(it) != "passed")]
+    for it in queue:
+        left = ends - time.monotonic()
+        if left < it.expected:
+            print(f"{it.name}: not begun, {it.expected:.0f} s expected and {max(0.0, left):.0f} s left", flush=True)
+            continue  # a later slice may be shorter
+        print(f"{it.name}: begun, {it.expected:.0f} s expected, {left:.0f} s left", flush=True)
         begun = time.monotonic()
-        note(task, {"status": "running"})
-        done = execute(task, folder / "log.txt")
-        note(task, {**done, "seconds": round(time.monotonic() - begun, 1)})
-        print(f"{task.name}: {done['status']}, {state[task.name]['seconds']:.0f} s", flush=True)
-        if done["status"] == "unfinished":
-            queue.append(task)
+        book.note(it, {"status": "running"})
+        done = execute(it, book.folder, ends)
+        book.note(it, {**done, "seconds": round(time.monotonic() - begun, 1)})
+        print(f"{it.name}: {done['status']}, {book.state[it.name]['seconds']:.0f} s", flush=True)
+        if done["status"].startswith("unfinished") and it.resumes:
+            queue.append(it)
         if done["status"].startswith("failed"):
             print("\n".join("    " + line for line in done["last"]), flush=True)
-    return state
 
 
-def status_of(task: Task, state: dict[str, dict]) -> str:
-    return state.get(task.name, {}).get("status", "")
-
-
-def summary(todo: list[Task], state: dict[str, dict], folder: Path) -> str:
+def summary(book: Book) -> str:
     made = results.provenance()
+    lines = [line for line in results.load(book.folder) if line["sources"] == book.of["sources"]]
     text = [f"# commit {made['commit']}{' with changes' if made['dirty'] else ''}, sources {made['sources']}", ""]
-    text += [report.table(results.load(folder)), ""]
-    text += ["| task | status | seconds |", "| --- | --- | --- |"]
-    for task in todo:
-        done = state.get(task.name, {"status": "left"})
-        text.append(f"| {task.name} | {done['status']} | {done.get('seconds', '-')} |")
-    text += [""] + [f"- {task.name}: {x}" for task in todo for x in state.get(task.name, {}).get("failures", [])]
-    for task in todo:
-        last = state.get(task.name, {}).get("last", [])[-task.shown :] if task.shown else []
-        text += ["", *(f"    {line}" for line in last)] if last else []
+    text += [f"{made['device']}, torch {made['torch']}, triton {made['triton']}, Python {made['python']}", ""]
+    text += ["| slice | status | seconds | expected |", "| --- | --- | --- | --- |"]
+    for it in book.todo:
+        done = book.state.get(it.name, {"status": "left"})
+        status = done["status"]
+        status = status if status in ("passed", "left", "running") else f"**{status}**"
+        text.append(f"| {it.name} | {status} | {done.get('seconds', '-')} | {it.expected:g} |")
+    failures = [f"- {it.name}: {x}" for it in book.todo for x in book.state.get(it.name, {}).get("failures", [])]
+    text += ["", *failures, "", report.steps_table(lines), "", predictions.comparison(lines), "", report.table(lines)]
+    for it in book.todo:
+        last = book.state.get(it.name, {}).get("last", [])[-it.shown :] if it.shown else []
+        text += ["", f"{it.name}:", "", *(f"    {line}" for line in last)] if last else []
     return "\n".join([*text, ""])
 
 
+def chosen(plans: dict[str, list[Slice]], plan: str, only: str | None) -> list[Slice] | str:
+    """The slices of a plan or those named, in the order given; a text where there is no such name."""
+    known = {it.name: it for of in plans.values() for it in of}
+    if only is None:
+        return [*known.values()] if plan == "all" else plans[plan]
+    names = [name for name in only.split(",") if name]
+    if unknown := [name for name in names if name not in known]:
+        return f"--only: no slice {', '.join(unknown)}; there are {', '.join(known)}"
+    return [known[name] for name in names]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder for state and results, default bench/results/gpu-COMMIT")
-    parser.add_argument("--budget-minutes", type=float, default=8.5, help="of this call")
-    parser.add_argument("--again", action="store_true", help="also tasks that failed or were skipped")
-    parser.add_argument("--list", action="store_true", help="print the tasks and their limits, run nothing")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, in check mode: tries this script itself")
-    arguments = parser.parse_args()
-    name, dirty = results.commit()
-    default = ROOT / ("build/rehearsal" if arguments.rehearse else "bench/results") / f"gpu-{name}{'-dirty' * dirty}"
-    folder = (arguments.output or default).resolve()
-    todo = tasks(folder, arguments.rehearse)
-    if arguments.list:
-        for task in todo:
-            print(f"{task.minutes:g} min  {task.name}: {shlex.join(task.command)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plan", choices=("first", "second", "all"), help="default first; all with --rehearse")
+    parser.add_argument("--only", metavar="NAME,NAME", help="these slices, in this order")
+    parser.add_argument("--budget-seconds", type=float, help="of this call, default 470; with --rehearse 1200")
+    parser.add_argument("--output", type=Path, help="folder for state and results, default build/gpu")
+    parser.add_argument(
+        "--again", action="store_true", help="also slices that failed, were skipped or had a gradient off"
+    )
+    parser.add_argument("--list", action="store_true", help="print the slices, seconds and commands; run nothing")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on the CPU, with a tiny model: tries this script itself"
+    )
+    asked = parser.parse_args()
+    tiny = asked.rehearse
+    if tiny:  # also beside a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    folder = (asked.output or ROOT / "build" / ("gpu-rehearsal" if tiny else "gpu")).resolve()
+    plans = slices(folder, tiny)
+    todo = chosen(plans, asked.plan or ("all" if tiny else "first"), asked.only)
+    if isinstance(todo, str):
+        print(f"bench.gpu: {todo}", file=sys.stderr)
+        return 2
+    if asked.list:
+        for it in todo:
+            print(f"{it.name:20} {it.expected:4.0f} s, at most {it.limit:4.0f} s: {shlex.join(it.command)}")
+        print(f"{sum(it.expected for it in todo):.0f} s expected in all")
         return 0
-    if not (arguments.rehearse or torch.cuda.is_available()):
+    if not (tiny or torch.cuda.is_available()):
         print("bench.gpu: there is no CUDA device (torch.cuda.is_available() is False); --rehearse tries the script")
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the task at work is ended too
-    state = run(todo, folder, 60 * arguments.budget_minutes, arguments.again)
-    text = summary(todo, state, folder)
-    (folder / "summary.md").write_text(text)
-    print(text)
-    left = [task.name for task in todo if status_of(task, state) in UNFINISHED]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the slice at work is ended too
+    book = Book(folder, todo)
+    budget = (1200 if tiny else 470) if asked.budget_seconds is None else asked.budget_seconds
+    run(book, budget, asked.again, BEGUN)
+    print((folder / "summary.md").read_text() if (folder / "summary.md").exists() else "nothing was begun")
+    left = [it.name for it in todo if book.is_open(it)]
     print(f"left: {', '.join(left)}; the same command goes on" if left else "nothing left")
     print(f"everything is in {os.path.relpath(folder)}")
-    return int(any(done["status"].startswith("failed") for done in state.values()))
+    return int(any("failed" in book.status(it) or "gradient off" in book.status(it) for it in todo))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Without the markers, or without a GPU's results of the kernels, it says so.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import results
@@ -22,20 +23,43 @@ def table(lines: list[dict]) -> str:
 
 
 def steps_table(lines: list[dict]) -> str:
-    """Markdown: the newest optimizer step of every model, machine and contender."""
-    found = results.newest([line for line in lines if line["kernel"] == "train_step"])
-    head = ("model", "machine", "what ran", "pairs/s", "against the naive loop", "recipe, GPU-hours", "peak", "waits")
+    """Markdown: the newest optimizer step of every model, machine, contender and size."""
+    head = ("model", "machine", "what ran", "pairs/s", "against", "recipe, GPU-hours", "peak", "waits")
     rows = [head, ["---"] * len(head)]
-    for _, x in sorted(found.items()):
-        low, high = x["ratio_range"]
-        ratio = "1" if x["provider"] == x["against"] else f"**{x['ratio']:.2f}x** ({low:.2f} to {high:.2f})"
-        gpu = "---"
-        if x["gpu"]:
-            gpu = (f"{x['gpu_hours_recipe']:.2f}", f"{x['peak_memory'] / 2**30:.1f} GiB", f"{x['host_waits']}")
+    for x in newest_steps([line for line in lines if line["kernel"] == "train_step"]):
         commit = f"{x['commit']}{' with changes' if x['dirty'] else ''}"
         what = f"{x['op']}, {x['shape']}, {x['dtype']}, {x['pairs']} pairs, micro-batch {x['micro_batch']}, {commit}"
         machine = x["device"] if x["gpu"] else f"{x['device']}, {x['threads']} threads"
-        rows.append((what, machine, x["provider"], f"{x['pairs_s']:.3g}", ratio, *gpu))
+        if x.get("out_of_memory"):
+            rows.append((what, machine, x["provider"], "**out of memory**", *"----"))
+            continue
+        rate, ratio, hours = f"{x['pairs_s']:.3g}", "1", f"{x['gpu_hours_recipe']:.2f}"
+        if x["provider"] != x["against"]:
+            low, high = x["ratio_range"]
+            ratio = f"**{x['ratio']:.2f}x** {x['against']} ({low:.2f} to {high:.2f})"
+        who = x["provider"]
+        if is_off(x):
+            who = f"{who}, **gradient off by {x['gradient_error']:.2g}, allowed {x['gradient_allowed']:g}**"
+            rate, ratio, hours = (f"**not valid** ({text.replace('*', '')})" for text in (rate, ratio, hours))
+        gpu = (hours, f"{x['peak_memory'] / 2**30:.1f} GiB", f"{x['host_waits']}") if x["gpu"] else "---"
+        rows.append((what, machine, who, rate, ratio, *gpu))
+    return markdown(rows)
+
+
+def newest_steps(lines: list[dict]) -> list[dict]:
+    """Of lines of bench.train_step, the last of each setting; runs of other sizes, or beside another first contender,
+    are told apart."""
+    names = ("op", "device", "shape", "dtype", "pairs", "micro_batch", "against", "provider")
+    found = {tuple(str(line[name]) for name in names): line for line in lines}
+    return [line for _, line in sorted(found.items())]
+
+
+def is_off(line: dict) -> bool:
+    """Lines of old, which compared before they timed, have no such field."""
+    return line.get("gradient_error") is not None and not line["gradient_error"] < line["gradient_allowed"]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -59,9 +83,9 @@ def _of_device(lines: list[dict]) -> str:
     seen = lambda name: ", ".join(sorted({str(line[name]) for line in lines}))  # noqa: E731
     commits = ", ".join(sorted({line["commit"] + (" with changes" if line["dirty"] else "") for line in lines}))
     ceilings = [f"{min(v):.0f} to {max(v):.0f}" for v in ([x[k] for x in lines] for k in _CEILINGS)]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
-        f"{text}\n\n{seen('device')}, torch {seen('torch')}, triton {seen('triton')}, commit {commits}. Median time of "
+        f"{markdown(rows)}\n\n"
+        f"{seen('device')}, torch {seen('torch')}, triton {seen('triton')}, commit {commits}. Median time of "
         f"a call, {min(x['n'] for x in lines)} or more samples, CUDA-graph replay over rotated buffers; ceilings of "
         f"the same runs: device copy {ceilings[0]} GB/s, bf16 matmul {ceilings[1]} TFLOP/s. "
         "`pytest bench --benchmark-only`"

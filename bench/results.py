@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def record(folder: Path, line: dict) -> None:
     """Appends to FOLDER/<device>.jsonl: what is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
     line = {**provenance(), "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **line}
-    device = line["device"].lower().replace(" ", "-").replace("/", "-")
+    device = re.sub(r"[^a-z0-9._-]+", "-", line["device"].lower())
     with open(folder / f"{device}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 

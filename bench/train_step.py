@@ -1,14 +1,19 @@
-"""Our optimizer step against what others run: gradients compared first, then all timed in turns in one run.
+"""Our optimizer step against what others run, in turns in one run, and how far the gradients are apart.
 
     python -m bench.train_step [--model pocket|sd15|sdxl] [--precision fp32|bf16] [--contenders naive,lockstep,plain,…]
 
 naive: the published script's shape (bench/naive.py), one pair at a time, fp32 weights under autocast. lockstep: the
 same with working-precision weights, batches and torch.compile on a GPU. plain, fused, compiled: inpo_fast with
 models.fast so set. All draw the same pairs (their work depends on their timesteps) and noise at equal settings: grid
-diffusers-0.22, told the target, conditional inversion, n = 10, VAE and text encoders in the loop. Turns alternate, so
-that other load hits all alike; spreads are the smallest and largest of the repeats. sd15 and sdxl have the exact
-architecture with random weights. All but naive share one set of weights, which lies in channels_last as soon as fused
-or compiled is among them.
+diffusers-0.22, told the target, conditional inversion, n = 10, VAE and text encoders in the loop. sd15 and sdxl have
+the exact architecture with random weights, drawn on the device. All but naive share one set of weights, which lies in
+channels_last as soon as fused or compiled is among them.
+
+One contender after the other is built, run once (warm-up, compilation; the gradient of this run is compared with the
+first contender's) and timed once. The further turns alternate, so that other load hits all alike; spreads are the
+smallest and largest of the turns. A result is written as soon as its turn has ended. A gradient that is off is
+recorded beside the time, and the exit status is 1. Sizes that the memory plan (inpo_fast/plan.py) does not see on the
+card are halved beforehand, and once more where the device runs out of memory all the same.
 """
 
 import argparse
@@ -16,37 +21,47 @@ import contextlib
 import copy
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench import results
+from bench import report, results
 from bench.naive import lockstep_step, naive_step
+from inpo_fast import draws
+from inpo_fast.config import RunConfig
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Item, Windows
 from inpo_fast.fast_unet import make_fast
-from inpo_fast.inversion import InversionConfig
+from inpo_fast.inversion import InversionConfig, evaluations_of
 from inpo_fast.loading import open_pipeline, quiet_libraries
 from inpo_fast.models import DTYPES, Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.phases import Stopwatch, phase
+from inpo_fast.plan import GIB, RESERVE, make_plan
 from inpo_fast.pocket import ASSETS
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
-from inpo_fast.step import train_step
+from inpo_fast.step import TooLarge, train_step
 from inpo_fast.window import Recipe, make_window
 
 STEPS, SEED, RECIPE_PAIRS = 10, 0, 400 * 1024
 NAMES = ("naive", "lockstep", "plain", "fused", "compiled")
+LAST = {"fused", "compiled"}  # they want channels_last
 # beta: large logits would turn bf16's rounding of an error into another weight of the pair, in all contenders alike
 BETA = {"fp32": 2000.0, "bf16": 20.0}
 # of the gradient's norm. fp32: sums in another order, through ten chained evaluations. bf16: autocast rounds the
 # weights, ours rounds the output of each layer too; measured in docs/performance.md.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+
+
+SIZES = {"naive": (), "lockstep": ("lockstep_batch",)}  # what may be halved; of all others:
+OURS = ("micro_batch", "inversion_batch")
+KEYS = {"train.micro_batch": "micro_batch", "inversion.batch": "inversion_batch"}  # step.py's names
 
 
 @dataclass
@@ -56,10 +71,15 @@ class Contender:
     name: str
     step: Callable[[list[Item]], None]
     items: list[Item]
+    sizes: dict[str, int] = field(default_factory=dict)  # as they are now: `step` looks here
+    setup: dict[str, float] = field(default_factory=dict)  # seconds: its modules, its first call
+    gradient_error: float | None = None  # relative, from the first contender's
     seconds: list[float] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     memory: int | None = None
     waits: int | None = None
+    too_large: list[str] = field(default_factory=list)  # sizes that it ran out of memory at
+    failed: bool = False  # at the smallest of them too
 
 
 def main() -> None:
@@ -70,10 +90,11 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, help="pixels per side; default: the model's own")
     parser.add_argument("--contenders", default="naive,plain", help=f"comma-separated, of {', '.join(NAMES)}")
     parser.add_argument("--pairs", type=int, default=32, help="pairs of a step")
-    parser.add_argument("--micro-batch", type=int, default=16, help="ours: pairs per forward and backward")
+    parser.add_argument("--micro-batch", type=int, default=16, help="ours: at most so many pairs per forward, backward")
     parser.add_argument("--inversion-batch", type=int, default=64, help="ours: images per inversion evaluation")
     parser.add_argument("--lockstep-batch", type=int, default=16, help="lockstep: pairs at once")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", type=float, help="GiB to plan for; default: the card's, on a CPU without end")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, help="folder for a JSON line per contender")
     asked = parser.parse_args()
@@ -84,66 +105,289 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # "fp32" means it: cuDNN would round to 10 bits by default
     torch.set_num_threads(asked.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = Models(*_opened(asked, device))
+    memory = asked.memory or (_card_memory() / GIB if device.type == "cuda" else None)
+    if memory is not None:
+        fit(asked, names, memory)
+    begun = time.perf_counter()
+    pipeline, *rest = _opened(asked, device)
+    if LAST & set(names):  # as in a run with models.fast: weights, masters and gradient sums lie alike
+        pipeline.unet.to(memory_format=torch.channels_last)
+    models = Models(pipeline, *rest)
     move_policy(models)
+    _wait(device)
+    weights = time.perf_counter() - begun
+    print(f"weights: {weights:.1f} s", flush=True)
     pixels = asked.resolution or models.resolution
     source = open_source(asked.source)
     items = next(Windows(source, DataConfig(), resolution=pixels, seed=SEED, rank=0, world=1).steps(0, 1, asked.pairs))
-    contenders = [_contender(name, models, items, asked) for name in names]
+    made = results.provenance()
+    print(
+        f"{asked.model} {pixels} px {asked.precision}, {made['device']}, torch {made['torch']}, "
+        f"{asked.threads} threads, n = {STEPS}, grid diffusers-0.22, VAE and text in the loop",
+        flush=True,
+    )
+    run = Run(asked, models, device, pixels, weights)
+    for name in names:
+        run.add(name, items)
+    for _ in range(1, asked.repeats):
+        for c in run.contenders:
+            run.turn(c)
+    off = [c for c in run.contenders if run.is_off(c)]
+    if off:
+        far = ", ".join(f"{c.name} {c.gradient_error:.2g}" for c in off)
+        print(_loud(f"gradient off: {far} (allowed {run.allowed:g})"), flush=True)
+    failed = [c.name for c in run.contenders if c.failed]
+    if failed:
+        print(f"out of memory: {', '.join(failed)}", flush=True)
+    if off or failed:
+        raise SystemExit(1)
 
-    _compare(contenders, models, asked.precision)
-    for turn in range(asked.repeats):
-        for c in contenders:
-            _timed(c, models, device, turn)
-        show(contenders, asked, device, pixels)
-        for c in contenders if asked.results else []:  # the newest line counts: a run cut short has what it measured
-            results.record(asked.results, line(c, contenders[0], asked, pixels))
+
+def fit(asked: argparse.Namespace, names: list[str], memory: float) -> None:
+    """Halves micro-batch and inversion batch until the plan's count fits `memory` GiB. In place; says so.
+
+    Beside a run's own (without an optimizer) lie the first gradient in the working precision, where there is another
+    to compare, and the naive loop's fp32 policy with gradient sums in its own layout."""
+    if asked.model not in ("sd15", "sdxl"):
+        return
+    models = ModelsConfig(base="", random=asked.model, precision=asked.precision)
+    config = replace(RunConfig(), models=models, inversion=InversionConfig(batch=asked.inversion_batch))
+    config = replace(config, data=replace(config.data, resolution=asked.resolution))
+    plan = make_plan(config, 1)
+    kept = sum(size for what, size in plan.kept.items() if not what.startswith("optimizer"))
+    kept += plan.parameters * DTYPES[asked.precision].itemsize * (len(names) > 1)
+    kept += 4 * plan.parameters * ("naive" in names) * (2 if LAST & set(names) else 1)
+    free = (memory - RESERVE) * GIB - kept
+    image = plan.inversion / asked.inversion_batch
+    for name, each in (("micro_batch", plan.activations), ("inversion_batch", image)):
+        wanted = size = getattr(asked, name)
+        while size > 1 and size * each > free:
+            size //= 2
+        if size < wanted:
+            setattr(asked, name, size)
+            print(
+                f"--{name.replace('_', '-')} {size} instead of {wanted}: {kept / GIB:.1f} GiB held, "
+                f"{each / GIB:.2f} each, {memory:.1f} GiB in all",
+                flush=True,
+            )
+
+
+class Run:
+    """The contenders of one call, in turns."""
+
+    def __init__(
+        self, asked: argparse.Namespace, models: Models, device: torch.device, pixels: int, weights_seconds: float
+    ):
+        self.asked, self.models, self.device, self.pixels = asked, models, device, pixels
+        self.weights_seconds, self.allowed = weights_seconds, TOLERANCE[asked.precision]
+        self.contenders: list[Contender] = []
+        self.wanted: list[torch.Tensor] = []  # the first contender's gradient, rounded to the working precision
+
+    def add(self, name: str, items: list[Item]) -> None:
+        """Builds a contender, compares the gradient of its first run, times its first turn."""
+        begun = time.perf_counter()
+        c = _contender(name, self.models, items, self.asked)
+        _wait(self.device)
+        c.setup = {"build": time.perf_counter() - begun}
+        self.contenders.append(c)
+        begun = time.perf_counter()
+        if not self._run(c):
+            return
+        c.setup["first_call"] = time.perf_counter() - begun
+        print(f"{name}: built in {c.setup['build']:.1f} s, first call {c.setup['first_call']:.1f} s", flush=True)
+        self.compare(c)
+        self.turn(c)
+
+    def compare(self, c: Contender) -> None:
+        """Its gradient, which lies in the sums, with the first one's, on the device."""
+        got, last = self.models.weights.gradients, c.name == self.asked.contenders.split(",")[-1]
+        if not self.wanted:
+            if not last:  # narrow: half the memory, far below what is allowed
+                self.wanted = [g.to(DTYPES[self.asked.precision], copy=True) for g in got]
+            return
+        c.gradient_error = distance(got, self.wanted)
+        text = f"gradient of {c.name}: {c.gradient_error:.1e} from {self.first.name} "
+        text += f"(allowed {self.allowed:.0e})"
+        print(_loud(text + ": OFF") if self.is_off(c) else text, flush=True)
+        if last:
+            self.wanted = []
+
+    @property
+    def first(self) -> Contender:
+        """What the others are compared with."""
+        return next((c for c in self.contenders if not c.failed), self.contenders[0])
+
+    def is_off(self, c: Contender) -> bool:
+        return report.is_off({"gradient_error": c.gradient_error, "gradient_allowed": self.allowed})
+
+    def turn(self, c: Contender) -> None:
+        """One timed step; its line is printed and written at once."""
+        if not c.failed and self._run(c, timed=True):
+            self._tell(c)
+            print(text_of(self.line(c)), flush=True)
+
+    def _run(self, c: Contender, timed: bool = False) -> bool:
+        """A step. Where memory runs out a size is halved, which is recorded; False where nothing came out."""
+        while True:
+            self.models.weights.zero()
+            try:
+                _timed(c, self.device) if timed else c.step(c.items)
+                _wait(self.device)
+                return True
+            except TooLarge as problem:
+                key = KEYS.get(problem.key)
+            except torch.OutOfMemoryError:
+                key = None
+            # out here the exception, which holds on to the activations, is gone
+            self._out_of_memory(c, key)
+            if c.failed:
+                return False
+
+    def _out_of_memory(self, c: Contender, key: str | None) -> None:
+        if key is None:  # not said by what: the larger part first
+            key = next((name for name in c.sizes if c.sizes[name] > 1), None)
+        c.seconds.clear()  # of other sizes
+        at = f"{key} {c.sizes[key]}" if key else "its one size"
+        c.too_large.append(at)
+        if key is None or c.sizes[key] <= 1:
+            c.failed = True
+        else:
+            c.sizes[key] //= 2
+        print(_loud(f"{c.name}: out of memory at {at}{': given up' if c.failed else ', halved'}"), flush=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if c.failed:
+            self._tell(c)
+
+    def _tell(self, c: Contender) -> None:
+        if self.asked.results:  # the newest line counts: a run that is cut off has what it measured
+            results.record(self.asked.results, self.line(c))
+
+    def line(self, c: Contender) -> dict:
+        """One contender in plain numbers. Rates are pairs of this step's kind per second, one GPU or CPU."""
+        asked, first = self.asked, self.first
+        line = {
+            "kernel": "train_step",
+            "op": Path(asked.model).name,
+            "shape": f"{self.pixels}px",
+            "dtype": asked.precision,
+            "provider": c.name,
+            "threads": asked.threads,
+            **{name: c.sizes.get(name, getattr(asked, name)) for name in (*OURS, "lockstep_batch")},
+            "pairs": len(c.items),
+            "n": STEPS,
+            "grid": "diffusers-0.22",
+            "vae_in_loop": True,
+            "evaluations": self.evaluations(c.items),
+            "against": first.name,
+            "gradient_error": c.gradient_error,
+            "gradient_allowed": self.allowed,
+            "setup_seconds": {"weights": self.weights_seconds} | c.setup,
+            "too_large": c.too_large,
+            "card_memory": _card_memory() if self.device.type == "cuda" else None,
+        }
+        if c.failed:
+            return line | {"out_of_memory": True}
+        rates = [len(c.items) / s for s in c.seconds]
+        # turn by turn; one that ran out of memory began anew
+        pairs = zip(reversed(c.seconds), reversed(first.seconds), strict=False)
+        ratios = [theirs / own for own, theirs in pairs]
+        line |= {
+            "repeats": len(rates),
+            "pairs_s": statistics.median(rates),
+            "pairs_s_range": [min(rates), max(rates)],
+            "gpu_hours_recipe": RECIPE_PAIRS / statistics.median(rates) / 3600,
+            "ms_per_pair": {name: 1000 * s for name, s in c.phases.items()},
+            "peak_memory": c.memory,
+            "host_waits": c.waits,
+        }
+        if ratios:
+            line |= {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+        return line
+
+    def evaluations(self, items: list[Item]) -> float:
+        """Of the inversion, mean per image: they depend on the timesteps that were drawn."""
+        t = torch.tensor([draws.integer(0, 999, "t", SEED, item.position) for item in items])
+        how = InversionConfig(steps=STEPS, grid="diffusers-0.22", evaluate_at="target")
+        return evaluations_of(how, self.models.schedule, t).double().mean().item()
+
+
+def distance(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """Relative, in norm, of all tensors together; summed in float64 where they are, read once."""
+    away = sum((g - w.float()).double().square().sum() for g, w in zip(got, wanted, strict=True))
+    return (away / sum(w.double().square().sum() for w in wanted)).sqrt().item()
+
+
+def _loud(text: str) -> str:
+    return f"\033[1;31m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _card_memory() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def _opened(asked: argparse.Namespace, device: torch.device):
     random = asked.model if asked.model in ("sd15", "sdxl") else None
     base = "" if random else str(ASSETS / "model") if asked.model == "pocket" else asked.model
     config = ModelsConfig(base=base, random=random, precision=asked.precision)
-    return open_pipeline(config), device, config
+    return open_pipeline(config, device), device, config
 
 
 def move_policy(models: Models) -> None:
-    """The policy must differ from the reference, or every logit is 0."""
+    """The policy must differ from the reference, or every logit is 0. Drawn where the weights are."""
     with torch.no_grad():
         for i, p in enumerate(models.parameters()):
-            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-            p.add_(0.01 * p.std().nan_to_num() * noise.to(p.device))
+            seeded = None if p.is_meta else torch.Generator(p.device).manual_seed(i)
+            noise = torch.randn(p.shape, generator=seeded, device=p.device)
+            p.add_(0.01 * p.std().nan_to_num() * noise)
     models.weights.refresh()
 
 
 def _contender(name: str, models: Models, items: list[Item], asked: argparse.Namespace) -> Contender:
     how = {"beta": BETA[asked.precision], "inversion_steps": STEPS, "seed": SEED}
+    sizes = {size: getattr(asked, size) for size in SIZES.get(name, OURS)}
     if name == "naive":
         other, autocast = _naive_models(models), None if asked.precision == "fp32" else DTYPES[asked.precision]
-        return Contender(name, lambda items: naive_step(items, other, autocast=autocast, **how), items)
+        sums = [p.grad for p in other.policy.parameters()]
+        own = [(g, total) for g, total in zip(sums, models.weights.gradients, strict=True) if g is not total]
+
+        def naive(items: list[Item]) -> None:
+            for g, _ in own:
+                g.zero_()
+            naive_step(items, other, autocast=autocast, **how)
+            for g, total in own:
+                total.copy_(g)
+
+        return Contender(name, naive, items)
     if name == "lockstep":
         twins = {who: twin(getattr(models, who)) for who in ("policy", "reference")}
         if models.device.type == "cuda":
             for unet in twins.values():
                 unet.forward = torch.compile(unet.forward, dynamic=False)
         other = _with_unets(models, **twins)
-        return Contender(name, lambda items: lockstep_step(items, other, batch=asked.lockstep_batch, **how), items)
+        return Contender(
+            name, lambda items: lockstep_step(items, other, batch=sizes["lockstep_batch"], **how), items, sizes
+        )
     twins = {who: twin(getattr(models, who)) for who in ("policy", "reference")}
     other = _with_unets(models, **twins)
     for unet in twins.values():
         make_fast(unet, "off" if name == "plain" else name)
-    inversion = InversionConfig(
-        steps=STEPS, grid="diffusers-0.22", evaluate_at="target", guidance=1.0, batch=asked.inversion_batch
-    )
-    recipe = Recipe("inpo", ObjectiveConfig(beta=how["beta"]), inversion, asked.micro_batch, True, SEED)
+    inversion = InversionConfig(steps=STEPS, grid="diffusers-0.22", evaluate_at="target", guidance=1.0)
     empty = other.encode_empty()
 
     def ours(items: list[Item]) -> None:
+        at_once = replace(inversion, batch=sizes["inversion_batch"])
+        recipe = Recipe("inpo", ObjectiveConfig(beta=how["beta"]), at_once, sizes["micro_batch"], True, SEED)
         with phase("encode"):
             window = make_window(items, other, recipe, empty)
         train_step(window, other, recipe, len(items), clip=float("inf"))
 
-    return Contender(name, ours, items)
+    return Contender(name, ours, items, sizes)
 
 
 def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -162,41 +406,20 @@ def _with_unets(models: Models, policy: UNet2DConditionModel, reference: UNet2DC
 
 
 def _naive_models(models: Models) -> Models:
-    """An fp32 policy with the values of the masters, whose gradients go to the masters' own sums. The reference has
-    the working precision, as in the published script."""
+    """An fp32 policy in NCHW with the values of the masters, whose gradients go to the masters' own sums where these
+    lie alike. The reference has the working precision, as in the published script."""
     with torch.device("meta"):
         policy = UNet2DConditionModel.from_config(models.policy.config)
     masters = zip(models.weights.names, models.weights.masters, strict=True)
     values = {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in masters}
     policy.load_state_dict(values, assign=True)
     for p, total in zip(policy.requires_grad_(True).parameters(), models.weights.gradients, strict=True):
-        p.grad = total
+        p.grad = total if total.stride() == p.stride() else torch.zeros_like(p)
     return _with_unets(models, policy.eval(), twin(models.reference))
 
 
-def _compare(contenders: list[Contender], models: Models, precision: str) -> None:
-    """All gradients against the first contender's; exits where one differs."""
-    bound = TOLERANCE[precision]
-    wanted: list[torch.Tensor] = []
-    for c in contenders:
-        models.weights.zero()
-        c.step(c.items)
-        got = models.weights.gradients
-        if not wanted:
-            wanted = [
-                g.to("cpu", DTYPES[precision], copy=True) for g in got
-            ]  # narrow: half the memory, far below bound
-            continue
-        away = sum((g.cpu() - w.float()).double().square().sum().item() for g, w in zip(got, wanted, strict=True))
-        off = (away / sum(w.double().square().sum().item() for w in wanted)) ** 0.5
-        print(f"gradient of {c.name}: {off:.1e} from {contenders[0].name} (allowed {bound:.0e})", flush=True)
-        if not off < bound:
-            raise SystemExit("gradients differ: nothing is timed")
-
-
-def _timed(c: Contender, models: Models, device: torch.device, turn: int) -> None:
+def _timed(c: Contender, device: torch.device) -> None:
     cuda, watch = device.type == "cuda", Stopwatch(device)
-    models.weights.zero()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -227,56 +450,20 @@ def _waits(cuda: bool) -> Iterator[list]:
             found += [w for w in seen if "synchroniz" in str(w.message)]
 
 
-def line(c: Contender, first: Contender, asked: argparse.Namespace, pixels: int) -> dict:
-    """One contender in plain numbers. Rates are pairs of this step's kind per second, one GPU or CPU."""
-    rates = [len(c.items) / s for s in c.seconds]
-    ratios = [r / (len(first.items) / s) for r, s in zip(rates, first.seconds, strict=True)]
-    settings = ("model", "precision", "micro_batch", "inversion_batch", "lockstep_batch", "threads")
-    return {
-        "kernel": "train_step",
-        "op": Path(asked.model).name,
-        "shape": f"{pixels}px",
-        "dtype": asked.precision,
-        "provider": c.name,
-        **{name: getattr(asked, name) for name in settings},
-        "pairs": len(c.items),
-        "n": STEPS,
-        "grid": "diffusers-0.22",
-        "vae_in_loop": True,
-        "repeats": len(rates),
-        "pairs_s": statistics.median(rates),
-        "pairs_s_range": [min(rates), max(rates)],
-        "against": first.name,
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "gpu_hours_recipe": RECIPE_PAIRS / statistics.median(rates) / 3600,
-        "ms_per_pair": {name: 1000 * s for name, s in c.phases.items()},
-        "peak_memory": c.memory,
-        "host_waits": c.waits,
-    }
-
-
-def show(contenders: list[Contender], asked: argparse.Namespace, device: torch.device, pixels: int) -> None:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else results.provenance()["device"]
-    print(
-        f"\n{asked.model} {pixels} px {asked.precision}, {name}, torch {torch.__version__}, {asked.threads} threads, "
-        f"n = {STEPS}, grid diffusers-0.22, VAE and text in the loop; {len(contenders[0].seconds)} turns"
-    )
-    for c in contenders:
-        x = line(c, contenders[0], asked, pixels)
-        low, high = x["pairs_s_range"]
-        text = f"{c.name:9} {x['pairs_s']:9.3f} pairs/s ({low:.3f} to {high:.3f}), {x['pairs']} pairs"
-        if c is not contenders[0]:
-            text += (
-                f"  {x['ratio']:.2f} x {contenders[0].name} ({x['ratio_range'][0]:.2f} to {x['ratio_range'][1]:.2f})"
-            )
-        text += f"  recipe {x['gpu_hours_recipe']:.2f} h"
-        if c.memory is not None:
-            text += f"  {c.memory / 2**30:.1f} GiB, {c.waits} waits"
-        print(text)
-        if c.phases:
-            print(" " * 10 + "  ".join(f"{name} {ms:.1f}" for name, ms in x["ms_per_pair"].items()) + "  ms per pair")
-    print(flush=True)
+def text_of(x: dict) -> str:
+    """A contender's line for people."""
+    low, high = x["pairs_s_range"]
+    text = f"{x['provider']:9} {x['pairs_s']:9.3f} pairs/s ({low:.3f} to {high:.3f}), {x['pairs']} pairs, turn "
+    text += str(x["repeats"])
+    if x["provider"] != x["against"] and "ratio" in x:
+        text += f"  {x['ratio']:.2f} x {x['against']} ({x['ratio_range'][0]:.2f} to {x['ratio_range'][1]:.2f})"
+    text += f"  recipe {x['gpu_hours_recipe']:.2f} h"
+    if x["peak_memory"] is not None:
+        text += f"  {x['peak_memory'] / GIB:.1f} GiB, {x['host_waits']} waits"
+    if x["ms_per_pair"]:
+        text += "\n" + " " * 10 + "  ".join(f"{name} {ms:.1f}" for name, ms in x["ms_per_pair"].items())
+        text += "  ms per pair"
+    return _loud(f"{text}\n          GRADIENT OFF: not a result") if report.is_off(x) else text
 
 
 if __name__ == "__main__":

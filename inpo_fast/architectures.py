@@ -5,6 +5,7 @@ For timings, memory, tests and dry runs. The numbers are those of the published 
 token sequences than with the real one, padded to the same 77.
 """
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -100,10 +101,18 @@ def text_config(tokenizer: CLIPTokenizer, shape: dict) -> CLIPTextConfig:
     )
 
 
-def random_pipeline(name: Architecture, dtype: torch.dtype = torch.float32, seed: int = 0) -> DiffusionPipeline:
-    """The whole pipeline on the CPU. fp32 weights are drawn as such; `dtype` is what they are drawn in."""
+def random_pipeline(
+    name: Architecture,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> DiffusionPipeline:
+    """The whole pipeline, on `device`, None: the current default device, the CPU. Drawn there: what takes a CPU half a
+    minute is a moment of a GPU. Each kind of device has its own numbers for a seed. fp32 weights are drawn as such;
+    `dtype` is what they are drawn in."""
     tokenizer, before = make_tokenizer(), torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
+    touched = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=touched), device or contextlib.nullcontext():
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:

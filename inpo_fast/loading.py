@@ -46,8 +46,10 @@ from inpo_fast.weights_file import read_header
 log = logging.getLogger(__name__)
 
 
-def open_pipeline(config: ModelsConfig) -> DiffusionPipeline:
-    """What the configuration names, on the CPU: fp32, or for LoRA, which needs no masters, in the working precision.
+def open_pipeline(config: ModelsConfig, device: torch.device | None = None) -> DiffusionPipeline:
+    """What the configuration names: fp32, or for LoRA, which needs no masters, in the working precision.
+
+    device: where random weights are drawn, None: on the CPU. What comes from files is opened on the CPU.
 
     Where models.init is a LoRA, its weights are merged, and it is kept as `pipeline.init_lora`.
     """
@@ -55,7 +57,7 @@ def open_pipeline(config: ModelsConfig) -> DiffusionPipeline:
     if config.random:
         if config.base:
             raise Refusal(f"models.base={config.base} and models.random={config.random}: give one of them")
-        pipeline = random_pipeline(config.random, dtype)
+        pipeline = random_pipeline(config.random, dtype, device=device)
     else:
         pipeline = load_pipeline(config.base, dtype, config.single_file_config)
     if config.init and lora_file(config.init, "models.init"):

@@ -128,6 +128,7 @@ class Models:
             self.adapters = add_adapter(self.policy, config.lora)
             masters = None
         else:
+            pipeline.unet.to(device)  # first: copying and rounding there is quick
             masters = dict(pipeline.unet.named_parameters()) if self.dtype != torch.float32 else None
             self.policy = copy.deepcopy(pipeline.unet).to(device, self.dtype).requires_grad_(True)
             # Its parameters keep requires_grad, though nothing ever asks for their gradient: torch's linear layers look

@@ -69,7 +69,7 @@ class Measured:
 def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, trace: Path | None) -> Measured:
     """One window to warm up, then `windows` of `pairs` pairs each."""
     config = replace(config, train=replace(config.train, pairs_per_step=pairs))
-    models = Models(open_pipeline(config.models), device, config.models)
+    models = Models(open_pipeline(config.models, device), device, config.models)
     optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
     recipe = Recipe(
         config.method, config.objective, config.inversion, config.train.micro_batch, config.data.vae_sample, config.seed

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench import gpu, interpreter, report, results
+from bench import gpu, interpreter, predictions, report, results
 from bench.case import Case, all_cases, check, copy, deviation, provide
 from bench.clock import Ceilings, Replay, timing
 
@@ -100,6 +102,7 @@ def test_a_broken_kernel_fails_the_benchmark_and_leaves_no_result(tmp_path):
     words = ["bench/bench_errors.py", "-k", "errors-forward-tiny-float32", "--results", str(tmp_path)]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not under xdist
     command = [sys.executable, "-c", BREAK, json.dumps([[*words, mode] for mode in modes])]
+    alone["CUDA_VISIBLE_DEVICES"] = ""  # a GPU times real shapes only
     ran = subprocess.run(command, cwd=results.ROOT, env=alone, capture_output=True, text=True)
     _, *runs, ends = ran.stdout.split("RUN")
     assert ends.strip() == "[1, 1]", ran.stdout + ran.stderr
@@ -194,7 +197,7 @@ ALLOWED = {"torch", "triton", "numpy", "pytest", "inpo_kernels", "bench"} | set(
 
 
 def test_kernel_benchmarks_need_nothing_but_torch_and_triton():
-    names = ("case", "clock", "conftest", "results", "report", "accuracy", "gpu", "interpreter")
+    names = ("case", "clock", "conftest", "results", "report", "accuracy", "gpu", "interpreter", "predictions")
     for path in [*(results.ROOT / "bench").glob("bench_*.py"), *(results.ROOT / "bench" / f"{n}.py" for n in names)]:
         tree = ast.parse(path.read_text())
         found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -228,49 +231,122 @@ def test_a_half_written_line_is_left_out(tmp_path):
     assert [x["kernel"] for x in results.load(tmp_path)] == ["errors"]
 
 
-PARTS = """
-import os, time
-before = os.path.exists({seen!r})
-open({seen!r}, "a").write("a result")
-time.sleep(0 if before else 60)
+def step_line(provider: str, **more) -> dict:
+    made = {"commit": "abc", "dirty": False, "device": "NVIDIA H200", "gpu": True, "utc": "1", "sources": "s"}
+    what = {"kernel": "train_step", "op": "sd15", "shape": "512px", "dtype": "bf16", "provider": provider, "pairs": 64}
+    how = {"micro_batch": 16, "threads": 1, "against": "plain", "gradient_error": 0.05, "gradient_allowed": 0.1}
+    rate = {"pairs_s": 16.0, "ratio": 1.5, "ratio_range": [1.4, 1.6], "gpu_hours_recipe": 7.1, "evaluations": 5.48}
+    rest = {"peak_memory": 2**33, "host_waits": 1, "ms_per_pair": dict.fromkeys(predictions.COUNTED, 10.0)}
+    return made | what | how | rate | rest | more
+
+
+def test_a_gradient_that_is_off_never_looks_like_a_result():
+    clean = report.steps_table([step_line("fused")]).splitlines()[-1]
+    assert "| fused | 16 | **1.50x** plain (1.40 to 1.60) | 7.10 | 8.0 GiB | 1 |" in clean and "off" not in clean
+    for error in (0.11, math.nan):
+        off = report.steps_table([step_line("fused", gradient_error=error)]).splitlines()[-1]
+        assert f"**gradient off by {error:.2g}, allowed 0.1**" in off
+        assert "| **not valid** (16) | **not valid** (1.50x plain (1.40 to 1.60)) | **not valid** (7.10) |" in off
+    first = report.steps_table([step_line("plain", gradient_error=None)]).splitlines()[-1]
+    assert "| plain | 16 | 1 | 7.10 |" in first
+
+
+def test_steps_of_other_sizes_are_lines_of_their_own():
+    """A small run beside the naive loop must not take the place of the large one."""
+    small = step_line("plain", pairs=6, micro_batch=6, against="naive", pairs_s=9.0)
+    text = report.steps_table([step_line("plain"), small, step_line("plain", pairs_s=17.0)])
+    assert text.count("\n") == 3 and "| 17 |" in text and "| 9 |" in text and "**1.50x** naive" in text
+    failed = step_line("fused", out_of_memory=True)
+    del failed["pairs_s"], failed["ratio"], failed["ms_per_pair"], failed["peak_memory"]
+    assert "| fused | **out of memory** | - |" in report.steps_table([failed])
+    assert "No measured step" in predictions.comparison([failed])
+
+
+def test_predictions_stand_beside_what_was_measured():
+    predicted = predictions.ms_per_pair("H200")
+    measured = predicted | {"encode": predicted["encode"] + 3, "invert": predicted["invert"] - 5}
+    text = predictions.comparison([step_line("fused", ms_per_pair=measured)])
+    assert f"| encode | {predicted['encode']:.1f} | {measured['encode']:.1f} | 1.28 |" in text
+    assert f"| wall | {sum(predicted.values()):.1f} | 62.5 | 1.11 |" in text
+    assert "predicted by a model" in text and "Largest gap: invert, -5.0 ms a pair (0.80 times" in text
+    assert "not a result" not in text
+    off = predictions.comparison([step_line("fused", ms_per_pair=measured, gradient_error=0.2)])
+    assert off.startswith("**Gradient off: not a result.**")
+    more = predictions.comparison([step_line("fused", ms_per_pair=measured, evaluations=2 * 5.48)])
+    assert f"| invert | {2 * predicted['invert']:.1f} |" in more
+    for other in ({"provider": "plain"}, {"device": "NVIDIA A100"}, {"dtype": "fp32"}, {"shape": "256px"}):
+        assert "No measured step" in predictions.comparison([step_line("fused") | other])
+
+
+def test_the_document_has_the_same_predictions():
+    page = (results.ROOT / "docs" / "performance.md").read_text()
+    assert predictions.table() in page
+    totals = {"H200": (17.8, 21.9, 5.19), "H100": (16.5, 20.6, 5.51)}  # what the rates were chosen to give
+    for card, (in_loop, precomputed, hours) in totals.items():
+        assert predictions.pairs_s(card) == pytest.approx(in_loop, rel=0.01)
+        assert predictions.pairs_s(card, precomputed=True) == pytest.approx(precomputed, rel=0.01)
+        assert 400 * 1024 / predictions.pairs_s(card, True) / 3600 == pytest.approx(hours, rel=0.01)
+
+
+RECORD = """
+import json, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a compiler that does not listen
+from pathlib import Path
+folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
+before = folder.joinpath("cpu.jsonl").exists()
+with open(folder / "cpu.jsonl", "a") as file:
+    file.write(json.dumps({"utc": "1", "kernel": "train_step", "sources": "other"}) + "\\n")
+print("a result", flush=True)
+time.sleep(0 if before else seconds)
 """
 
 
-def task(name: str, code: str, minutes: float = 0.2, **more) -> gpu.Task:
-    return gpu.Task(name, (sys.executable, "-c", code), minutes, **more)
+def part(name: str, code: str, expected: float = 0.1, limit: float = 20, *words: str, **more) -> gpu.Slice:
+    return gpu.Slice(name, (sys.executable, "-c", code, *words), expected, limit, **more)
 
 
-def test_gpu_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    seen = tmp_path / "seen"
+def status(todo: list[gpu.Slice], folder, budget: float = 60, again: bool = False) -> dict[str, str]:
+    book = gpu.Book(folder, todo)
+    gpu.run(book, budget, again)
+    assert json.loads((folder / "state.json").read_text())["slices"] == book.state
+    return {name: done["status"] for name, done in book.state.items()}
+
+
+def test_gpu_run_goes_on_where_it_stopped(tmp_path):
+    folder, seen = tmp_path / "out", tmp_path / "seen"
     note = f"open({str(seen)!r}, 'a').write"
     todo = [
-        task("first", f"{note}('1')"),
-        task("second", f"{note}('2'); print('FAILED tests/x.py::test_y[a b] - wrong'); raise SystemExit(1)"),
-        task("long", f"{note}('3')", minutes=10),
-        task("slow", "import time; time.sleep(60)", minutes=0.01),
-        task("elsewhere", f"{note}('4')", needs="no_such_module"),
-        task("in parts", PARTS.format(seen=str(tmp_path / "parts.jsonl")), minutes=0.05, resumes=True),
+        part("first", f"{note}('1')"),
+        part("second", f"{note}('2'); print('FAILED tests/x.py::test_y[a b] - wrong'); raise SystemExit(1)"),
+        part("long", f"{note}('3')", expected=100),
+        part("slow", "import time; time.sleep(60)", limit=0.5),
+        part("elsewhere", f"{note}('4')", needs=("no_such_module",)),
+        part("inside", "import no_such_module"),
+        part("off", "print('gradient off: fused 0.11 (allowed 0.1)'); raise SystemExit(1)"),
+        part("in parts", RECORD, 0.1, 3, str(folder), "60", resumes=True),
     ]
-    stopped = tmp_path / "state.json"
-    stopped.write_text(json.dumps({"commit": "another", "tasks": {"first": {"status": "passed"}}}))
-    state = gpu.run(todo, tmp_path, budget=60)
-    assert seen.read_text() == "12" and "long" not in state  # of another commit: begun anew; its limit does not fit
-    assert state["second"]["failures"] == ["tests/x.py::test_y[a b]"]
-    assert state["slow"]["status"] == "failed (took more than 0.01 minutes)"
-    assert "No module named 'no_such_module'" in state["elsewhere"]["status"]
-    assert state["in parts"]["status"] == "passed"  # the second time: it was not done when its time was up
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"commit": "another", "slices": {"first": {"status": "passed"}}}))
+    found = status(todo, folder)
+    assert seen.read_text() == "12" and "long" not in found  # of another commit: begun anew; the budget is too short
+    assert found["first"] == "passed" and found["second"] == "failed (1)"
+    assert found["slow"] == "failed (took more than 0 s; 0 results kept)"
+    assert found["elsewhere"] == "skipped: there is no no_such_module"
+    assert found["inside"] == "skipped: ModuleNotFoundError: No module named 'no_such_module'"
+    assert found["off"] == "passed, gradient off: fused 0.11 (allowed 0.1)"
+    assert found["in parts"] == "passed"  # the second time: it was not done when its time was up
 
-    kept = json.loads(stopped.read_text())
-    kept["tasks"]["first"] = {"status": "running"}  # as a killed run leaves it
-    stopped.write_text(json.dumps(kept))
-    state = gpu.run(todo, tmp_path, budget=1000)
-    assert seen.read_text() == "1213" and state["long"]["status"] == "passed"
-    gpu.run(todo, tmp_path, budget=1000)
+    kept = json.loads((folder / "state.json").read_text())
+    kept["slices"]["first"] = {"status": "running"}  # as a killed run leaves it
+    (folder / "state.json").write_text(json.dumps(kept))
+    found = status(todo, folder, budget=1000)
+    assert seen.read_text() == "1213" and found["long"] == "passed"
+    status(todo, folder, budget=1000)
     assert seen.read_text() == "1213"  # failures are not repeated ...
-    gpu.run(todo[:2], tmp_path, budget=1000, again=True)
+    status(todo[:2], folder, budget=1000, again=True)
     assert seen.read_text() == "12132"  # ... unless asked for
-    text = gpu.summary(todo, state, tmp_path)
-    assert "| second | failed (1) |" in text and "- second: tests/x.py::test_y[a b]" in text
+    text = (folder / "summary.md").read_text()
+    assert "| second | **failed (1)** |" in text and "- second: tests/x.py::test_y[a b]" in text
     assert report.NOT_MEASURED in text
 
 
@@ -301,3 +377,85 @@ def test_only_what_the_interpreter_cannot_run_is_skipped(monkeypatch):
         elsewhere = end(known)
     assert isinstance(skipped, pytest.skip.Exception) and str(skipped) == "it cannot"
     assert (wrong is other, elsewhere is known) == (True, True)
+
+
+def test_the_budget_ends_a_slice_and_the_next_call_goes_on_with_it(tmp_path):
+    todo = [part("cut", RECORD, 0.1, 30, str(tmp_path), "60"), part("after", "print(1)", expected=1)]
+    begun = time.monotonic()
+    found = status(todo, tmp_path, budget=3)
+    assert time.monotonic() - begun < 6 and found == {"cut": "unfinished (cut off after 3 s, 1 results kept)"}
+    assert "| cut | **unfinished (cut off after 3 s, 1 results kept)** |" in (tmp_path / "summary.md").read_text()
+    assert status(todo, tmp_path) == {"cut": "passed", "after": "passed"}
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from bench import gpu
+folder = Path(sys.argv[1])
+parts = [gpu.Slice("one", (sys.executable, "-c", "print(1)"), 0, 9),
+         gpu.Slice("two", (sys.executable, "-c", sys.argv[2]), 0, 90)]
+gpu.run(gpu.Book(folder, parts), 100)
+"""
+
+
+def test_a_call_that_is_killed_leaves_summary_and_few_files(tmp_path):
+    at_work = "import os, time; print('on', os.getpid(), flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), at_work], cwd=results.ROOT)
+    log, until = tmp_path / "log.txt", time.monotonic() + 60
+    while not (log.exists() and (at_work := re.search(r"^on (\d+)\n", log.read_text(), re.MULTILINE))):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    os.kill(int(at_work[1]), signal.SIGKILL)  # the slice, which nobody was left to end
+    state = json.loads((tmp_path / "state.json").read_text())["slices"]
+    assert state["one"]["status"] == "passed" and state["two"]["status"] == "running"
+    text = (tmp_path / "summary.md").read_text()
+    assert "| one | passed |" in text and "| two | running |" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "state.json", "summary.md"}
+
+
+def command_line(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "bench.gpu", *words]
+    return subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
+
+
+def test_names_and_plans():
+    ran = command_line("--list", "--only", "step-sdxl,nothing,machine")
+    assert ran.returncode == 2 and not ran.stdout
+    assert ran.stderr.startswith("bench.gpu: --only: no slice nothing; there are machine, step-sd15, kernel-tests, ")
+    plans, tiny = gpu.slices(results.ROOT / "x"), gpu.slices(results.ROOT / "x", tiny=True)
+    names = lambda them: {plan: [it.name for it in of] for plan, of in them.items()}  # noqa: E731
+    assert names(plans) == names(tiny)  # the rehearsal: the same slices in the same order
+    every = [it for of in plans.values() for it in of]
+    assert len({it.name for it in every}) == len(every) and all(it.expected < it.limit for it in every)
+    assert [it.name for it in gpu.chosen(plans, "all", None)] == [it.name for it in every]
+    assert [it.name for it in gpu.chosen(plans, "first", "attention,machine")] == ["attention", "machine"]
+    first = ["machine", "step-sd15", "kernel-tests", "gpu-tests", "attention", "step-sd15-compiled"]
+    assert [it.name for it in gpu.chosen(plans, "first", None)] == first
+    assert sum(it.expected for it in plans["first"]) <= 470 and sum(it.expected for it in plans["second"]) <= 230
+    benches = {path.stem for path in (results.ROOT / "bench").glob("bench_*.py")}
+    assert {name for name in benches if any(f"bench/{name}.py" in it.command for it in every)} == benches
+
+
+def test_rehearsal(tmp_path):
+    """The command itself, on a few slices: the files that a call leaves, and their names."""
+    names = "machine,attention,trainer-tests"
+    ran = command_line("--rehearse", "--only", names, "--output", str(tmp_path))
+    assert ran.returncode == 0 and "nothing left" in ran.stdout, ran.stdout + ran.stderr
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert len(found) == 4 and {"log.txt", "state.json", "summary.md"} < set(found)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in found)
+    text = (tmp_path / "summary.md").read_text()
+    assert [text.count(f"| {name} | passed |") for name in names.split(",")] == [1, 1, 1]
+    assert "head size 40: torch" in text
+    again = command_line("--rehearse", "--only", names, "--output", str(tmp_path))
+    assert again.returncode == 0 and "begun" not in again.stdout
+
+
+@pytest.mark.slow
+def test_whole_rehearsal(tmp_path):
+    ran = command_line("--rehearse", "--output", str(tmp_path))
+    assert ran.returncode == 0 and "nothing left" in ran.stdout, ran.stdout + ran.stderr
+    assert len(list(tmp_path.iterdir())) <= 8

@@ -38,13 +38,16 @@ def make(kind: str, seed: int = 0) -> torch.nn.Module:
 
 
 def inputs(unet, batch: int = 3) -> tuple[tuple, dict]:
+    """On the UNet's device; the same numbers on each."""
     torch.manual_seed(1)
-    config, more = unet.config, {}
+    config, device, more = unet.config, unet.device, {}
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        more["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, pooled), "time_ids": 32 * torch.rand(batch, 6)}
+        texts, ids = torch.randn(batch, pooled), 32 * torch.rand(batch, 6)
+        more["added_cond_kwargs"] = {"text_embeds": texts.to(device), "time_ids": ids.to(device)}
     text = torch.randn(batch, 5, config.cross_attention_dim)
-    return (torch.randn(batch, 4, 8, 8), torch.randint(0, 1000, (batch,)), text), more
+    args = torch.randn(batch, 4, 8, 8), torch.randint(0, 1000, (batch,)), text
+    return tuple(x.to(device) for x in args), more
 
 
 def answer_and_gradient(unet, batch: int = 3):
@@ -52,7 +55,7 @@ def answer_and_gradient(unet, batch: int = 3):
     unet.zero_grad()
     answer = unet(*args, **more).sample
     weight = torch.randn(answer.shape, generator=torch.Generator().manual_seed(2))
-    (answer * weight).sum().backward()
+    (answer * weight.to(answer.device)).sum().backward()
     return answer.detach(), {n: p.grad.clone() for n, p in unet.named_parameters() if p.requires_grad}
 
 
@@ -60,20 +63,22 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def check_same(fast, plain, batch: int = 3) -> None:
+def check_same(fast, plain, batch: int = 3, rounded: float = ROUNDED) -> None:
     (got, got_gradient), (want, want_gradient) = (answer_and_gradient(unet, batch) for unet in (fast, plain))
-    assert distance(got, want) < ROUNDED
+    assert distance(got, want) < rounded
     assert got_gradient.keys() == want_gradient.keys()
     largest = max(g.norm() for g in want_gradient.values())
     for name, wanted in want_gradient.items():
         # a gradient that is zero but for rounding (a bias before a norm) is held to the size of the others
         off = (got_gradient[name] - wanted).norm()
-        assert off <= 10 * ROUNDED * wanted.norm() + 1e-6 * largest, name
+        assert off <= 10 * rounded * wanted.norm() + 1e-6 * largest, name
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels themselves, in Triton's interpreter, where the CPU would take their references."""
+    if torch.cuda.is_available():
+        pytest.skip("beside a GPU the kernels are compiled and take no CPU tensors; -m gpu runs them on CUDA")
     monkeypatch.setattr(fast_unet, "group_norm_silu", lambda *args: _group_norm_silu(*args)[0])
     monkeypatch.setattr(fast_unet, "geglu", _geglu)
     monkeypatch.setattr(fast_unet, "linear_geglu", _linear_geglu)
@@ -99,6 +104,17 @@ def test_fused_is_plain_on_the_kernels(interpreted):
     fast = copy.deepcopy(plain)
     make_fast(fast, "fused")
     check_same(fast, plain, batch=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", UNETS)
+def test_fused_is_plain_on_a_gpu(monkeypatch, kind):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # it would keep 10 bits of fp32
+    plain = make(kind).to("cuda")
+    fast = copy.deepcopy(plain)
+    make_fast(fast, "fused")
+    # cuDNN has other algorithms for fp32 in channels_last, some of them (Winograd) with a few bits less
+    check_same(fast, plain, rounded=10 * ROUNDED)
 
 
 @pytest.mark.parametrize("kind", UNETS)

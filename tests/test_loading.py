@@ -6,7 +6,12 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextModel
 
+from bench.train_step import move_policy
+from inpo_fast import architectures
 from inpo_fast.architectures import random_pipeline
 from inpo_fast.config import parse
 from inpo_fast.data.sources import open_source
@@ -147,6 +152,68 @@ def test_v_predictions_loss_is_that_of_its_noise(v_models, items):
         assert tally.values()["winner_delta"] != 0
     finally:
         v_models.policy.load_state_dict(v_models.reference.state_dict())
+
+
+class LargestOnTheCpu(TorchDispatchMode):
+    """Elements of the largest tensor that any operation leaves on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.of = 0, ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.numel() > self.elements:
+                self.elements, self.of = x.numel(), f"{function} {tuple(x.shape)}"
+        return out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_device_has_its_weights_drawn_there(precision):
+    """Pipeline, policy, reference, masters, the benchmark's moved policy: nothing large is made on the CPU."""
+    config, meta = ModelsConfig(random="sd15", precision=precision), torch.device("meta")
+    with LargestOnTheCpu() as seen:
+        models = Models(open_pipeline(config, meta), meta, config)
+        move_policy(models)
+        gradients = models.weights.gradients
+    assert seen.elements < 10_000, seen.of
+    parts = (models.policy, models.reference, models.vae, models.pipeline.text_encoder)
+    assert {p.device.type for part in parts for p in part.parameters()} == {"meta"}
+    assert {x.device.type for x in (*models.parameters(), *gradients)} == {"meta"}
+
+
+def test_weights_from_files_are_copied_where_they_will_be(tmp_path):
+    """One upload; the copies for policy and reference, and their rounding, are the device's."""
+    config = ModelsConfig(base=save_tiny_model(tmp_path), precision="bf16")
+    pipeline = open_pipeline(config)
+    with LargestOnTheCpu() as seen:
+        Models(pipeline, torch.device("meta"), config)
+    assert seen.elements < 2000, seen.of
+
+
+@pytest.mark.parametrize("device", [None, CPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_on_the_cpu_are_the_same_as_ever(monkeypatch, device, dtype):
+    """UNet, VAE, text encoder, one after the other from one seed of the CPU's own generator."""
+    small = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "attention_head_dim": 2}
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(architectures.UNETS, "sd15", architectures.UNETS["sd15"] | small)
+    monkeypatch.setattr(architectures, "VAE", architectures.VAE | {"block_out_channels": (32, 32, 32, 32)})
+    monkeypatch.setattr(architectures, "CLIP_L", shape)
+    got = random_pipeline("sd15", dtype, seed=3, device=device)
+    before = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    torch.set_default_dtype(dtype)
+    try:
+        text = architectures.text_config(architectures.make_tokenizer(), shape)
+        want = architectures.make_unet("sd15"), architectures.make_vae("sd15"), CLIPTextModel(text)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.random.set_rng_state(before)
+    for one, other in zip((got.unet, got.vae, got.text_encoder), want, strict=True):
+        assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
+        assert {p.dtype for p in one.parameters()} == {dtype}
 
 
 def test_random_architecture_is_seeded_and_contradicts_a_base():
