@@ -32,6 +32,7 @@ from inpo_fast.hand_over import detach_policy, output_pipeline, whole_masters
 from inpo_fast.inversion import check_estimator
 from inpo_fast.latents import Latents, open_latents
 from inpo_fast.loading import open_pipeline, quiet_libraries
+from inpo_fast.memory import with_less
 from inpo_fast.metrics import MetricsFile, Tally
 from inpo_fast.model_card import write_cards
 from inpo_fast.models import Models
@@ -44,7 +45,6 @@ from inpo_fast.progress import StepProgress
 from inpo_fast.refusal import Hang, Refusal, run_or_refuse
 from inpo_fast.run_folder import RunFolder
 from inpo_fast.split import Split
-from inpo_fast.memory import with_less
 from inpo_fast.step import train_step
 from inpo_fast.trackers import Tracker
 from inpo_fast.trajectories import Trajectories, open_trajectories

@@ -81,9 +81,7 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text) 
     keys = side_keys(items, recipe.seed, sides)
     held = None if recipe.trajectories is None else recipe.trajectories.of(items, keys)
     new = held.missing if held else [i for i in range(len(views)) if items[i // sides].x_0 is None]
-    encoded = encode_views(
-        [views[i] for i in new], [keys[i] for i in new], models, recipe.vae_sample, recipe.vae_batch
-    )
+    encoded = encode_views([views[i] for i in new], [keys[i] for i in new], models, recipe.vae_sample, recipe.vae_batch)
     # contiguous, whatever the VAE's layout is: sums over an image are rounded in the order of memory
     x_0 = (
         _with_cached(encoded, items, sides, models.device) if held is None else held.x_0(encoded, models.device)
