@@ -125,8 +125,8 @@ def ask_texts(encoders: Sequence[torch.nn.Module], tokens: int) -> object:
 
 
 def peak_bytes(run: Callable[[], object], modules: Iterable[torch.nn.Module]) -> int:
-    """The most that a call without gradient has alive at once, what it answers included and the modules' own tensors
-    left out. Exact for torch's tensors, on any device; what a kernel takes for itself (workspace) is not seen."""
+    """The most that a call without gradient on the meta device has alive at once: what it makes, but not the modules'
+    own tensors. Exact for torch's tensors; what a kernel takes for itself (workspace) is not seen."""
     alive = _Alive(modules)
     with torch.no_grad(), fused_attention(), alive:
         run()

@@ -83,14 +83,17 @@ def draw(
 
 @contextmanager
 def _decoding(vae: torch.nn.Module):
-    """One picture at a time, and in its own dtype afterwards: a pipeline that raised SDXL's VAE from fp16 to fp32 does
-    not lower it again where it fails."""
-    dtype = vae.dtype
+    """One picture at a time, in the VAE's own dtype: beside an fp16 UNet it may be fp32 (models.py), and a pipeline
+    that raised SDXL's from fp16 to fp32 does not lower it again where it fails."""
+    dtype, first = vae.dtype, vae.post_quant_conv or vae.decoder
+    hook = first.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(vae.dtype), *inputs[1:]))
     try:
         with one_by_one(vae):
             yield
     finally:
-        vae.to(dtype)
+        hook.remove()
+        if vae.dtype != dtype:
+            vae.to(dtype)
 
 
 def use_ddim(pipeline: DiffusionPipeline) -> None:
