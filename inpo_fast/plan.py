@@ -260,7 +260,7 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     memory.add_row(f"VAE encoding, {plan.vae_batch} image{'s' * (plan.vae_batch > 1)}", f"{plan.encoding / GIB:.2f}")
     memory.add_row(f"text encoding, {TEXT_BATCH['cuda']} prompts", f"{plan.text / GIB:.2f}")
     if plan.drawing:
-        memory.add_row("drawing pictures (estimate)", f"{plan.drawing / GIB:.2f}")
+        memory.add_row("drawing pictures (estimate, without the judge)", f"{plan.drawing / GIB:.2f}")
     memory.add_row(f"inversion, {config.inversion.batch} images (estimate)", f"{plan.inversion / GIB:.2f}")
     memory.add_row(f"activations, micro-batch {train.micro_batch}", f"{plan.activations * train.micro_batch / GIB:.2f}")
     memory.add_row("reserve for context and workspaces", f"{RESERVE:.2f}")
