@@ -88,7 +88,7 @@ def trained(config: RunConfig, models: Models, store: Latents | None) -> tuple[t
     ("pipeline", "precision", "vae_sample", "vae_batch"),
     [
         (tiny_pipeline, "fp32", True, None),
-        (tiny_pipeline, "fp32", False, 3),
+        (tiny_pipeline, "fp32", False, 16),
         (tiny_xl, "fp32", True, None),
         (tiny_xl, "bf16", True, None),
     ],

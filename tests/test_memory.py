@@ -137,7 +137,7 @@ def views(count: int) -> tuple[list[View], list]:
     return [View(p, (32, 32), (0, 0)) for p in pixels], [(0, i, 0) for i in range(count)]
 
 
-@pytest.mark.parametrize("batch", [None, 1, 3, 4])
+@pytest.mark.parametrize("batch", [None, 1, 3, 16])
 def test_an_image_does_not_depend_on_how_many_come_with_it(small, monkeypatch, batch):
     """Bit for bit, because the VAE sees one size only; its bits depend on that size."""
     seen, encode = set(), Models.encode_images

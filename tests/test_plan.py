@@ -231,7 +231,7 @@ def test_text_is_counted():
     """32 prompts at once. SDXL's second encoder has all its layers' answers alive, and what its last layer takes."""
     small, large = plan_of("sd15").text, plan_of("sdxl").text
     layer = 32 * 77 * 1280 * 2
-    assert 33 * layer < large < 40 * layer and 0 < small < large / 3
+    assert 33 * layer < large < 45 * layer and 0 < small < large / 3
 
 
 def test_the_plan_shows_what_is_encoded(tmp_path):
