@@ -20,7 +20,8 @@ def largest_batch(each: int, kind: str) -> int:
     The largest power of two that stays below 3 GiB, at most 32 and on a CPU 8, at least 1. The size decides how an
     image's last bits are rounded, so it is a function of the model and the resolution alone: what happens to be free on
     a card would give another run, or the same one resumed, other bits. 3 GiB is small beside what training takes
-    anyway, and enough: the convolutions of a few images fill a GPU (SD1.5 at 512 px: 8 in bf16; SDXL at 1024 px: 2).
+    anyway, and should be enough for speed (SD1.5 at 512 px: 8 images in bf16; SDXL at 1024 px: 2): the convolutions of
+    a few images have work for a whole GPU.
     """
     most = MOST.get(kind, MOST["cuda"])
     return max(size for size in (1, 2, 4, 8, 16, 32) if size == 1 or (size <= most and size * each <= LIMIT))

@@ -87,6 +87,9 @@ def test_counted_text_is_what_the_allocator_sees():
     ids = torch.zeros(models.TEXT_BATCH["cuda"], 77, dtype=torch.int64)
     want = profiled(lambda: encode_tokens(real, [ids, ids], [None, None]))
     assert text_bytes([on_meta(encoder, torch.float32) for encoder in real], 77) == pytest.approx(want, rel=0.02)
+    # of two alike: 13 layers' answers of the second and what a layer takes, but only one answer of the first
+    twins, answer = [on_meta(real[0], torch.float32)] * 2, 4 * ids.numel() * 64
+    assert 14 * answer < text_bytes(twins, 77) < 33 * answer
 
 
 @pytest.mark.parametrize(
@@ -123,11 +126,11 @@ def small() -> Models:
 def test_a_model_takes_the_size_of_its_vae(small, monkeypatch):
     """From the counted bytes of this VAE at this resolution; other resolutions have their own."""
     each = encoding_bytes(on_meta(small.vae, torch.float32), 32)
-    monkeypatch.setattr(memory, "LIMIT", 4 * each)
+    monkeypatch.setattr(memory, "LIMIT", 4.8 * each)
     fresh = Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="x"))
     assert (fresh.vae_batch(32), fresh.vae_batch(64), fresh.vae_batch(32)) == (4, 1, 4)
     narrow = Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="x", precision="bf16"))
-    assert narrow.vae_batch(32) == 4  # its fp32 pixels stand in the way of twice as many
+    assert narrow.vae_batch(32) == 8
     monkeypatch.undo()
     assert small.vae_batch(32) == 8
 
