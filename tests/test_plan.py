@@ -197,6 +197,8 @@ def test_what_takes_turns_with_the_policy():
     more = plan_of("sd15-lora", "--data.vae_batch=16")
     assert more.vae_batch == 16 and more.encoding == 2 * small.encoding and more.peak(1) == rest + more.encoding
     assert more.largest_micro_batch(rest / GIB + 6) == 4 and more.largest_micro_batch(rest / GIB + 5) == 0
+    just, mib = rest + 7 * small.activations, 2**20
+    assert [small.largest_micro_batch((just + off) / GIB) for off in (-mib, mib)] == [6, 7]
     pixels = plan_of("sd15-lora", "--data.resolution=1024")
     assert pixels.vae_batch == 2 and pixels.encoding == small.encoding
     wide = plan_of("sd15-lora", "--models.precision=fp32")
