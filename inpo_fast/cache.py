@@ -25,6 +25,7 @@ from inpo_fast.data.sources import BadPair, Source
 from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.latents import Latents
 from inpo_fast.loading import open_pipeline, quiet_libraries
+from inpo_fast.memory import TooLarge
 from inpo_fast.models import Models
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.shards import ROWS
@@ -96,7 +97,10 @@ def fill(config: RunConfig, models: Models, rank: int, world: int, console: Cons
             if good:
                 keys = side_keys(good, config.seed, 2)
                 views = [view for item in good for view in (item.winner, item.loser)]
-                encoded = torch.cat(encode_views(views, keys, models, config.data.vae_sample))
+                try:
+                    encoded = torch.cat(encode_views(views, keys, models, config.data.vae_sample, latents.vae_batch))
+                except TooLarge as problem:  # not halved here: all latents of a folder are rounded alike
+                    raise Refusal(f"{problem}, for the training too, and an empty folder as data.cache") from None
                 here = torch.tensor([isinstance(item, Item) for _, item in found])
                 x_0[here] = encoded.unflatten(0, (len(good), 2)).cpu()
                 if new := latents.unknown_prompts([item.prompt for item in good]):

@@ -42,13 +42,16 @@ FILE_BYTES = 2**31
 @dataclass(frozen=True)
 class State:
     """step: optimizer steps done. seconds: spent training so far. dropped: unusable pairs met, by all processes.
-    loss_scale: value and good steps of fp16's. numbers: the optimizer's state that is not a tensor, by parameter."""
+    loss_scale: value and good steps of fp16's. numbers: the optimizer's state that is not a tensor, by parameter.
+    vae_batch: the smallest of all processes, where memory made one of them halve it: it decides the latents' last bits.
+    """
 
     step: int
     seconds: float
     dropped: list[str]
     loss_scale: tuple[float, int] | None = None
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+    vae_batch: int | None = None
 
 
 class Damaged(Exception):

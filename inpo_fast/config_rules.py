@@ -55,6 +55,7 @@ def check(config: "RunConfig") -> None:
     optional = (
         ("train.threads", config.train.threads),
         ("data.resolution", config.data.resolution),
+        ("data.vae_batch", config.data.vae_batch),
         ("data.cache_mb", config.data.cache_mb),
     )
     for key, value in optional:

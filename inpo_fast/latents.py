@@ -32,6 +32,7 @@ class Latents:
     def __init__(self, folder: Path, models: Models, config: DataConfig, resolution: int, seed: int):
         """Reads the index; writes nothing. Refusal, naming what differs, where it was made for something else."""
         self.folder, self.resolution = folder, resolution
+        self.vae_batch = config.vae_batch or models.vae_batch(resolution)
         encoders = [getattr(models.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
         common = {"layout": 1, "device": models.device.type, "torch": version("torch")}
         data = asdict(config)
@@ -44,6 +45,7 @@ class Latents:
             **({"labels": digest(Path(config.labels).read_bytes()), "as": config.labels_as} if config.labels else {}),
             "vae": fingerprint(models.vae),
             "vae_dtype": str(models.vae_dtype),
+            "data.vae_batch": self.vae_batch,  # decides the last bits
             "diffusers": version("diffusers"),
         }
         text = common | {

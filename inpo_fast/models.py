@@ -11,8 +11,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from inpo_fast.architectures import Architecture
 from inpo_fast.attention import AttentionBackend
+from inpo_fast.costs import encoding_bytes
 from inpo_fast.fast_unet import Fast, inverting, make_fast, resolve
 from inpo_fast.lora import Lora
+from inpo_fast.memory import largest_batch
 from inpo_fast.schedule import Schedule
 from inpo_fast.split import Split
 from inpo_fast.transfer import to_device
@@ -21,6 +23,7 @@ from inpo_fast.weights import Weights
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Who = Literal["policy", "reference"]
+TEXT_BATCH = {"cpu": 8, "cuda": 32}  # prompts that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class Models:
         if config.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.vae = pipeline.vae.to(device, self.vae_dtype)
+        self._vae_batch: dict[int, int] = {}
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).to(device, self.dtype)
@@ -157,6 +161,15 @@ class Models:
     def vae_dtype(self) -> torch.dtype:
         """SDXL's own VAE overflows in fp16: there it runs in fp32 unless another VAE was named."""
         return torch.float32 if self.dtype == torch.float16 and not self.config.vae else self.dtype
+
+    def vae_batch(self, pixels: int) -> int:
+        """Images of this edge that are encoded at once, where the configuration does not say it (memory.py)."""
+        if pixels not in self._vae_batch:
+            with torch.device("meta"):
+                vae = type(self.vae).from_config(self.vae.config)
+            torch.nn.Module.to(vae, self.vae_dtype)
+            self._vae_batch[pixels] = largest_batch(encoding_bytes(vae, pixels), self.device.type)
+        return self._vae_batch[pixels]
 
     def predict(self, who: Who, x: torch.Tensor, time: torch.Tensor, arguments: dict) -> torch.Tensor:
         """What a UNet answers to x (B, C, H, W) of any float dtype, told time (B,): noise, or v. In its own dtype."""
@@ -210,27 +223,35 @@ class Models:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
         """Embeddings of (unique) prompts: the numbers of the pipeline's own `encode_prompt`, which would wait for the
-        device."""
-        hidden, pooled = [], None
+        device.
+
+        In batches of one size, the last one filled up: SDXL's encoders keep all their layers' answers, 9 GiB for 1024
+        prompts, and a prompt's bits are not to depend on how many came with it.
+        """
+        size, texts = TEXT_BATCH.get(self.device.type, TEXT_BATCH["cuda"]), []
+        for lo in range(0, len(prompts), size):
+            part = list(prompts[lo : lo + size])
+            text = self._encode([*part, *part[:1] * (size - len(part))])
+            texts.append(Text(text.hidden[: len(part)], None if text.pooled is None else text.pooled[: len(part)]))
+        hidden = torch.cat([text.hidden for text in texts])
+        return Text(hidden, torch.cat([text.pooled for text in texts]) if self.is_xl else None)
+
+    def _encode(self, prompts: list[str]) -> Text:
+        encoders, ids, masks = [], [], []
         for part in ("", "_2") if self.is_xl else ("",):
             tokenizer = getattr(self.pipeline, f"tokenizer{part}")
-            encoder = getattr(self.pipeline, f"text_encoder{part}")
+            encoders.append(getattr(self.pipeline, f"text_encoder{part}"))
             tokens = tokenizer(
-                list(prompts),
+                prompts,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
                 return_tensors="pt",
             )
-            masked = getattr(encoder.config, "use_attention_mask", False)
-            out = encoder(
-                to_device(tokens.input_ids, self.device),
-                attention_mask=to_device(tokens.attention_mask, self.device) if masked else None,
-                output_hidden_states=self.is_xl,
-            )
-            pooled = out[0]  # SDXL: of the second encoder
-            hidden.append(out.hidden_states[-2] if self.is_xl else out[0])
-        return Text(torch.cat(hidden, -1), pooled) if self.is_xl else Text(hidden[0])
+            masked = getattr(encoders[-1].config, "use_attention_mask", False)
+            ids.append(to_device(tokens.input_ids, self.device))
+            masks.append(to_device(tokens.attention_mask, self.device) if masked else None)
+        return encode_tokens(encoders, ids, masks)
 
     @torch.no_grad()
     def encode_empty(self) -> Text:
@@ -243,6 +264,22 @@ class Models:
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimizer of this process updates: fp32 masters."""
         return [master for master in self.weights.masters if master.numel()]  # a split leaves small ones empty
+
+
+def encode_tokens(
+    encoders: Sequence[torch.nn.Module], ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
+) -> Text:
+    """ids, masks: (B, L) of each encoder. Two encoders are SDXL's: the layer before the last, and what the second one
+    pools."""
+    if len(encoders) == 1:
+        return Text(encoders[0](ids[0], attention_mask=masks[0])[0])
+    hidden, pooled = [], None
+    for encoder, own, mask in zip(encoders, ids, masks, strict=True):
+        out = encoder(own, attention_mask=mask, output_hidden_states=True)
+        pooled = out[0]
+        hidden.append(out.hidden_states[-2])
+        del out  # all layers: not beside the next encoder's
+    return Text(torch.cat(hidden, -1), pooled)
 
 
 def scaled(latents: torch.Tensor, vae) -> torch.Tensor:

@@ -18,6 +18,7 @@ from inpo_fast.data.order import window_positions
 from inpo_fast.data.sources import BadPair, Source, open_source
 from inpo_fast.data.windows import Item, Windows
 from inpo_fast.files import write_bytes
+from inpo_fast.memory import fits
 from inpo_fast.metrics import BUCKETS, Tally
 from inpo_fast.models import Models, Text
 from inpo_fast.prompts import read_prompt_set
@@ -36,9 +37,11 @@ SEEN += tuple(f"{name}_t{b}" for name in ("margin", "winner_delta", "loser_delta
 
 
 class Observer:
-    """`step(done, tracker)` after each optimizer step, on every process; gives more metrics of that step."""
+    """`step(done, tracker, recipe)` after each optimizer step, on every process; gives more metrics of that step.
 
-    def __init__(self, config: "RunConfig", models: Models, recipe: Recipe, empty: Text, folder: Path, done: int):
+    TooLarge where the recipe's batches do not fit: nothing was shown yet."""
+
+    def __init__(self, config: "RunConfig", models: Models, empty: Text, folder: Path, done: int):
         self.config, self.models, self.empty, self.folder = config, models, empty, folder / FOLDER
         self.rank, self.world = distributed.rank_and_world()
         how = config.observe
@@ -50,15 +53,13 @@ class Observer:
                     path.unlink()
             if self.folder.is_dir() and not any(self.folder.iterdir()):
                 shutil.rmtree(self.folder)
-        plain = replace(recipe.inversion, cache=None, frozen=False)
-        self.recipe = replace(recipe, trajectories=None, latents=None, inversion=plain)
         self.items = [] if how.held_out is None else self._held_out(open_held_out(config))
 
-    def step(self, done: int, tracker: "Tracker | None") -> dict[str, float]:
+    def step(self, done: int, tracker: "Tracker | None", recipe: Recipe) -> dict[str, float]:
         how, last = self.config.observe, done == self.config.train.steps
         values: dict[str, float] = {}
         if how.held_out is not None and (done % how.held_out_every == 0 or done == 1 or last):
-            values = self.held_out_metrics()
+            values = self.held_out_metrics(recipe)
         if self.prompts and (done % how.images_every == 0 or last):
             strip = self.draw_strip()
             if self.rank == 0:
@@ -69,14 +70,18 @@ class Observer:
         return values
 
     @torch.no_grad()
-    def held_out_metrics(self) -> dict[str, float]:
+    def held_out_metrics(self, recipe: Recipe) -> dict[str, float]:
         tally = Tally(self.models.device)
+        plain = replace(recipe.inversion, cache=None, frozen=False)
+        recipe = replace(recipe, trajectories=None, latents=None, inversion=plain)
         if self.items:
-            window = make_window(self.items, self.models, self.recipe, self.empty)
-            x_t, _ = noise_window(window, self.models, self.recipe)
-            for lo in range(0, len(self.items), self.recipe.micro_batch):
-                pairs = slice(lo, min(lo + self.recipe.micro_batch, len(self.items)))
-                micro_step(window, x_t, pairs, self.models, self.recipe, tally)
+            window = make_window(self.items, self.models, recipe, self.empty)
+            with fits("inversion.batch", recipe.inversion.batch):
+                x_t, _ = noise_window(window, self.models, recipe)
+            for lo in range(0, len(self.items), recipe.micro_batch):
+                pairs = slice(lo, min(lo + recipe.micro_batch, len(self.items)))
+                with fits("train.micro_batch", recipe.micro_batch):
+                    micro_step(window, x_t, pairs, self.models, recipe, tally)
         tally.reduce()
         found = tally.values()
         return {f"held_out_{name}": found[name] for name in SEEN if name in found}

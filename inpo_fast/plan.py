@@ -17,17 +17,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from inpo_fast.architectures import CLIP_L, OPENCLIP_G, PUBLISHED, make_tokenizer, make_unet, make_vae, text_config
 from inpo_fast.config import RunConfig, split_batch, variant_of
-from inpo_fast.costs import Passes, forward_bytes, unet_passes
+from inpo_fast.costs import Passes, decoding_bytes, encoding_bytes, forward_bytes, peak_bytes, unet_passes
 from inpo_fast.hub import path_or_id
 from inpo_fast.lora_files import lora_file, read_lora
+from inpo_fast.memory import GIB, largest_batch
 from inpo_fast.model_files import find_model, opening
-from inpo_fast.models import DTYPES, ModelsConfig, add_adapter
+from inpo_fast.models import DTYPES, TEXT_BATCH, ModelsConfig, add_adapter, encode_tokens
 from inpo_fast.objectives import SIDES
 from inpo_fast.optim import lr_at
 from inpo_fast.work import Work, work_of_a_pair
 
 RESERVE = 2.0  # GiB: CUDA context, workspaces of cuDNN and cuBLAS
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,13 @@ class Plan:
     parameters: int
     trained: int
     kept: dict[str, int]  # bytes held all the time, by what holds them
+    windows: int  # bytes of latents and text: this step's and what is made of the next beside them
     inversion: int  # bytes while the inversion runs
     activations: int  # bytes per pair of a micro-batch, while the policy runs
+    vae_batch: int  # images
+    encoding: int  # bytes while the VAE encodes so many
+    text: int  # bytes while a batch of prompts is encoded
+    drawing: int  # bytes while pictures are drawn, 0 where none are
     pairs_per_gpu: int
     micro_batches: int
     work: Work
@@ -57,13 +62,23 @@ class Plan:
     gpu_hours: float
 
     def peak(self, micro_batch: int) -> int:
-        """Bytes: inversion and policy do not run at the same time."""
-        return sum(self.kept.values()) + max(self.inversion, self.activations * micro_batch) + int(RESERVE * GIB)
+        """Bytes. Inversion, policy, VAE, text encoders and drawing take turns.
+
+        The next window is encoded while the GPU still computes this step, but on the same stream: memory that the host
+        has given back belongs to what is queued next, and activations are given back before the VAE is called.
+        """
+        most = max(self.beside, self.activations * micro_batch)
+        return sum(self.kept.values()) + self.windows + most + int(RESERVE * GIB)
+
+    @property
+    def beside(self) -> int:
+        """Bytes of what takes turns with the policy, whatever the micro-batch."""
+        return max(self.inversion, self.encoding, self.text, self.drawing)
 
     def largest_micro_batch(self, memory: float) -> int:
         """Pairs that fit `memory` GiB; 0 where not even one does."""
-        free = (memory - RESERVE) * GIB - sum(self.kept.values())
-        return int(free // self.activations) if free > max(self.inversion, self.activations) else 0
+        free = (memory - RESERVE) * GIB - sum(self.kept.values()) - self.windows
+        return int(free // self.activations) if free > max(self.beside, self.activations) else 0
 
 
 def make_plan(config: RunConfig, gpus: int) -> Plan:
@@ -83,7 +98,9 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
     trained = [p for p in shapes.unet.parameters() if p.requires_grad]
     kept = _kept(config, shapes, passes, trained, gpus)
     activations = SIDES[config.method] * passes.activations
-    inversion = forward_bytes(shapes.unet, pixels // factor, shapes.tokens) * config.inversion.batch
+    image = forward_bytes(shapes.unet, pixels // factor, shapes.tokens)
+    each = encoding_bytes(shapes.vae, pixels)
+    vae_batch = config.data.vae_batch or largest_batch(each, "cuda")
     work = work_of_a_pair(
         config,
         passes,
@@ -100,7 +117,12 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
         parameters=passes.parameters,
         trained=sum(p.numel() for p in trained),
         kept=kept,
-        inversion=inversion,
+        windows=_windows(config, shapes, pixels // factor, gpus),
+        inversion=image * config.inversion.batch,
+        vae_batch=vae_batch,
+        encoding=each * vae_batch,
+        text=text_bytes(shapes.texts, shapes.tokens),
+        drawing=_drawing(config, shapes, image),
         activations=activations,
         pairs_per_gpu=config.train.pairs_per_step // gpus,
         micro_batches=micro_batches,
@@ -162,6 +184,30 @@ def _kept(
     return kept
 
 
+def _windows(config: RunConfig, shapes: Shapes, side: int, gpus: int) -> int:
+    """Latents (fp32) and text (no prompt twice) of this window and of the next, or x_t in the place of the latter's."""
+    pairs, unet = config.train.pairs_per_step // gpus, shapes.unet.config
+    latents = 4 * SIDES[config.method] * pairs * unet.in_channels * side**2
+    text = pairs * shapes.tokens * unet.cross_attention_dim * DTYPES[config.models.precision].itemsize
+    return latents * (1 + config.objective.timesteps.per_pair) + 2 * text
+
+
+def text_bytes(texts: list[torch.nn.Module], tokens: int) -> int:
+    """Of one batch of prompts, as Models.encode_prompts makes them on a GPU."""
+    ids = torch.zeros(TEXT_BATCH["cuda"], tokens, dtype=torch.int64, device="meta")
+    return peak_bytes(lambda: encode_tokens(texts, [ids] * len(texts), [None] * len(texts)), texts)
+
+
+def _drawing(config: RunConfig, shapes: Shapes, image: int) -> int:
+    """Of a batch of pictures, the UNet's part or the decoder's; image: bytes of one in a pass of the UNet."""
+    sizes = [(config.online.batch, config.online.guidance)] if config.online.every else []
+    if config.evaluate.prompts or config.observe.images_every:
+        sizes.append((config.evaluate.batch, config.evaluate.guidance))
+    side = shapes.unet.config.sample_size  # pictures have the model's own size
+    unet = (batch * image * (2 if guidance > 1 else 1) for batch, guidance in sizes)
+    return max((*unet, *(decoding_bytes(shapes.vae, side, batch) for batch, _ in sizes)), default=0)
+
+
 def _state_bytes(p: torch.Tensor, kind: str) -> int:
     n = p.numel()
     if kind == "adamw-bf16":
@@ -210,11 +256,16 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     for what, size in plan.kept.items():
         if size:
             memory.add_row(what, f"{size / GIB:.2f}")
+    memory.add_row("latents and text of this step and the next", f"{plan.windows / GIB:.2f}")
+    memory.add_row(f"VAE encoding, {plan.vae_batch} image{'s' * (plan.vae_batch > 1)}", f"{plan.encoding / GIB:.2f}")
+    memory.add_row(f"text encoding, {TEXT_BATCH['cuda']} prompts", f"{plan.text / GIB:.2f}")
+    if plan.drawing:
+        memory.add_row("drawing pictures (estimate, without the judge)", f"{plan.drawing / GIB:.2f}")
     memory.add_row(f"inversion, {config.inversion.batch} images (estimate)", f"{plan.inversion / GIB:.2f}")
     memory.add_row(f"activations, micro-batch {train.micro_batch}", f"{plan.activations * train.micro_batch / GIB:.2f}")
     memory.add_row("reserve for context and workspaces", f"{RESERVE:.2f}")
     memory.add_row(
-        "[bold]peak[/bold] (inversion and activations take turns)",
+        "[bold]peak[/bold] (encoding, drawing, inversion and activations take turns)",
         f"[bold]{plan.peak(train.micro_batch) / GIB:.2f}[/bold]",
     )
     for micro_batch in (1, 2, 4, 8, 16, 32):

@@ -26,7 +26,8 @@ def command_line(program: str, about: str | None, epilog: str | None = None) -> 
 
 
 def run_or_refuse(program: str, main: Callable[[], None]) -> None:
-    """Runs a command line; a Refusal becomes one line on stderr and exit status 2, never a traceback."""
+    """Runs a command line; a Refusal becomes one line on stderr and exit status 2, never a traceback. So does a GPU
+    that is full where nobody knew a smaller batch."""
     try:
         main()
     except Hang as problem:
@@ -38,4 +39,11 @@ def run_or_refuse(program: str, main: Callable[[], None]) -> None:
                 2
             )  # if the first process refuses for the same reason, torchrun ends this one before it repeats it
         print(f"{program}: {problem}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except RuntimeError as problem:
+        if type(problem).__name__ != "OutOfMemoryError":  # torch's; importing it would slow down every refusal
+            raise
+        said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
+        remedy = "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
+        print(f"{program}: {said}; {remedy}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -52,6 +52,7 @@ FREE_ON_RESUME = (
     "inversion.batch",
     "inversion.cache",
     "data.cache",
+    "data.vae_batch",
     "data.workers",
     "data.prefetch_mb",
     "data.cache_mb",

@@ -5,20 +5,27 @@
 A contact sheet: the base's pictures above the aligned model's, same prompts and same noise.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from inpo_fast import distributed, draws
+from inpo_fast.costs import one_by_one
 from inpo_fast.files import write_bytes
 from inpo_fast.loading import load_pipeline, load_vae, open_unet, quiet_libraries
+from inpo_fast.memory import TooLarge, fits, with_less
 from inpo_fast.models import DTYPES
 from inpo_fast.progress import picture_progress
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
+
+log = logging.getLogger(__name__)
+FITTED: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # pictures at once, where fewer than asked fit
 
 
 @torch.inference_mode()
@@ -36,23 +43,57 @@ def draw(
 
     keys: one each; equal keys give equal initial noise, whatever the model or the batch.
     advance: called with the number of pictures after each batch (for a progress bar).
+
+    The VAE decodes one picture at a time: 16 of SDXL's would take 24 GiB in bf16, 48 in fp32, and one is little work
+    beside the UNet's. Where memory does not suffice, the batch is halved, for this pipeline once and for all.
     """
     unet = pipeline.unet
     side = unet.config.sample_size
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[np.ndarray] = []
-    for lo in range(0, len(prompts), batch):
-        noise = draws.normals((unet.config.in_channels, side, side), list(keys[lo : lo + batch]))
-        images = pipeline(
-            list(prompts[lo : lo + batch]),
-            latents=noise.to(unet.device, unet.dtype),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            output_type="np",
-        ).images
+
+    def some() -> np.ndarray:
+        size = min(batch, FITTED.get(pipeline, batch))
+        part = slice(len(pictures), len(pictures) + size)
+        noise = draws.normals((unet.config.in_channels, side, side), list(keys[part]))
+        with fits("batch", size), _decoding(pipeline.vae):
+            return pipeline(
+                list(prompts[part]),
+                latents=noise.to(unet.device, unet.dtype),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="np",
+            ).images
+
+    def lower(_key: str, size: int) -> None:
+        FITTED[pipeline] = size
+        log.warning("out of memory: from here on %d pictures are drawn at once", size)
+
+    while len(pictures) < len(prompts):
+        try:
+            images = with_less(some, lower)
+        except TooLarge:
+            raise Refusal(
+                "out of memory while one picture was drawn; take bf16 (models.precision, --precision) or a larger GPU"
+            ) from None
         pictures += [np.round(image * 255).astype(np.uint8) for image in images]
         advance(len(images))
     return pictures
+
+
+@contextmanager
+def _decoding(vae: torch.nn.Module):
+    """One picture at a time, in the VAE's own dtype: beside an fp16 UNet it may be fp32 (models.py), and a pipeline
+    that raised SDXL's from fp16 to fp32 does not lower it again where it fails."""
+    dtype, first = vae.dtype, vae.post_quant_conv or vae.decoder
+    hook = first.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(vae.dtype), *inputs[1:]))
+    try:
+        with one_by_one(vae):
+            yield
+    finally:
+        hook.remove()
+        if vae.dtype != dtype:
+            vae.to(dtype)
 
 
 def use_ddim(pipeline: DiffusionPipeline) -> None:

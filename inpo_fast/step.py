@@ -4,7 +4,6 @@ What it works on, a window of pairs, and everything random is made in window.py.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +14,7 @@ from inpo_fast import draws
 from inpo_fast import objectives as obj
 from inpo_fast.fast_unet import is_fast, wants_fixed_batch
 from inpo_fast.inversion import Eps, check_estimator, invert, shares_climbs, utilisation
+from inpo_fast.memory import fits
 from inpo_fast.metrics import Tally
 from inpo_fast.models import Conditioning, Models
 from inpo_fast.phases import phase
@@ -111,26 +111,6 @@ def _noised(moment: Window, flat: torch.Tensor) -> torch.Tensor:
     return obj.noised(flat, to_device(noise, flat.device), moment.a.flatten(), moment.s.flatten())
 
 
-class TooLarge(Exception):
-    """Out of memory; `key` is the setting to lower from `size`. Nothing was reduced over processes yet."""
-
-    def __init__(self, key: str, size: int):
-        super().__init__(f"out of memory at {key}={size}")
-        self.key, self.size = key, size
-
-
-@contextmanager
-def _fits(key: str, size: int):
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        full = True
-    else:
-        full = False
-    if full:  # raised out here: the other exception's traceback would keep the activations alive
-        raise TooLarge(key, size)
-
-
 def train_step(
     window: Window | None,
     models: Models,
@@ -174,7 +154,7 @@ def _own_gradients(
     window: Window, models: Models, recipe: Recipe, tally: Tally, weight: float, preemption: Preemption
 ) -> torch.Tensor:
     """Adds the gradient of this process's pairs up; their logits (N,), the mean over their timesteps."""
-    with _fits("inversion.batch", recipe.inversion.batch), phase("invert"):
+    with fits("inversion.batch", recipe.inversion.batch), phase("invert"):
         x_t, spent = noise_moments(window.moments, models, recipe, tally, preemption)
     tally.add("unet_evaluations", spent, total=True)
     if window.held is not None:
@@ -188,7 +168,7 @@ def _own_gradients(
         found = []
         for pairs in _micro_batches(moment, recipe):
             preemption.check()
-            with _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
+            with fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
                 prediction, objective = micro_step(moment, noised, pairs, models, recipe, tally, weight, window.point)
                 with phase("backward"):
                     prediction.backward(objective.dpred)
@@ -214,7 +194,7 @@ def _first_pass(
     plain, gains = replace(recipe, method="dpo"), []  # the fused kernel, for its errors
     for moment, noised in zip(window.moments, x_t, strict=True):
         for pairs in _micro_batches(moment, recipe):
-            with torch.no_grad(), _fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
+            with torch.no_grad(), fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
                 _, found = micro_step(moment, noised, pairs, models, plain, Tally(models.device))
             e, r = found.image[:, COLUMNS.index("error")], found.image[:, COLUMNS.index("reference_error")]
             gains.append(((r - e).view(2, -1), window.weight[pairs]))

@@ -33,6 +33,7 @@ from inpo_fast.hand_over import detach_policy, output_pipeline, whole_masters
 from inpo_fast.inversion import check_estimator
 from inpo_fast.latents import Latents, open_latents
 from inpo_fast.loading import open_pipeline, quiet_libraries
+from inpo_fast.memory import with_less
 from inpo_fast.metrics import MetricsFile, Tally
 from inpo_fast.model_card import write_cards
 from inpo_fast.models import Models
@@ -45,7 +46,7 @@ from inpo_fast.progress import StepProgress
 from inpo_fast.refusal import Hang, Refusal, run_or_refuse
 from inpo_fast.run_folder import RunFolder
 from inpo_fast.split import Split
-from inpo_fast.step import TooLarge, train_step
+from inpo_fast.step import train_step
 from inpo_fast.trackers import Tracker
 from inpo_fast.trajectories import Trajectories, open_trajectories
 from inpo_fast.watch import Watch
@@ -76,6 +77,7 @@ class Run:
     saved: int = -1  # of them, how many the newest checkpoint of this start has
     seconds: float = 0.0
     dropped: tuple[str, ...] = ()
+    vae_batch: int | None = None  # after memory did not suffice
 
     @property
     def variant(self) -> str:
@@ -117,6 +119,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     warn = log.warning if rank == 0 else log.debug
     if config.resume and (state := checkpoints.load_newest(models.weights, optimizer, average, warn)):
         run.done, run.saved, run.seconds, run.dropped = state.step, state.step, state.seconds, tuple(state.dropped)
+        run.vae_batch = state.vae_batch
         if loss_scale is not None and state.loss_scale:
             loss_scale.value, loss_scale.good = state.loss_scale
     if trajectories is not None:
@@ -140,6 +143,7 @@ def train(run: Run, console: Console) -> None:
         config.seed,
         trajectories=run.trajectories,
         latents=run.latents,
+        vae_batch=run.vae_batch or config.data.vae_batch,
     )
     balanced = uses_inversion(recipe) and run.trajectories is None  # cached climbs cost nothing
     resolution = config.data.resolution or models.resolution
@@ -166,15 +170,24 @@ def train(run: Run, console: Console) -> None:
         preemption = closing.enter_context(Preemption(timedelta(minutes=config.train.patience_minutes)))
         for note in run.notes:
             progress.say(note)
-        observer = Observer(config, models, recipe, empty, run.folder.path, run.done)
+        observer = Observer(config, models, empty, run.folder.path, run.done)
         watch = Watch(expects_noise=config.objective.tau_norm == "none")
         online = run.online
         parts = [(run.done, steps)] if online is None else online.segments(run.done)
         reader = (items for part in parts for items in windows.steps(*part, config.train.pairs_per_step))
 
+        def lower(key: str, size: int) -> None:
+            nonlocal recipe
+            recipe = _lowered(recipe, key, size)
+            if key == "data.vae_batch":
+                run.vae_batch = size
+            progress.say(f"warning: out of memory; {key} is now {size} on this process")
+
         def next_window() -> tuple[list[Item], Window | None]:
             items = next(reader, [])
-            return items, make_window(items, models, recipe, empty) if items else None
+            if not items:
+                return items, None
+            return items, with_less(lambda: make_window(items, models, recipe, empty), lower)
 
         begun, ahead = time.perf_counter(), None
         for step in range(run.done, steps):
@@ -189,7 +202,8 @@ def train(run: Run, console: Console) -> None:
                         drawn = online.begin(step, models, windows.prompt, preemption, progress.draw)
                     ahead = next_window()
                 items, window = ahead
-                tally, logits, recipe = _step(run, window, recipe, step, preemption, progress)
+                # nothing is reduced before all of it fitted: the step is repeated with the same result
+                tally, logits = with_less(lambda: _step(run, window, recipe, step, preemption), lower)  # noqa: B023
             except Preempted:
                 if run.saved != run.done:
                     _save(run, windows, preemption, wait=True)
@@ -218,7 +232,7 @@ def train(run: Run, console: Console) -> None:
             if drawn:
                 values |= drawn
                 values["unet_evaluations"] += drawn["online_evaluations"]
-            values |= observer.step(run.done, tracker)
+            values |= with_less(lambda: observer.step(run.done, tracker, recipe), lower)
             if file is not None:
                 file.write(run.done, values)
                 tracker.write(run.done, values)
@@ -234,9 +248,11 @@ def train(run: Run, console: Console) -> None:
 def _save(run: Run, windows: Windows, preemption: Preemption, wait: bool) -> None:
     """A checkpoint of the steps done, written while the training goes on. All processes call it."""
     preemption.meet(run.done)
-    dropped = sorted({*run.dropped, *(d for part in distributed.gather(windows.dropped) for d in part)})
+    found = distributed.gather((windows.dropped, run.vae_batch))
+    dropped = sorted({*run.dropped, *(d for part, _ in found for d in part)})
+    vae_batch = min((size for _, size in found if size), default=None)
     scale = (run.loss_scale.value, run.loss_scale.good) if run.loss_scale else None
-    state = State(run.done, run.seconds, dropped, scale)
+    state = State(run.done, run.seconds, dropped, scale, vae_batch=vae_batch)
     run.checkpoints.save(state, run.models.weights, run.optimizer, run.average, wait=wait)
     run.saved = run.done
     if run.rank == 0:
@@ -244,31 +260,17 @@ def _save(run: Run, windows: Windows, preemption: Preemption, wait: bool) -> Non
 
 
 def _step(
-    run: Run, window: Window | None, recipe: Recipe, step: int, preemption: Preemption, progress: StepProgress
-) -> tuple[Tally, torch.Tensor, Recipe]:
-    """train_step, again in smaller parts while memory does not suffice; the recipe that did."""
-    train, scale = run.config.train, run.loss_scale.value if run.loss_scale else 1.0
-    while True:
-        try:
-            clip = run.config.optim.clip
-            done = train_step(window, run.models, recipe, train.pairs_per_step, clip, scale, preemption, step)
-            return *done, recipe
-        except TooLarge as problem:  # nothing was reduced yet: the step is repeated with the same result
-            recipe = _halved(recipe, problem)
-            progress.say(f"warning: out of memory; {problem.key} is now {problem.size // 2} on this process")
+    run: Run, window: Window | None, recipe: Recipe, step: int, preemption: Preemption
+) -> tuple[Tally, torch.Tensor]:
+    scale = run.loss_scale.value if run.loss_scale else 1.0
+    pairs, clip = run.config.train.pairs_per_step, run.config.optim.clip
+    return train_step(window, run.models, recipe, pairs, clip, scale, preemption, step)
 
 
-def _halved(recipe: Recipe, problem: TooLarge) -> Recipe:
-    if problem.size == 1:
-        raise Refusal(
-            f"out of memory at {problem.key}=1; take models.gradient_checkpointing=true, models.lora.rank=16, "
-            "optim.kind=adamw-8bit or a smaller data.resolution"
-        )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if problem.key == "inversion.batch":
-        return replace(recipe, inversion=replace(recipe.inversion, batch=problem.size // 2))
-    return replace(recipe, micro_batch=problem.size // 2)
+def _lowered(recipe: Recipe, key: str, size: int) -> Recipe:
+    if key == "inversion.batch":
+        return replace(recipe, inversion=replace(recipe.inversion, batch=size))
+    return replace(recipe, **{key.partition(".")[2]: size})  # train.micro_batch, data.vae_batch
 
 
 def _stop_if_not_finite(values: dict[str, float], logits: torch.Tensor, items: list, step: int) -> None:

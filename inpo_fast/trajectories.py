@@ -12,7 +12,8 @@ With inversion.frozen t is drawn from the pair's content instead of seed and pos
 reference's answer at t. It holds for this t only, so any grid will do.
 
 Batches: an image's answers are rounded by the batch they were computed in, and the cache fills batches otherwise than
-a run without it. Equal to the last bit with inversion.batch=1, and with itself always; otherwise to rounding.
+a run without it. Equal to the last bit with inversion.batch=1 and one data.vae_batch, and with itself always; otherwise
+to rounding.
 """
 
 import json

@@ -17,13 +17,12 @@ from inpo_fast.data.windows import Item
 from inpo_fast.held import Held
 from inpo_fast.inversion import InversionConfig, evaluations_of
 from inpo_fast.latents import Latents
+from inpo_fast.memory import fits
 from inpo_fast.models import Conditioning, Models, Text
 from inpo_fast.objectives import SIDES, Method, ObjectiveConfig
 from inpo_fast.schedule import around, snap
 from inpo_fast.trajectories import Trajectories
 from inpo_fast.transfer import to_device
-
-VAE_BATCH = {"cpu": 8, "cuda": 32}  # images
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Recipe:
     fused_loss: bool = True  # False: the plain path, for comparison
     trajectories: Trajectories | None = None  # of inversion.cache
     latents: Latents | None = None  # of data.cache
+    vae_batch: int | None = None  # None: models.vae_batch
 
 
 @dataclass
@@ -81,7 +81,7 @@ def make_window(items: list[Item], models: Models, recipe: Recipe, empty: Text) 
     keys = side_keys(items, recipe.seed, sides)
     held = None if recipe.trajectories is None else recipe.trajectories.of(items, keys)
     new = held.missing if held else [i for i in range(len(views)) if items[i // sides].x_0 is None]
-    encoded = encode_views([views[i] for i in new], [keys[i] for i in new], models, recipe.vae_sample)
+    encoded = encode_views([views[i] for i in new], [keys[i] for i in new], models, recipe.vae_sample, recipe.vae_batch)
     # contiguous, whatever the VAE's layout is: sums over an image are rounded in the order of memory
     x_0 = (
         _with_cached(encoded, items, sides, models.device) if held is None else held.x_0(encoded, models.device)
@@ -134,22 +134,28 @@ def side_keys(items: list[Item], seed: int, sides: int) -> list[draws.Key]:
 
 
 @torch.no_grad()
-def encode_views(views: list[View], keys: list[draws.Key], models: Models, vae_sample: bool) -> list[torch.Tensor]:
-    """Latents of the views, fp32 on the device, in batches (B, C, h, w).
+def encode_views(
+    views: list[View], keys: list[draws.Key], models: Models, vae_sample: bool, batch: int | None = None
+) -> list[torch.Tensor]:
+    """Latents of the views, fp32 on the device, in batches (B, C, h, w). batch: None for models.vae_batch.
 
     The VAE always sees a batch of one size, the last one filled up: kernels are chosen by size, so an image would
     otherwise be rounded by how many came with it, and a cache of latents would not hold the bits of a run without it.
+    TooLarge where not even the VAE fits.
     """
-    latents, chunk = [], VAE_BATCH.get(models.device.type, 32)
+    if not views:
+        return []
+    latents, chunk = [], batch or models.vae_batch(views[0].pixels.shape[0])
     for lo in range(0, len(views), chunk):
         part = views[lo : lo + chunk]
         filled = [*range(lo, lo + len(part)), *[lo] * (chunk - len(part))]
         pixels = torch.from_numpy(np.stack([views[i].pixels for i in filled]))
-        pixels = to_device(pixels, models.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        side = models.reference.config.sample_size * pixels.shape[-1] // models.resolution
+        side = models.reference.config.sample_size * pixels.shape[1] // models.resolution
         shape = (models.reference.config.in_channels, side, side)
         noise = draws.normals(shape, [("vae", *keys[i]) for i in filled]) if vae_sample else None
-        encoded = models.encode_images(pixels, None if noise is None else to_device(noise, models.device))
+        with fits("data.vae_batch", chunk):
+            pixels = to_device(pixels, models.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            encoded = models.encode_images(pixels, None if noise is None else to_device(noise, models.device))
         latents.append(encoded[: len(part)])
     return latents
 

@@ -31,7 +31,8 @@ def counted_once(config: RunConfig, gpus: int) -> plan.Plan:
     """plan.make_plan, with the counts below."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "unet_passes", unet_passes)
-        patch.setattr(plan, "forward_bytes", partial(remembered, costs.forward_bytes))
+        for count in (costs.forward_bytes, costs.encoding_bytes, costs.decoding_bytes):
+            patch.setattr(plan, count.__name__, partial(remembered, count))
         patch.setattr(work, "unet_traffic", unet_traffic)
         patch.setattr(work, "forward_flop", partial(remembered_call, costs.forward_flop))
         patch.setattr(work, "forward_traffic", partial(remembered_call, traffic.forward_traffic))

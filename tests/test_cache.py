@@ -70,9 +70,8 @@ def models_of(pipeline=tiny_pipeline, **how) -> Models:
 
 def trained(config: RunConfig, models: Models, store: Latents | None) -> tuple[torch.Tensor, list]:
     """Weights and metrics of three steps."""
-    recipe = Recipe(
-        "inpo", ObjectiveConfig(beta=500.0), config.inversion, 4, config.data.vae_sample, config.seed, latents=store
-    )
+    how = (config.inversion, 4, config.data.vae_sample, config.seed)
+    recipe = Recipe("inpo", ObjectiveConfig(beta=500.0), *how, latents=store, vae_batch=config.data.vae_batch)
     reader = Windows(
         open_source(config.data.source), config.data, resolution=32, seed=config.seed, rank=0, world=1, ready=store
     )
@@ -86,13 +85,18 @@ def trained(config: RunConfig, models: Models, store: Latents | None) -> tuple[t
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "precision", "vae_sample"),
-    [(tiny_pipeline, "fp32", True), (tiny_pipeline, "fp32", False), (tiny_xl, "fp32", True), (tiny_xl, "bf16", True)],
+    ("pipeline", "precision", "vae_sample", "vae_batch"),
+    [
+        (tiny_pipeline, "fp32", True, None),
+        (tiny_pipeline, "fp32", False, 16),
+        (tiny_xl, "fp32", True, None),
+        (tiny_xl, "bf16", True, None),
+    ],
 )
-def test_training_from_it_is_training(source, tmp_path, monkeypatch, pipeline, precision, vae_sample):
+def test_training_from_it_is_training(source, tmp_path, monkeypatch, pipeline, precision, vae_sample, vae_batch):
     """Bit for bit: flips, crops, dropped prompts, VAE noise or mean, labels, weights, a broken pair. Nothing is decoded
     or encoded again."""
-    config = configuration(source, tmp_path / "cache", vae_sample=vae_sample)
+    config = configuration(source, tmp_path / "cache", vae_sample=vae_sample, vae_batch=vae_batch)
     want, said = trained(config, models_of(pipeline, precision=precision), None)
     cache.fill(config, models_of(pipeline, precision=precision), 0, 1, QUIET)
     models = models_of(pipeline, precision=precision)
@@ -232,6 +236,7 @@ CHANGES = {
     "max_pixels": 999,
     "prompt_dropout": 0.0,
     "shuffle": "blocks",
+    "vae_batch": 3,
     "vae_sample": False,
 }
 
@@ -361,6 +366,21 @@ def test_a_disk_that_fills_up(source, tmp_path, monkeypatch):
     left[0] = 99
     cache.fill(config, models_of(), 0, 1, QUIET)
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_a_full_gpu_ends_it(source, tmp_path, monkeypatch):
+    """With a size that training must have too; not halved on the way, as all latents of a folder are rounded alike."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    models = models_of()
+    monkeypatch.setattr(models, "encode_images", full)
+    with pytest.raises(
+        Refusal, match=r"at data\.vae_batch=8; take data\.vae_batch=4, .*, for the training too, and an "
+    ):
+        cache.fill(configuration(source, tmp_path / "cache"), models, 0, 1, QUIET)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_a_damaged_shard_is_made_again_by_the_run(source, tmp_path, caplog):

@@ -83,22 +83,22 @@ def observer(world, tmp_path, held="held.parquet"):
     recipe = train.Recipe(
         config.method, config.objective, config.inversion, config.train.micro_batch, config.data.vae_sample, config.seed
     )
-    return Observer(config, opened.models, recipe, opened.models.encode_empty(), tmp_path / "o", 0), opened
+    return Observer(config, opened.models, opened.models.encode_empty(), tmp_path / "o", 0), opened, recipe
 
 
 def test_held_out_metrics_are_those_of_the_pairs(world, tmp_path):
     """At the reference everything is 0; turned labels turn the margin once the weights move."""
     values = {}
     for held in ("held.parquet", "turned.parquet"):
-        looking, opened = observer(world, tmp_path / held, held)
-        start = looking.held_out_metrics()
+        looking, opened, recipe = observer(world, tmp_path / held, held)
+        start = looking.held_out_metrics(recipe)
         assert start["held_out_implicit_accuracy"] == 0.5 and start["held_out_margin"] == 0
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in opened.models.policy.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-        values[held] = looking.held_out_metrics()
-        assert values[held] == looking.held_out_metrics()  # the same every time
+        values[held] = looking.held_out_metrics(recipe)
+        assert values[held] == looking.held_out_metrics(recipe)  # the same every time
         parts = [values[held].get(f"held_out_winner_delta_t{b}") for b in range(BUCKETS)]
         assert min(p for p in parts if p is not None) <= values[held]["held_out_winner_delta"]
         assert values[held]["held_out_winner_delta"] <= max(p for p in parts if p is not None)

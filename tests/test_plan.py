@@ -1,5 +1,6 @@
 """--dry-run against counts known from elsewhere, the published recipe's numbers, and the tables in the documents."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_world import save_tiny_model
 from inpo_fast import plan, recipes
 from inpo_fast.architectures import make_unet, make_vae
 from inpo_fast.config import parse
-from inpo_fast.costs import ask_vae, forward_flop
+from inpo_fast.costs import ask_vae, decoding_bytes, encoding_bytes, forward_flop
 from inpo_fast.loading import open_pipeline
 from inpo_fast.models import Models, ModelsConfig
 from inpo_fast.optim import OptimConfig, make_optimizer
@@ -173,6 +174,81 @@ def test_lora_and_checkpointing_save_what_they_say():
     assert 0.6 < again / full.work.flop["policy forward"] < 1
     again = frugal.work.roofline_bytes["policy backward"] - full.work.roofline_bytes["policy backward"]
     assert 0.6 < again / full.work.roofline_bytes["policy forward"] < 1
+
+
+@pytest.mark.parametrize(("name", "edge", "batch"), [("sd15", 512, 8), ("sdxl-lora", 1024, 2)])
+def test_what_is_encoded_fits_the_plan(name, edge, batch):
+    """The batch that the run will take, counted as a whole, beside all that the plan says is there."""
+    plan = plan_of(name)
+    with torch.device("meta"):
+        vae = make_vae(name.partition("-")[0])
+    torch.nn.Module.to(vae, torch.bfloat16)
+    assert plan.vae_batch == batch and plan.encoding == encoding_bytes(vae, edge, batch)
+    reserve = plan.peak(1) - sum(plan.kept.values()) - plan.windows
+    assert reserve >= plan.encoding + 2 * GIB
+    assert plan.peak(1) < 24 * GIB < sum(plan.kept.values()) + 32 * encoding_bytes(vae, edge) or name == "sd15"
+
+
+def test_what_takes_turns_with_the_policy():
+    """Each part alone can be the largest; the micro-batches that fit leave room for it."""
+    small = plan_of("sd15-lora")
+    rest = sum(small.kept.values()) + small.windows + 2 * GIB
+    assert small.peak(1) == rest + small.encoding and small.activations < small.inversion < small.encoding
+    more = plan_of("sd15-lora", "--data.vae_batch=16")
+    assert more.vae_batch == 16 and more.encoding == 2 * small.encoding and more.peak(1) == rest + more.encoding
+    assert more.largest_micro_batch(rest / GIB + 6) == 4 and more.largest_micro_batch(rest / GIB + 5) == 0
+    just, mib = rest + 7 * small.activations, 2**20
+    assert [small.largest_micro_batch((just + off) / GIB) for off in (-mib, mib)] == [6, 7]
+    pixels = plan_of("sd15-lora", "--data.resolution=1024")
+    assert pixels.vae_batch == 2 and pixels.encoding == small.encoding
+    wide = plan_of("sd15-lora", "--models.precision=fp32")
+    assert wide.vae_batch == 4 and plan_of("sd15-lora", "--models.precision=fp16").encoding == wide.encoding
+    # drawn at the end: 64 guided pictures a pass of the UNet; of few, the VAE decides
+    drawn = plan_of("sd15-lora", "--evaluate.prompts=x", "--evaluate.batch=64")
+    assert small.drawing == 0 and drawn.drawing == 2 * 64 / 32 * small.inversion
+    assert drawn.peak(1) == rest + drawn.drawing > small.peak(1)
+    one = plan_of("sd15-lora", "--observe.images_every=1", "--observe.prompts=x", "--evaluate.batch=1")
+    assert one.drawing == decoding_bytes(torch.nn.Module.to(meta_vae("sd15"), torch.bfloat16), 64)
+    online = plan_of("sd15-lora", "--online.every=5", "--online.judge=pocket-rules", "--online.guidance=1")
+    assert online.drawing == 16 / 32 * small.inversion
+
+
+def meta_vae(name: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        return make_vae(name)
+
+
+def test_latents_and_text_of_the_windows():
+    """By hand: two windows of 1024 pairs, fp32 latents of both sides, a prompt each in bf16; x_t at further t."""
+    text = 1024 * 77 * 2048 * 2
+    latents = 4 * 2 * 1024 * 4 * 128 * 128
+    assert plan_of("sdxl").windows == 2 * (latents + text)
+    assert plan_of("sdxl", gpus=8).windows == 2 * (latents + text) // 8
+    assert plan_of("sdxl", "--objective.timesteps.per_pair=3").windows == 4 * latents + 2 * text
+    assert plan_of("sdxl", "--method=sft").windows == latents + 2 * text
+
+
+def test_text_is_counted():
+    """32 prompts at once. SDXL's second encoder has all its layers' answers alive, and what its last layer takes."""
+    small, large = plan_of("sd15").text, plan_of("sdxl").text
+    layer = 32 * 77 * 1280 * 2
+    assert 33 * layer < large < 45 * layer and 0 < small < large / 3
+
+
+def test_the_plan_shows_what_is_encoded():
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show(recipe("sdxl-lora"), plan_of("sdxl-lora"), console)
+    text = console.export_text()
+    for words in (
+        r"VAE encoding, 2 images +2\.54",
+        r"text encoding, 32 prompts +0\.25",
+        r"latents and text of .* 0\.20",
+    ):
+        assert re.search(words, text), text
+    assert "drawing" not in text.replace("encoding, drawing, inversion", "")
+    show(recipe("sd15-lora"), plan_of("sd15-lora", "--data.vae_batch=1", "--evaluate.prompts=x"), console)
+    text = console.export_text()
+    assert re.search(r"VAE encoding, 1 image +0\.32", text) and re.search(r"drawing pictures .* 2\.19", text)
 
 
 @pytest.mark.slow

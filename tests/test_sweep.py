@@ -25,8 +25,9 @@ from inpo_fast.data.images import decode, make_view
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig
 from inpo_fast.held import Held
+from inpo_fast.memory import TooLarge
 from inpo_fast.objectives import ObjectiveConfig
-from inpo_fast.step import TooLarge, noise_window, train_step
+from inpo_fast.step import noise_window, train_step
 from inpo_fast.window import make_window
 
 

@@ -13,10 +13,11 @@ from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
 from inpo_fast.loading import open_pipeline
+from inpo_fast.memory import TooLarge
 from inpo_fast.models import DTYPES, LoraSettings, Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.optim import Average, LossScale, OptimConfig, make_optimizer
-from inpo_fast.step import TooLarge, train_step
+from inpo_fast.step import train_step
 from inpo_fast.window import Recipe, make_window
 
 RECIPE = Recipe("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=3), 2, True, 0)

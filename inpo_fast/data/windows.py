@@ -50,6 +50,9 @@ class DataConfig:
     """Share of prompts replaced by the empty one. The published script: 0.2; the paper does not mention it."""
     vae_sample: bool = True
     """Draw latents from the VAE's posterior (as published), or take its mean."""
+    vae_batch: int | None = None
+    """Images that the VAE encodes at once. No effect beyond rounding. None: from the model and the resolution, so that
+    it takes at most 3 GiB."""
     max_pixels: int = 50_000_000
     """A larger image is dropped with its pair (decompression bombs)."""
     bad_pair_limit: float = 0.001
