@@ -40,13 +40,14 @@ from inpo_fast.data.windows import DataConfig, Item, Windows
 from inpo_fast.fast_unet import make_fast
 from inpo_fast.inversion import InversionConfig, evaluations_of
 from inpo_fast.loading import open_pipeline, quiet_libraries
+from inpo_fast.memory import TooLarge
 from inpo_fast.models import DTYPES, Models, ModelsConfig
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.phases import Stopwatch, phase
 from inpo_fast.plan import GIB, RESERVE, make_plan
 from inpo_fast.pocket import ASSETS
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
-from inpo_fast.step import TooLarge, train_step
+from inpo_fast.step import train_step
 from inpo_fast.window import Recipe, make_window
 
 STEPS, SEED, RECIPE_PAIRS = 10, 0, 400 * 1024
@@ -61,7 +62,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 
 SIZES = {"naive": (), "lockstep": ("lockstep_batch",)}  # what may be halved; of all others:
 OURS = ("micro_batch", "inversion_batch")
-KEYS = {"train.micro_batch": "micro_batch", "inversion.batch": "inversion_batch"}  # step.py's names
+KEYS = {"train.micro_batch": "micro_batch", "inversion.batch": "inversion_batch", "data.vae_batch": "vae_batch"}
 
 
 @dataclass
@@ -150,7 +151,8 @@ def fit(asked: argparse.Namespace, names: list[str], memory: float) -> None:
     to compare, and the naive loop's fp32 policy with gradient sums in its own layout."""
     if asked.model not in ("sd15", "sdxl"):
         return
-    models = ModelsConfig(base="", random=asked.model, precision=asked.precision)
+    fast = "compiled" if "compiled" in names else "off"
+    models = ModelsConfig(base="", random=asked.model, precision=asked.precision, fast=fast)
     config = replace(RunConfig(), models=models, inversion=InversionConfig(batch=asked.inversion_batch))
     config = replace(config, data=replace(config.data, resolution=asked.resolution))
     plan = make_plan(config, 1)
@@ -274,6 +276,7 @@ class Run:
             "provider": c.name,
             "threads": asked.threads,
             **{name: c.sizes.get(name, getattr(asked, name)) for name in (*OURS, "lockstep_batch")},
+            "vae_batch": c.sizes.get("vae_batch"),
             "pairs": len(c.items),
             "n": STEPS,
             "grid": "diffusers-0.22",
@@ -351,6 +354,8 @@ def move_policy(models: Models) -> None:
 def _contender(name: str, models: Models, items: list[Item], asked: argparse.Namespace) -> Contender:
     how = {"beta": BETA[asked.precision], "inversion_steps": STEPS, "seed": SEED}
     sizes = {size: getattr(asked, size) for size in SIZES.get(name, OURS)}
+    if name not in SIZES:
+        sizes["vae_batch"] = models.vae_batch(items[0].winner.pixels.shape[0])
     if name == "naive":
         other, autocast = _naive_models(models), None if asked.precision == "fp32" else DTYPES[asked.precision]
         sums = [p.grad for p in other.policy.parameters()]
@@ -382,7 +387,8 @@ def _contender(name: str, models: Models, items: list[Item], asked: argparse.Nam
 
     def ours(items: list[Item]) -> None:
         at_once = replace(inversion, batch=sizes["inversion_batch"])
-        recipe = Recipe("inpo", ObjectiveConfig(beta=how["beta"]), at_once, sizes["micro_batch"], True, SEED)
+        objective, vae_batch = ObjectiveConfig(beta=how["beta"]), sizes["vae_batch"]
+        recipe = Recipe("inpo", objective, at_once, sizes["micro_batch"], True, SEED, vae_batch=vae_batch)
         with phase("encode"):
             window = make_window(items, other, recipe, empty)
         train_step(window, other, recipe, len(items), clip=float("inf"))

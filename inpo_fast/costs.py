@@ -27,12 +27,14 @@ CLASSES = {  # operation -> class of the table
 
 @dataclass(frozen=True)
 class Passes:
-    """One image through a module. forward, backward: FLOPs by class; activations: bytes kept for the backward pass."""
+    """One image through a module. forward, backward: FLOPs by class; activations: bytes kept for the backward pass;
+    block: of them, those that the largest block keeps."""
 
     parameters: int
     forward: dict[str, int]
     backward: dict[str, int]
     activations: int
+    block: int
 
     @property
     def forward_flop(self) -> int:
@@ -52,9 +54,8 @@ def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bo
         with FlopCounterMode(display=False) as forward, kept.watching():
             answer = ask_unet(unet, side, tokens)
         forward = _by_class(forward, unet)
-        activations = kept.bytes
+        activations, largest = kept.bytes, kept.largest_block
         if checkpointing:
-            largest = kept.largest_block
             unet.enable_gradient_checkpointing()
             kept = _Kept(unet)
             with kept.watching():
@@ -62,7 +63,7 @@ def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bo
             activations = kept.bytes + largest
         with FlopCounterMode(display=False) as backward:
             answer.backward(torch.empty_like(answer))
-    return Passes(parameters, forward, _by_class(backward, unet), activations)
+    return Passes(parameters, forward, _by_class(backward, unet), activations, largest)
 
 
 def ask_unet(unet: torch.nn.Module, side: int, tokens: int) -> torch.Tensor:

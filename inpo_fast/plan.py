@@ -99,6 +99,8 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
     kept = _kept(config, shapes, passes, trained, gpus)
     activations = SIDES[config.method] * passes.activations
     image = forward_bytes(shapes.unet, pixels // factor, shapes.tokens)
+    if config.models.fast == "compiled":  # compiled.py: without a gradient too, a block keeps what it had for one
+        image += passes.block
     each = encoding_bytes(shapes.vae, pixels)
     vae_batch = config.data.vae_batch or largest_batch(each, "cuda")
     work = work_of_a_pair(

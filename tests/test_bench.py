@@ -15,10 +15,10 @@ from inpo_fast.config import RunConfig
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Windows
 from inpo_fast.inversion import InversionConfig
+from inpo_fast.memory import TooLarge
 from inpo_fast.models import Models, ModelsConfig
 from inpo_fast.plan import make_plan
 from inpo_fast.profile import WORK
-from inpo_fast.step import TooLarge
 
 
 @pytest.fixture
@@ -124,6 +124,20 @@ def test_out_of_memory_is_recorded_and_halves(command, monkeypatch, tmp_path, ca
         assert lines[1]["against"] == "naive" and lines[1]["gradient_error"] is None
         assert "**out of memory**" in report.steps_table(lines)
         assert "plain: out of memory at micro_batch 1: given up" in capsys.readouterr().out
+
+
+def test_the_vae_has_a_size_of_its_own(command, monkeypatch, tmp_path):
+    real = train_step.make_window
+
+    def small_card(items, models, recipe, empty):
+        if recipe.vae_batch > 2:
+            raise TooLarge("data.vae_batch", recipe.vae_batch)
+        return real(items, models, recipe, empty)
+
+    monkeypatch.setattr(train_step, "make_window", small_card)
+    command("--contenders=plain", "--repeats=1", "--results", str(tmp_path / "results"))
+    (line,) = recorded(tmp_path / "results")
+    assert line["too_large"] == ["vae_batch 8", "vae_batch 4"] and line["vae_batch"] == line["micro_batch"] == 2
 
 
 def test_turns_of_other_sizes_are_not_mixed(command, monkeypatch, tmp_path):

@@ -213,6 +213,18 @@ def test_what_takes_turns_with_the_policy():
     assert online.drawing == 16 / 32 * small.inversion
 
 
+def test_compiled_blocks_keep_what_they_had_for_a_gradient():
+    """An inversion on the graphs that have one: the largest block of each image more, and of drawn pictures too."""
+    more = ("--evaluate.prompts=x", "--evaluate.batch=64")
+    fused, compiled = (plan_of("sd15-lora", f"--models.fast={how}", *more) for how in ("fused", "compiled"))
+    block = (compiled.inversion - fused.inversion) / 32
+    side, heads = 64 * 64, 8
+    stored = 2 * side * 320 * (3 + 3 + 1 + 2) + 4 * side * heads  # of an adapted block: q, k, v, what they are made of
+    assert stored < block < 4 * stored and compiled.drawing - fused.drawing == 2 * 64 * block
+    whole = [plan_of("sd15", f"--models.fast={how}") for how in ("fused", "compiled")]
+    assert whole[0].activations == whole[1].activations and whole[1].inversion > whole[0].inversion + 64 * block
+
+
 def meta_vae(name: str) -> torch.nn.Module:
     with torch.device("meta"):
         return make_vae(name)
