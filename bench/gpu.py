@@ -119,7 +119,7 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
             tests("kernel-tests", kernel_tests, a_few, untimed, 50, 100),
             tests("gpu-tests", on_gpu, no_wait, "gpu", 35, 60),
             timed("attention", attention, 60, 80, needs=("diffusers",), shown=6),
-            step("step-sd15-compiled", "sd15", "fused,compiled", sd15, 110, 150),
+            step("step-sd15-compiled", "sd15", "fused,compiled", sd15, 120, 190),
         ],
         "second": [
             kernel("bench_linear_geglu", 50, 60),
