@@ -54,9 +54,8 @@ def cut(x):
 @contextmanager
 def limits() -> Iterator[None]:
     """Within the block dynamo makes as many graphs as there are shapes, and more than that are an error."""
-    with torch._dynamo.config.patch(
-        recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=16 * MOST_GRAPHS, fail_on_recompile_limit_hit=True
-    ):
+    # fullgraph=True makes an error of it
+    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=16 * MOST_GRAPHS):
         yield
 
 
@@ -66,7 +65,7 @@ def evaluate(unet: nn.Module, forward: Callable, *args, **kwargs):
     mode = unet.fast_mode
     with limits():
         # fp8 is the inversion's alone and has no gradient: graphs of its own
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or mode.fp8 is not None:
+        if torch.is_grad_enabled() or mode.fp8 is not None:
             return forward(unet, *args, **kwargs)
         mode.cuts = True
         try:

@@ -139,9 +139,10 @@ class Models:
             pipeline.unet = self.reference = copy.deepcopy(self.policy)
             self.adapters = []
         how = resolve(config.fast, device)
-        self.zeros = zero_factors(self.adapters) if how == "compiled" else None
         for unet in {id(unet): unet for unet in (self.policy, self.reference)}.values():
             make_fast(unet, how, config.attention, config.cuda_graphs)
+        # only now, as they lie in memory as the weights do
+        self.zeros = zero_factors(self.adapters) if how == "compiled" else None
         trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
         self.weights = Weights(trained, masters, split)
         if config.gradient_checkpointing:
