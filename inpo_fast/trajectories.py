@@ -171,6 +171,8 @@ def _identity(
     schedule, settings = models.schedule, models.config
     levels = (schedule.abar.tolist(), schedule.first_abar, schedule.steps_offset)
     fast = resolve(settings.fast, models.device)
+    if fast == "compiled":
+        fast += " as a CUDA graph" if settings.cuda_graphs else " by blocks"
     encoders = [getattr(models.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
     identity = {
         "holds": "frozen steps" if inversion.frozen else "trajectories",
@@ -183,7 +185,6 @@ def _identity(
         "precision": settings.precision,
         # where the fused inversion meets an adapter it takes another kernel, which rounds otherwise
         "fast": f"{fast}, {'adapters' if models.adapters else 'no adapters'}" if fast != "off" else fast,
-        **({"compiled": "as a CUDA graph" if settings.cuda_graphs else "by blocks"} if fast == "compiled" else {}),
         "device": models.device.type,
         "steps": inversion.steps,
         "grid": inversion.grid,

@@ -164,6 +164,12 @@ OTHER = [
 ]
 
 
+def test_a_compiled_inversion_is_of_one_kind(world, tmp_path):
+    opened(world, tmp_path, fast="compiled")
+    with pytest.raises(Refusal, match="fast is compiled by blocks, no adapters there, compiled as a CUDA graph, no"):
+        opened(world, tmp_path, fast="compiled", cuda_graphs=True)
+
+
 @pytest.mark.parametrize(("entry", "options"), OTHER)
 def test_a_folder_of_another_kind_is_refused(world, tmp_path, entry, options):
     """Each entry of the manifest, with the folder's value and ours, before anything is written."""
