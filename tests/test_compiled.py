@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpo_fast import compiled, fast_unet
+from inpo_fast.architectures import make_unet
 from inpo_fast.config import RunConfig
 from inpo_fast.config_rules import check
 from inpo_fast.data.sources import open_source
@@ -387,6 +388,34 @@ def test_a_whole_unet_by_inductor(kind):
     with_gradient, without, got = evaluation(fast, torch.bfloat16)
     assert torch.equal(with_gradient, without)
     assert distance(got, want) < 1.05 * distance(eager, want)
+
+
+@pytest.mark.slow
+def test_sd15_by_inductor():
+    """Its true widths, small latents, bf16, two minutes without the compiler's caches; the yardstick is fp32."""
+    torch._dynamo.reset()
+    counters.clear()
+    unet = make_unet("sd15").eval()
+    exact = copy.deepcopy(unet.bfloat16()).float()
+    fused, fast = copy.deepcopy(unet), unet
+    make_fast(fused, "fused"), make_fast(fast, "compiled")
+    images, time, text = (
+        torch.randn(2, 4, 16, 16).bfloat16(),
+        torch.tensor([100, 700]),
+        torch.randn(2, 77, 768).bfloat16(),
+    )
+    weight = torch.randn(2, 4, 16, 16).bfloat16()
+
+    def gradient(unet, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        unet(images.to(dtype), time, text.to(dtype)).sample.backward(weight.to(dtype))
+        return torch.cat([p.grad.flatten().bfloat16() for p in unet.parameters()])
+
+    with torch.no_grad():
+        without = fast(images, time, text).sample
+    assert torch.equal(fast(images, time, text).sample, without)
+    want = gradient(exact, torch.float32)
+    assert distance(gradient(fast), want) < 1.05 * distance(gradient(fused), want)
+    assert counters["stats"]["unique_graphs"] == 26
 
 
 @pytest.mark.slow
