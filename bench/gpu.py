@@ -28,9 +28,11 @@ import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import sysconfig  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -114,7 +116,7 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
     facts = (sys.executable, "-c", "import bench.gpu; bench.gpu.facts()")
     return {
         "first": [
-            timed("machine", facts, 20, 40, shown=12),
+            timed("machine", facts, 20, 40, shown=13),
             step("step-sd15", "sd15", "plain,fused", sd15, 105, 150),
             tests("kernel-tests", kernel_tests, a_few, untimed, 50, 100),
             tests("gpu-tests", on_gpu, no_wait, "gpu", 60, 90),
@@ -148,9 +150,12 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
 
 
 def facts() -> None:
-    """The machine: versions, the GPU and its settings, the two ceilings."""
+    """The machine: versions, what Triton builds its launchers with, the GPU and its settings, the two ceilings."""
     for name, value in results.provenance().items():
         print(name, value)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    print(f"Triton's C compiler {compiler}, {header}{'' if header.exists() else ' is missing'}")
     if not torch.cuda.is_available():
         return
     p = torch.cuda.get_device_properties(0)
