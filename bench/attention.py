@@ -8,6 +8,7 @@ with the least total time over a UNet's shapes, where it beats torch's own choic
 """
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -67,8 +68,8 @@ def main() -> int:
     chosen = {}
     for size in sorted({size for _, size in totals}):
         times = {name: ms for (name, s), ms in totals.items() if s == size and (name, s) not in broken}
-        best = min(times, key=times.get)
-        if best != "torch" and times[best] < GAIN * times["torch"]:
+        best = min(times, key=times.get, default="torch")
+        if best != "torch" and times[best] < GAIN * times.get("torch", math.inf):
             chosen[major, size] = best
         print(f"head size {size}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in sorted(times.items())))
     print(f"FASTEST = {chosen}")

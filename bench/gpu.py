@@ -3,7 +3,7 @@
     python -m bench.gpu [--plan first|second|all] [--only NAME,NAME] [--budget-seconds 470] [--output FOLDER]
                         [--again] [--list] [--rehearse]
 
---plan first (the default, about 400 s): the machine, SD1.5's step, kernel tests, tests that need a GPU, attention back
+--plan first (the default, about 415 s): the machine, SD1.5's step, kernel tests, tests that need a GPU, attention back
 ends, SD1.5's step compiled. second (about 200 s): linear + GEGLU, SDXL's step, the naive loop. all: these two, then
 every kernel benchmark, all contenders, values, profiles (45 minutes). `make gpu` is --plan all: called again it goes
 on with what is left.
@@ -28,9 +28,11 @@ import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import sysconfig  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -100,7 +102,7 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
     sdxl = "--pairs 8 --micro-batch 4 --inversion-batch 16 --repeats 2"
     few = "--pairs 6 --micro-batch 6 --inversion-batch 12 --repeats 1"
     every = "naive,lockstep,plain,fused,compiled"
-    on_gpu = ("tests/kernels", *TRAINER)
+    on_gpu = ("tests/kernels", *TRAINER, "tests/test_compiled.py")
     kernel_tests = (*many, "tests/kernels", "--ignore=tests/kernels/test_compile.py")
     a_few = (*many, "tests/kernels/test_errors.py", "tests/kernels/test_tensor_lists.py")
     no_wait = (
@@ -114,10 +116,10 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
     facts = (sys.executable, "-c", "import bench.gpu; bench.gpu.facts()")
     return {
         "first": [
-            timed("machine", facts, 20, 40, shown=12),
+            timed("machine", facts, 20, 40, shown=13),
             step("step-sd15", "sd15", "plain,fused", sd15, 105, 150),
             tests("kernel-tests", kernel_tests, a_few, untimed, 50, 100),
-            tests("gpu-tests", on_gpu, no_wait, "gpu", 35, 60),
+            tests("gpu-tests", on_gpu, no_wait, "gpu", 60, 90),
             timed("attention", attention, 60, 80, needs=("diffusers",), shown=6),
             step("step-sd15-compiled", "sd15", "fused,compiled", sd15, 120, 190),
         ],
@@ -148,9 +150,12 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
 
 
 def facts() -> None:
-    """The machine: versions, the GPU and its settings, the two ceilings."""
+    """The machine: versions, what Triton builds its launchers with, the GPU and its settings, the two ceilings."""
     for name, value in results.provenance().items():
         print(name, value)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    print(f"Triton's C compiler {compiler}, {header}{'' if header.exists() else ' is missing'}")
     if not torch.cuda.is_available():
         return
     p = torch.cuda.get_device_properties(0)

@@ -453,7 +453,7 @@ def _waits(cuda: bool) -> Iterator[list]:
         finally:
             if cuda:
                 torch.cuda.set_sync_debug_mode("default")
-            found += [w for w in seen if "synchroniz" in str(w.message)]
+            found += [w for w in seen if "called a synchronizing" in str(w.message)]
 
 
 def text_of(x: dict) -> str:

@@ -14,7 +14,7 @@ a group is 20 to 160 bytes wide: programs read full rows of channels and groups 
 import torch
 import triton
 import triton.language as tl
-from inpo_kernels.layout import exact_block, power_of_two
+from inpo_kernels.layout import exact_block, is_channels_last, power_of_two
 
 TILE = 4096  # elements a program holds at once
 WARPS_BACKWARD = 8  # with 4 a thread needs over 200 registers
@@ -348,6 +348,6 @@ def group_norm_silu(
         return group_norm_silu_reference(x, weight, bias, groups, eps, silu, temb)
     if x.shape[1:].numel() >= 2**31:
         raise ValueError(f"an image of x {tuple(x.shape)} has 2^31 elements or more: kernels count in int32 there")
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not is_channels_last(x):
         raise ValueError("x must be channels_last; call .contiguous(memory_format=torch.channels_last) on it")
     return _group_norm_silu(x, weight, bias, groups, eps, silu, temb)[0]

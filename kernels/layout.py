@@ -21,6 +21,18 @@ def plane_strides(name: str, x: torch.Tensor) -> tuple[int, int, int]:
     return image, channel, pixel
 
 
+def is_channels_last(x: torch.Tensor) -> bool:
+    """x.is_contiguous(memory_format=torch.channels_last), from its strides: torch 2.11's own answer is wrong about most
+    operators' results while it compiles for batches of any size."""
+    expected = 1
+    for dim in (1, 3, 2, 0):
+        if x.shape[dim] != 1:
+            if x.stride(dim) != expected:
+                return False
+            expected *= x.shape[dim]
+    return True
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two >= n: block sizes must be one."""
     return 1 << max(n - 1, 0).bit_length()

@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
 
-from bench import predictions, report, train_step
+from bench import attention, predictions, report, train_step
 from bench.naive import lockstep_step, naive_step
 from inpo_fast.config import RunConfig
 from inpo_fast.data.sources import open_source
@@ -249,3 +250,26 @@ def test_a_twin_has_the_same_parameters():
     naive = train_step._naive_models(models)
     for p, master in zip(naive.policy.parameters(), models.weights.masters, strict=True):
         assert p.grad is master.grad and torch.equal(p, master) and p is not master
+
+
+def test_what_counts_as_a_wait(monkeypatch):
+    """Not the warning that torch gives when it is asked to watch."""
+    first = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: warnings.warn(first, stacklevel=1))
+    with train_step._waits(True) as waits:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert len(waits) == 1
+
+
+def test_attention_where_a_shape_fails(monkeypatch, capsys):
+    """Torch's own choice too may be refused by a card: what was measured is said all the same."""
+
+    def measure(backend, images, heads, size, queries, keys, device):
+        if queries > keys:
+            raise RuntimeError("no kernel for this shape")
+        return {"forward_ms": 1.0, "both_ms": 2.0, "error": 0.0}
+
+    monkeypatch.setattr(attention, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["bench.attention", "--tiny"])
+    assert attention.main() == 0
+    assert "no kernel for this shape" in (said := capsys.readouterr().out) and "FASTEST = {}" in said

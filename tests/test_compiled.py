@@ -116,7 +116,7 @@ def test_compiled_is_fused(traced, kind):
 def unsettle(models: Models) -> None:
     """New weights, those too that begin at zero."""
     for i, p in enumerate(models.parameters()):
-        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.device))
     models.weights.refresh()
 
 
@@ -285,6 +285,8 @@ def test_cuda_graphs_are_of_one_size(traced, items):
 def kernels(monkeypatch):
     """The kernels' own operators, in Triton's interpreter, where the CPU would take their references; the compiler
     goes as far as Inductor's door: forward and backward graphs as they would be given to it."""
+    if torch.cuda.is_available():
+        pytest.skip("beside a GPU the kernels are compiled and take no CPU tensors; -m gpu runs them on CUDA")
     monkeypatch.setattr(fast_unet, "group_norm_silu", lambda *args: _group_norm_silu(*args)[0])
     monkeypatch.setattr(fast_unet, "geglu", _geglu)
 
@@ -433,6 +435,26 @@ def test_the_pocket_by_inductor(items):
         spread.append(noise_window(window, models, RECIPE)[0])
     assert distance(gradients[2], gradients[0]) < 1.05 * distance(gradients[1], gradients[0])
     assert distance(spread[2], spread[0]) < 1.2 * distance(spread[1], spread[0])
+
+
+@pytest.mark.gpu
+def test_step_zero_on_a_gpu(items):
+    """Inductor around the kernels, bf16: logits of exactly 0, graphs for every batch, and the fused step's gradient."""
+    torch._dynamo.reset()
+    before, zero, gradients = counters["stats"]["unique_graphs"], {}, {}
+    for how in ("off", "fused", "compiled"):
+        config = ModelsConfig(base="x", fast=how, precision="bf16")
+        models = Models(tiny_pipeline(), torch.device("cuda"), config)
+        window = make_window(items, models, RECIPE, models.encode_empty())
+        _, logits = train_step(window, models, RECIPE, len(items), 1e9)
+        zero[how] = not logits.any()
+        gradients[how] = torch.cat([g.flatten() for g in models.weights.gradients])
+    graphs = counters["stats"]["unique_graphs"] - before
+    unsettle(models)
+    _, logits = train_step(window, models, RECIPE, len(items), 1e9)
+    assert zero == {"off": True, "fused": True, "compiled": True}
+    assert logits.all() and counters["stats"]["unique_graphs"] - before == graphs > 5
+    assert distance(gradients["compiled"], gradients["fused"]) < 0.1
 
 
 def test_how_many_blocks_it_says(traced):

@@ -268,6 +268,20 @@ def test_compiles_whole():
     torch.testing.assert_close(both[1], both[0], rtol=1e-6, atol=1e-6)
 
 
+def test_compiles_for_a_batch_of_any_size(monkeypatch):
+    """The check of x's layout too: while the batch is a symbol, torch 2.11 denies that x + 1 is channels_last."""
+    w, b = torch.empty(2, 8, device="meta")
+    block = torch.compile(lambda x: group_norm_silu(x + 1, w, b, 2, EPS), fullgraph=True, backend="eager")
+    for batch in (3, 5):
+        x = torch.empty(batch, 8, 3, 5, device="meta", memory_format=torch.channels_last)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert block(x).shape == x.shape
+    x, w, b, _, _ = operands((2, 12, 3, 5), 3, torch.float32)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(torch.Tensor, "is_contiguous", lambda x, **_: False)  # as 2.11 says
+    group_norm_silu(x, w, b, 3, EPS)
+
+
 @pytest.mark.gpu
 def test_beyond_32_bits():
     """33 images of 2^26 elements: offsets pass 2^31 in the last two. About 20 GB: x, y, dy, dx in bf16."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inpo_kernels.layout import exact_block, plane_strides, power_of_two
+from inpo_kernels.layout import exact_block, is_channels_last, plane_strides, power_of_two
 
 SHAPES = {
     "usual": (2, 3, 5, 7),
@@ -74,3 +74,11 @@ def test_block_sizes():
                 assert block == min(divisor, most) and n % block == 0, "no lane is masked"
             else:
                 assert block == min(power_of_two(n), most), "few masked lanes, not rows in crumbs"
+
+
+@pytest.mark.parametrize("view", (EVEN | UNEVEN).values(), ids=EVEN | UNEVEN)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (1, 3, 5, 7), (2, 1, 5, 7)])
+def test_channels_last_is_what_torch_calls_so(shape, view):
+    for base in (torch.zeros(shape), torch.zeros(shape).to(memory_format=torch.channels_last)):
+        x = view(base)
+        assert is_channels_last(x) == x.is_contiguous(memory_format=torch.channels_last)
