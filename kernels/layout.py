@@ -23,7 +23,7 @@ def plane_strides(name: str, x: torch.Tensor) -> tuple[int, int, int]:
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """x.is_contiguous(memory_format=torch.channels_last), from its strides: torch 2.11's own answer is wrong about most
-    operators' results while it compiles for batches of any size."""
+    operators' results while it compiles for batches of any size (findings/torch-2.11-layout-of-any-batch.sh)."""
     expected = 1
     for dim in (1, 3, 2, 0):
         if x.shape[dim] != 1:
