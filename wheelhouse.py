@@ -42,6 +42,11 @@ SILENT = (
     "from here"
 )
 PLACED = re.compile(r"^([\w.\-]+) @ \S*?/[\w.]+?-([^-/]+)-[^/]+\.whl")
+VERSION = re.compile(  # what uv reads: PEP 440; a distribution's own packages have others
+    r"v?(\d+!)?\d+(\.\d+)*([-_.]?(a|alpha|b|beta|c|rc|pre|preview)[-_.]?\d*)?(-\d+|[-_.]?(post|rev|r)[-_.]?\d*)?"
+    r"([-_.]?dev[-_.]?\d*)?(\+[a-z0-9]+([-_.][a-z0-9]+)*)?",
+    re.IGNORECASE,
+)
 EDITABLE = re.compile(r"^# Editable .*\(([\w.\-]+)==(\S+)\)")
 
 
@@ -108,7 +113,7 @@ def installation(python, folder):
 def read_freeze(path):
     """Package: version, of what pip freeze or pip list --format=freeze said."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise Refusal(f"HAS={path} cannot be read ({getattr(problem, 'strerror', None) or 'no text'})") from None
     said = [line.strip() for line in text.splitlines()]
@@ -121,7 +126,7 @@ def read_freeze(path):
     if not found:
         raise Refusal(f"HAS={path} has no line NAME==VERSION; {how}")
     found.pop(project_name(), None)
-    return found
+    return {name: version for name, version in found.items() if VERSION.fullmatch(version)}
 
 
 def normal(name):
@@ -216,7 +221,15 @@ class Target:
 
     def compile(self, *words, text=""):
         command = [self.uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--only-binary", ":all:"]
-        command += ["--no-python-downloads", "--python-version", self.python, "--python-platform", self.platform]
+        command += [
+            "--python",
+            sys.executable,
+            "--no-python-downloads",
+            "--python-version",
+            self.python,
+            "--python-platform",
+            self.platform,
+        ]
         command = [str(word) for word in (*command, *words)]
         return subprocess.run(command, input=text, env=environment(), cwd=str(ROOT), capture_output=True, text=True)
 

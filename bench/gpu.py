@@ -244,7 +244,10 @@ class Book:
         self.of = {"commit": results.commit()[0], "sources": results.sources()}
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "state.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            kept = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as problem:
+            raise OSError(f"{path} is damaged ({problem}); remove it, and all slices are begun anew") from None
         self.state: dict[str, dict] = kept["slices"] if kept.items() >= self.of.items() else {}
 
     def status(self, it: Slice) -> str:
@@ -310,10 +313,18 @@ def chosen(plans: dict[str, list[Slice]], plan: str, only: str | None) -> list[S
     known = {it.name: it for of in plans.values() for it in of}
     if only is None:
         return [*known.values()] if plan == "all" else plans[plan]
-    names = [name for name in only.split(",") if name]
-    if unknown := [name for name in names if name not in known]:
-        return f"--only: no slice {', '.join(unknown)}; there are {', '.join(known)}"
+    names = [*dict.fromkeys(filter(None, map(str.strip, only.split(","))))]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        return f"--only: no slice {', '.join(unknown) or 'named'}; there are {', '.join(known)}"
     return [known[name] for name in names]
+
+
+def ended(number: int, _) -> None:
+    """Ctrl-C, kill, or the terminal is gone: on the way out the slice at work is ended too."""
+    with contextlib.suppress(OSError):
+        print(f"bench.gpu: ended by {signal.Signals(number).name}; the same command goes on", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def main() -> int:
@@ -349,8 +360,15 @@ def main() -> int:
     if not (tiny or torch.cuda.is_available()):
         print("bench.gpu: there is no CUDA device (torch.cuda.is_available() is False); --rehearse tries the script")
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the slice at work is ended too
-    book = Book(folder, todo)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, ended)
+    try:
+        book = Book(folder, todo)
+        (folder / "log.txt").touch()
+    except OSError as problem:
+        print(f"bench.gpu: {problem}", file=sys.stderr)
+        return 2
     budget = (1200 if tiny else 470) if asked.budget_seconds is None else asked.budget_seconds
     run(book, budget, asked.again, BEGUN)
     print((folder / "summary.md").read_text() if (folder / "summary.md").exists() else "nothing was begun")

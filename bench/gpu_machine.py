@@ -47,7 +47,10 @@ def make(asked):
     found, held = target.resolved(wheelhouse.names(asked.extras))
     lacking = target.lacking(found, held)
     if unknown := [f"{name} {target.has[name]}" for name in held if name not in wheelhouse.HELD]:
-        raise Refusal(f"no index has {', '.join(unknown)} of HAS={asked.has}; name other versions in a copy of it")
+        raise Refusal(
+            f"no index has {', '.join(unknown)} of HAS={asked.has} for Python {asked.python}; name other versions in a "
+            "copy of it"
+        )
     there = with_needs(target, {name: public(target.has[name]) for name in found if name not in lacking})
     torch = there["torch"]
     if asked.torch:

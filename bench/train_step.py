@@ -310,7 +310,7 @@ class Run:
 
     def evaluations(self, items: list[Item]) -> float:
         """Of the inversion, mean per image: they depend on the timesteps that were drawn."""
-        t = torch.tensor([draws.integer(0, 999, "t", SEED, item.position) for item in items])
+        t = torch.tensor([[draws.integer(0, 999, "t", SEED, item.position) for item in items]])
         how = InversionConfig(steps=STEPS, grid="diffusers-0.22", evaluate_at="target")
         return evaluations_of(how, self.models.schedule, t).double().mean().item()
 

@@ -100,7 +100,11 @@ def fill(config: RunConfig, models: Models, rank: int, world: int, console: Cons
                 try:
                     encoded = torch.cat(encode_views(views, keys, models, config.data.vae_sample, latents.vae_batch))
                 except TooLarge as problem:  # not halved here: all latents of a folder are rounded alike
-                    raise Refusal(f"{problem}, for the training too, and an empty folder as data.cache") from None
+                    less = f"{problem.key}={problem.size // 2}" if problem.size > 1 else "a smaller data.resolution"
+                    raise Refusal(
+                        f"out of memory at {problem.key}={problem.size}; take {less}, for the training too, and an "
+                        "empty folder as data.cache"
+                    ) from None
                 here = torch.tensor([isinstance(item, Item) for _, item in found])
                 x_0[here] = encoded.unflatten(0, (len(good), 2)).cpu()
                 if new := latents.unknown_prompts([item.prompt for item in good]):

@@ -6,8 +6,9 @@ for one, each block's answer is cut off at once, so that what it kept for its ba
 block begins.
 
 A block's weights are inputs of its graph: policy and reference share it, and what the optimizer writes is seen. The
-batch is of any size, so that a last smaller one compiles nothing. A block that the compiler does not take whole, or for
-which it would make too many graphs, is an error: it never runs uncompiled in silence.
+batch is of any size from two on, so that a last smaller one compiles nothing; a batch of one has graphs of its own, and
+so would inference mode, under which pictures are therefore not drawn. A block that the compiler does not take whole, or
+for which it would make too many graphs, is an error: it never runs uncompiled in silence.
 """
 
 import functools

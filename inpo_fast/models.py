@@ -62,7 +62,7 @@ class ModelsConfig:
     fast: Fast = "off"
     """fused: channels_last and our kernels inside the UNets. compiled: the same under torch.compile, block by block,
     one graph for policy, reference and inversion; the first step compiles. off: diffusers as it is. auto: fused on a
-    GPU, off elsewhere. None is the default before it was measured on a GPU."""
+    GPU, off elsewhere. off stays the default until the others were measured on a GPU."""
     attention: AttentionBackend = "auto"
     """The attention kernel of a fused UNet. auto: by size of the heads, from a measured table; torch where it has no
     entry."""

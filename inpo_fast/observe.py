@@ -86,7 +86,7 @@ class Observer:
         found = tally.values()
         return {f"held_out_{name}": found[name] for name in SEEN if name in found}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def draw_strip(self) -> np.ndarray:
         """(H, images * W, 3) uint8 by the policy as it is; every process draws its share."""
         how, pipeline = self.config.evaluate, self.models.pipeline

@@ -279,6 +279,7 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
         console.print(
             f"[bold]Does not fit {config.plan.memory:g} GiB[/bold] even at micro-batch 1: try models.lora.rank=16, "
             "optim.kind=adamw-8bit or adafactor, models.gradient_checkpointing=true, a smaller inversion.batch"
+            f"{', data.vae_batch=1' * (plan.vae_batch > 1)}"
         )
 
     cost = _table("work of one pair", "TFLOP", "share")

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FITTED: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # pictures at once, where fewer than asked fit
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],

@@ -143,7 +143,7 @@ def train(run: Run, console: Console) -> None:
         config.seed,
         trajectories=run.trajectories,
         latents=run.latents,
-        vae_batch=run.vae_batch or config.data.vae_batch,
+        vae_batch=min(filter(None, (run.vae_batch, config.data.vae_batch)), default=None),
     )
     balanced = uses_inversion(recipe) and run.trajectories is None  # cached climbs cost nothing
     resolution = config.data.resolution or models.resolution

@@ -56,6 +56,24 @@ def test_it_prints_rates_and_ratios_and_keeps_them(command, capsys, tmp_path, pr
     assert table.count("\n") == 5 and f"**{lines[-1]['ratio']:.2f}x**" in table
 
 
+def test_evaluations_are_the_mean_of_those_done(command, monkeypatch, tmp_path):
+    """What a prediction of the inversion is scaled by."""
+    done, plain = [], train_step.train_step
+
+    def counted(*args, **more):
+        tally, logits = plain(*args, **more)
+        done.append(tally.values()["unet_evaluations"])
+        return tally, logits
+
+    monkeypatch.setattr(train_step, "train_step", counted)
+    command("--contenders=plain", "--repeats=1", "--results", str(tmp_path / "results"))
+    images = 2 * 4
+    (line,) = recorded(tmp_path / "results")
+    assert (
+        line["evaluations"] == (done[-1] - 2 * images) / images
+    )  # beside the reference's and the policy's forward pass
+
+
 def recorded(folder) -> list[dict]:
     return [json.loads(x) for path in sorted(folder.iterdir()) for x in path.read_text().splitlines()]
 

@@ -399,6 +399,17 @@ gpu.run(gpu.Book(folder, parts), 100)
 """
 
 
+ENDED = """
+import signal, sys
+from bench import gpu
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+at_work = "import os, time; print('on', os.getpid(), flush=True); time.sleep(60)"
+one = gpu.Slice("step-sd15-naive", (sys.executable, "-c", at_work), 0, 90)
+gpu.slices = lambda *_: {"first": [one]}
+sys.exit(gpu.main())
+"""
+
+
 def test_a_call_that_is_killed_leaves_summary_and_few_files(tmp_path):
     at_work = "import os, time; print('on', os.getpid(), flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), at_work], cwd=results.ROOT)
@@ -416,6 +427,36 @@ def test_a_call_that_is_killed_leaves_summary_and_few_files(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "state.json", "summary.md"}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_call_that_is_ended_ends_its_slice(tmp_path, number):
+    words = ("--rehearse", "--only", "step-sd15-naive", "--output", str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDED, *words], cwd=results.ROOT, stderr=subprocess.PIPE, text=True
+    )
+    log, until = tmp_path / "log.txt", time.monotonic() + 60
+    while not (log.exists() and (at_work := re.search(r"^on (\d+)\n", log.read_text(), re.MULTILINE))):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert said == f"bench.gpu: ended by {number.name}; the same command goes on\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(at_work[1]), 0)
+
+
+@pytest.mark.parametrize("broken", ["a file", "a state"])
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, broken):
+    if broken == "a file":
+        tmp_path = tmp_path / "file"
+        tmp_path.touch()
+    else:
+        (tmp_path / "state.json").write_text('{"commit": "a')
+    ran = command_line("--rehearse", "--only", "machine", "--output", str(tmp_path))
+    assert ran.returncode == 2 and ran.stderr.startswith("bench.gpu: ") and ran.stderr.count("\n") == 1
+    assert str(tmp_path) in ran.stderr
+
+
 def command_line(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "bench.gpu", *words]
     return subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
@@ -425,13 +466,17 @@ def test_names_and_plans():
     ran = command_line("--list", "--only", "step-sdxl,nothing,machine")
     assert ran.returncode == 2 and not ran.stdout
     assert ran.stderr.startswith("bench.gpu: --only: no slice nothing; there are machine, step-sd15, kernel-tests, ")
+    nothing = command_line("--only", ",", "--rehearse")
+    assert nothing.returncode == 2 and nothing.stderr.startswith(
+        "bench.gpu: --only: no slice named; there are machine, "
+    )
     plans, tiny = gpu.slices(results.ROOT / "x"), gpu.slices(results.ROOT / "x", tiny=True)
     names = lambda them: {plan: [it.name for it in of] for plan, of in them.items()}  # noqa: E731
     assert names(plans) == names(tiny)  # the rehearsal: the same slices in the same order
     every = [it for of in plans.values() for it in of]
     assert len({it.name for it in every}) == len(every) and all(it.expected < it.limit for it in every)
     assert [it.name for it in gpu.chosen(plans, "all", None)] == [it.name for it in every]
-    assert [it.name for it in gpu.chosen(plans, "first", "attention,machine")] == ["attention", "machine"]
+    assert [it.name for it in gpu.chosen(plans, "first", "attention, machine,attention")] == ["attention", "machine"]
     first = ["machine", "step-sd15", "kernel-tests", "gpu-tests", "attention", "step-sd15-compiled"]
     assert [it.name for it in gpu.chosen(plans, "first", None)] == first
     assert sum(it.expected for it in plans["first"]) <= 470 and sum(it.expected for it in plans["second"]) <= 230

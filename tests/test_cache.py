@@ -376,9 +376,7 @@ def test_a_full_gpu_ends_it(source, tmp_path, monkeypatch):
 
     models = models_of()
     monkeypatch.setattr(models, "encode_images", full)
-    with pytest.raises(
-        Refusal, match=r"at data\.vae_batch=8; take data\.vae_batch=4, .*, for the training too, and an "
-    ):
+    with pytest.raises(Refusal, match=r"at data\.vae_batch=8; take data\.vae_batch=4, for the training too, and an "):
         cache.fill(configuration(source, tmp_path / "cache"), models, 0, 1, QUIET)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 

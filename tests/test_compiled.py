@@ -28,6 +28,7 @@ from inpo_fast.loading import open_pipeline
 from inpo_fast.models import LoraSettings, Models, ModelsConfig
 from inpo_fast.pocket import ASSETS
 from inpo_fast.refusal import Refusal
+from inpo_fast.sample import draw, drawing_with
 from inpo_fast.step import noise_window, train_step
 from inpo_fast.window import make_window
 
@@ -139,6 +140,17 @@ def test_step_zero_is_exact(traced, items, pipeline, lora, precision):
             _, logits = train_step(window, models, RECIPE, len(items), 1e9)
             assert logits.all() and len(traced) == graphs
     assert distance(gradients[1], gradients[0]) < {"fp32": 20 * ROUNDED, "bf16": 0.1}[precision]
+
+
+def test_pictures_are_drawn_on_the_same_graphs(traced, items):
+    """Drawing in the middle of a run, or at its end, compiles nothing."""
+    models = world(tiny_pipeline, fast="compiled")
+    window = make_window(items, models, RECIPE, models.encode_empty())
+    train_step(window, models, RECIPE, len(items), 1e9)
+    graphs = len(traced)
+    with drawing_with(models.pipeline, models.policy):
+        pictures = draw(models.pipeline, ["a", "b", "c"], [(1,), (2,), (3,)], steps=2, guidance=3.0, batch=2)
+    assert len(pictures) == 3 and len(traced) == graphs > 0
 
 
 def test_the_reference_of_an_adapter_is_the_base(traced, items):

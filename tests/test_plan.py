@@ -258,6 +258,8 @@ def test_the_plan_shows_what_is_encoded():
     ):
         assert re.search(words, text), text
     assert "drawing" not in text.replace("encoding, drawing, inversion", "")
+    show(recipe("sdxl-lora", "--plan.memory=11"), plan_of("sdxl-lora"), console)
+    assert "data.vae_batch=1" in console.export_text()  # what is too large here
     show(recipe("sd15-lora"), plan_of("sd15-lora", "--data.vae_batch=1", "--evaluate.prompts=x"), console)
     text = console.export_text()
     assert re.search(r"VAE encoding, 1 image +0\.32", text) and re.search(r"drawing pictures .* 2\.19", text)

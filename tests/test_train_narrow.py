@@ -113,6 +113,11 @@ def test_a_vae_that_does_not_fit_takes_fewer_images_and_keeps_to_that(run, world
         asked = crowd_the_vae(patch, 99)
         run("given", "--data.vae_batch=2", "--train.steps=2")
     assert set(asked) == {2} and same_bits(whole, world / "given", 2)
+    shutil.rmtree(world / "cut" / "checkpoints" / "step-0004")
+    with monkeypatch.context() as patch:
+        asked = crowd_the_vae(patch, 99)
+        run("cut", "--data.vae_batch=1", "--resume")
+    assert set(asked) == {1}  # a smaller one that is asked for counts
 
 
 def test_a_window_made_ahead_may_not_fit_either(run, monkeypatch, capsys):

@@ -33,7 +33,7 @@ def refusal(make) -> str:
 
 
 def freeze(folder: Path, text: str) -> str:
-    (folder / "freeze.txt").write_text(text)
+    (folder / "freeze.txt").write_text(text, encoding="utf-8-sig")  # as some shells write it
     return str(folder / "freeze.txt")
 
 
@@ -45,6 +45,8 @@ huggingface_hub==1.33.0
 numpy @ file:///build/dist/numpy-2.3.5%2Bx-cp312-cp312-linux_x86_64.whl#sha256=0
 inpo-fast==0.1.0
 
+gpg==1.16.0-unknown
+python-debian===0.1.43ubuntu1
 ruamel.yaml==0.18
 """
     assert wheelhouse.read_freeze(freeze(tmp_path, text)) == {
@@ -338,5 +340,5 @@ def test_the_rehearsal_without_that_python_is_one_line(project):
     )
     freeze(project, MACHINE.replace("helper==2.0", "helper==2.9"))
     done = make(project, "gpu-rehearse", f"FOR={HERE}", "HAS=freeze.txt")
-    assert done.last.startswith("gpu-rehearse: no index has helper 2.9 of HAS=freeze.txt"), done.said
+    assert done.last.startswith("gpu-rehearse: no index has helper 2.9 of HAS=freeze.txt for Python"), done.said
     assert not (project / "build").exists()
