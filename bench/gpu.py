@@ -246,9 +246,9 @@ class Book:
         path = folder / "state.json"
         try:
             kept = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as problem:
+            self.state: dict[str, dict] = kept["slices"] if kept.items() >= self.of.items() else {}
+        except (ValueError, KeyError, AttributeError) as problem:
             raise OSError(f"{path} is damaged ({problem}); remove it, and all slices are begun anew") from None
-        self.state: dict[str, dict] = kept["slices"] if kept.items() >= self.of.items() else {}
 
     def status(self, it: Slice) -> str:
         return self.state.get(it.name, {}).get("status", "")

@@ -102,6 +102,11 @@ def main() -> None:
     names = asked.contenders.split(",")
     if unknown := set(names) - set(NAMES):
         raise Refusal(f"--contenders: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if len(set(names)) < len(names):
+        raise Refusal(f"--contenders={asked.contenders}: name each once")
+    for size in ("pairs", "repeats", "threads", *OURS, "lockstep_batch"):
+        if getattr(asked, size) < 1:
+            raise Refusal(f"--{size.replace('_', '-')}={getattr(asked, size)}: must be at least 1")
     quiet_libraries()
     torch.backends.cudnn.allow_tf32 = False  # "fp32" means it: cuDNN would round to 10 bits by default
     torch.set_num_threads(asked.threads)

@@ -20,6 +20,7 @@ from inpo_fast.memory import TooLarge
 from inpo_fast.models import Models, ModelsConfig
 from inpo_fast.plan import make_plan
 from inpo_fast.profile import WORK
+from inpo_fast.refusal import Refusal
 
 
 @pytest.fixture
@@ -291,3 +292,9 @@ def test_attention_where_a_shape_fails(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.attention", "--tiny"])
     assert attention.main() == 0
     assert "no kernel for this shape" in (said := capsys.readouterr().out) and "FASTEST = {}" in said
+
+
+@pytest.mark.parametrize("words", ["--pairs=0", "--micro-batch=0", "--repeats=0", "--contenders=plain,plain"])
+def test_sizes_that_mean_nothing_are_refused(command, words):
+    with pytest.raises(Refusal, match=words.partition("=")[0]):
+        command(words)
