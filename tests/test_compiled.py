@@ -121,7 +121,7 @@ def unsettle(models: Models) -> None:
     models.weights.refresh()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("lora", [0, 2])
 @pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
 def test_step_zero_is_exact(traced, items, pipeline, lora, precision):
@@ -265,8 +265,8 @@ def test_what_has_no_block_stays_plain(traced):
     unet(*inputs(unet)[0])
 
 
-@pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
-@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("pipeline", [tiny_pipeline, pytest.param(tiny_xl, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_fp8(traced, items, pipeline, lora):
     """The inversion has graphs of its own then; the loss's predictions stay on theirs."""
     how = {"lora": LoraSettings(rank=lora)} if lora else {}
