@@ -18,69 +18,37 @@ card are halved beforehand, and once more where the device runs out of memory al
 
 import argparse
 import contextlib
-import copy
 import os
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from bench import report, results
-from bench.naive import lockstep_step, naive_step
+from bench.contenders import BETA, CHANNELS_LAST, NAMES, OURS, SEED, STEPS, Contender, build, move_policy
+from bench.predictions import RECIPE_PAIRS
 from inpo_fast import draws
 from inpo_fast.config import RunConfig
 from inpo_fast.data.sources import open_source
 from inpo_fast.data.windows import DataConfig, Item, Windows
-from inpo_fast.fast_unet import make_fast
 from inpo_fast.inversion import InversionConfig, evaluations_of
 from inpo_fast.loading import open_pipeline, quiet_libraries
 from inpo_fast.memory import TooLarge
 from inpo_fast.models import DTYPES, Models, ModelsConfig
-from inpo_fast.objectives import ObjectiveConfig
-from inpo_fast.phases import Stopwatch, phase
+from inpo_fast.phases import Stopwatch
 from inpo_fast.plan import GIB, RESERVE, make_plan
 from inpo_fast.pocket import ASSETS
 from inpo_fast.refusal import Refusal, command_line, run_or_refuse
-from inpo_fast.step import train_step
-from inpo_fast.window import Recipe, make_window
 
-STEPS, SEED, RECIPE_PAIRS = 10, 0, 400 * 1024
-NAMES = ("naive", "lockstep", "plain", "fused", "compiled")
-LAST = {"fused", "compiled"}  # they want channels_last
-# beta: large logits would turn bf16's rounding of an error into another weight of the pair, in all contenders alike
-BETA = {"fp32": 2000.0, "bf16": 20.0}
 # of the gradient's norm. fp32: sums in another order, through ten chained evaluations. bf16: autocast rounds the
 # weights, ours rounds the output of each layer too; measured in docs/performance.md.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
-
-
-SIZES = {"naive": (), "lockstep": ("lockstep_batch",)}  # what may be halved; of all others:
-OURS = ("micro_batch", "inversion_batch")
 KEYS = {"train.micro_batch": "micro_batch", "inversion.batch": "inversion_batch", "data.vae_batch": "vae_batch"}
-
-
-@dataclass
-class Contender:
-    """One way to compute the gradient of some pairs; it leaves it in the masters' `.grad`."""
-
-    name: str
-    step: Callable[[list[Item]], None]
-    items: list[Item]
-    sizes: dict[str, int] = field(default_factory=dict)  # as they are now: `step` looks here
-    setup: dict[str, float] = field(default_factory=dict)  # seconds: its modules, its first call
-    gradient_error: float | None = None  # relative, from the first contender's
-    seconds: list[float] = field(default_factory=list)
-    phases: dict[str, float] = field(default_factory=dict)
-    memory: int | None = None
-    waits: int | None = None
-    too_large: list[str] = field(default_factory=list)  # sizes that it ran out of memory at
-    failed: bool = False  # at the smallest of them too
 
 
 def main() -> None:
@@ -116,7 +84,7 @@ def main() -> None:
         fit(asked, names, memory)
     begun = time.perf_counter()
     pipeline, *rest = _opened(asked, device)
-    if LAST & set(names):  # as in a run with models.fast: weights, masters and gradient sums lie alike
+    if CHANNELS_LAST & set(names):  # as in a run with models.fast: weights, masters and gradient sums lie alike
         pipeline.unet.to(memory_format=torch.channels_last)
     models = Models(pipeline, *rest)
     move_policy(models)
@@ -163,7 +131,7 @@ def fit(asked: argparse.Namespace, names: list[str], memory: float) -> None:
     plan = make_plan(config, 1)
     kept = sum(size for what, size in plan.kept.items() if not what.startswith("optimizer"))
     kept += plan.parameters * DTYPES[asked.precision].itemsize * (len(names) > 1)
-    kept += 4 * plan.parameters * ("naive" in names) * (2 if LAST & set(names) else 1)
+    kept += 4 * plan.parameters * ("naive" in names) * (2 if CHANNELS_LAST & set(names) else 1)
     free = (memory - RESERVE) * GIB - kept
     image = plan.inversion / asked.inversion_batch
     for name, each in (("micro_batch", plan.activations), ("inversion_batch", image)):
@@ -193,7 +161,7 @@ class Run:
     def add(self, name: str, items: list[Item]) -> None:
         """Builds a contender, compares the gradient of its first run, times its first turn."""
         begun = time.perf_counter()
-        c = _contender(name, self.models, items, self.asked)
+        c = build(name, self.models, items, self.asked)
         _wait(self.device)
         c.setup = {"build": time.perf_counter() - begun}
         self.contenders.append(c)
@@ -344,89 +312,6 @@ def _opened(asked: argparse.Namespace, device: torch.device):
     base = "" if random else str(ASSETS / "model") if asked.model == "pocket" else asked.model
     config = ModelsConfig(base=base, random=random, precision=asked.precision)
     return open_pipeline(config, device), device, config
-
-
-def move_policy(models: Models) -> None:
-    """The policy must differ from the reference, or every logit is 0. Drawn where the weights are."""
-    with torch.no_grad():
-        for i, p in enumerate(models.parameters()):
-            seeded = None if p.is_meta else torch.Generator(p.device).manual_seed(i)
-            noise = torch.randn(p.shape, generator=seeded, device=p.device)
-            p.add_(0.01 * p.std().nan_to_num() * noise)
-    models.weights.refresh()
-
-
-def _contender(name: str, models: Models, items: list[Item], asked: argparse.Namespace) -> Contender:
-    how = {"beta": BETA[asked.precision], "inversion_steps": STEPS, "seed": SEED}
-    sizes = {size: getattr(asked, size) for size in SIZES.get(name, OURS)}
-    if name not in SIZES:
-        sizes["vae_batch"] = models.vae_batch(items[0].winner.pixels.shape[0])
-    if name == "naive":
-        other, autocast = _naive_models(models), None if asked.precision == "fp32" else DTYPES[asked.precision]
-        sums = [p.grad for p in other.policy.parameters()]
-        own = [(g, total) for g, total in zip(sums, models.weights.gradients, strict=True) if g is not total]
-
-        def naive(items: list[Item]) -> None:
-            for g, _ in own:
-                g.zero_()
-            naive_step(items, other, autocast=autocast, **how)
-            for g, total in own:
-                total.copy_(g)
-
-        return Contender(name, naive, items)
-    if name == "lockstep":
-        twins = {who: twin(getattr(models, who)) for who in ("policy", "reference")}
-        if models.device.type == "cuda":
-            for unet in twins.values():
-                unet.forward = torch.compile(unet.forward, dynamic=False)
-        other = _with_unets(models, **twins)
-        return Contender(
-            name, lambda items: lockstep_step(items, other, batch=sizes["lockstep_batch"], **how), items, sizes
-        )
-    twins = {who: twin(getattr(models, who)) for who in ("policy", "reference")}
-    other = _with_unets(models, **twins)
-    for unet in twins.values():
-        make_fast(unet, "off" if name == "plain" else name)
-    inversion = InversionConfig(steps=STEPS, grid="diffusers-0.22", evaluate_at="target", guidance=1.0)
-    empty = other.encode_empty()
-
-    def ours(items: list[Item]) -> None:
-        at_once = replace(inversion, batch=sizes["inversion_batch"])
-        objective, vae_batch = ObjectiveConfig(beta=how["beta"]), sizes["vae_batch"]
-        recipe = Recipe("inpo", objective, at_once, sizes["micro_batch"], True, SEED, vae_batch=vae_batch)
-        with phase("encode"):
-            window = make_window(items, other, recipe, empty)
-        train_step(window, other, recipe, len(items), clip=float("inf"))
-
-    return Contender(name, ours, items, sizes)
-
-
-def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another module around the same parameters: made fast, or compiled, without a second copy of the weights."""
-    with torch.device("meta"):
-        other = UNet2DConditionModel.from_config(unet.config)
-    other.load_state_dict(unet.state_dict(keep_vars=True), assign=True)
-    assert all(a is b for a, b in zip(other.parameters(), unet.parameters(), strict=True))
-    return other.eval()
-
-
-def _with_unets(models: Models, policy: UNet2DConditionModel, reference: UNet2DConditionModel) -> Models:
-    other = copy.copy(models)
-    other.policy, other.reference = policy, reference
-    return other
-
-
-def _naive_models(models: Models) -> Models:
-    """An fp32 policy in NCHW with the values of the masters, whose gradients go to the masters' own sums where these
-    lie alike. The reference has the working precision, as in the published script."""
-    with torch.device("meta"):
-        policy = UNet2DConditionModel.from_config(models.policy.config)
-    masters = zip(models.weights.names, models.weights.masters, strict=True)
-    values = {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in masters}
-    policy.load_state_dict(values, assign=True)
-    for p, total in zip(policy.requires_grad_(True).parameters(), models.weights.gradients, strict=True):
-        p.grad = total if total.stride() == p.stride() else torch.zeros_like(p)
-    return _with_unets(models, policy.eval(), twin(models.reference))
 
 
 def _timed(c: Contender, device: torch.device) -> None:

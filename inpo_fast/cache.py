@@ -25,13 +25,12 @@ from inpo_fast.data.sources import BadPair, Source
 from inpo_fast.data.windows import Item, Windows, open_data
 from inpo_fast.latents import Latents
 from inpo_fast.loading import open_pipeline, quiet_libraries
-from inpo_fast.memory import TooLarge
+from inpo_fast.memory import GIB, TooLarge
 from inpo_fast.models import Models
 from inpo_fast.refusal import Refusal, run_or_refuse
 from inpo_fast.shards import ROWS
 from inpo_fast.window import encode_views, side_keys
 
-GIB = 2**30
 BESIDE = 512  # bytes of a record beside its tensors, at most: key, checksums, what an item says (id, prompt, sizes)
 
 

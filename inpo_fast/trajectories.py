@@ -35,13 +35,13 @@ from inpo_fast.fast_unet import resolve
 from inpo_fast.fingerprint import fingerprint
 from inpo_fast.held import Held
 from inpo_fast.inversion import InversionConfig
+from inpo_fast.memory import GIB
 from inpo_fast.models import Models
 from inpo_fast.objectives import ObjectiveConfig
 from inpo_fast.refusal import Refusal
 from inpo_fast.schedule import EvaluateAt, Grid, has_global_levels, plan
 from inpo_fast.shards import MANIFEST, Shards, digest
 
-GIB = 2**30
 KEY = 33  # bytes of a key and its space in a shard's header
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
 
-from bench import attention, predictions, report, train_step
+from bench import attention, contenders, predictions, report, train_step
 from bench.naive import lockstep_step, naive_step
 from inpo_fast.config import RunConfig
 from inpo_fast.data.sources import open_source
@@ -59,14 +59,14 @@ def test_it_prints_rates_and_ratios_and_keeps_them(command, capsys, tmp_path, pr
 
 def test_evaluations_are_the_mean_of_those_done(command, monkeypatch, tmp_path):
     """What a prediction of the inversion is scaled by."""
-    done, plain = [], train_step.train_step
+    done, plain = [], contenders.train_step
 
     def counted(*args, **more):
         tally, logits = plain(*args, **more)
         done.append(tally.values()["unet_evaluations"])
         return tally, logits
 
-    monkeypatch.setattr(train_step, "train_step", counted)
+    monkeypatch.setattr(contenders, "train_step", counted)
     command("--contenders=plain", "--repeats=1", "--results", str(tmp_path / "results"))
     images = 2 * 4
     (line,) = recorded(tmp_path / "results")
@@ -81,7 +81,7 @@ def recorded(folder) -> list[dict]:
 
 def test_a_wrong_gradient_is_recorded_and_marked_and_fails(command, capsys, monkeypatch, tmp_path):
     half = lambda items, models, **how: naive_step(items[: len(items) // 2], models, **how)  # noqa: E731
-    monkeypatch.setattr(train_step, "naive_step", half)
+    monkeypatch.setattr(contenders, "naive_step", half)
     with pytest.raises(SystemExit) as ended:
         command("--repeats=1", "--contenders=plain,naive", "--results", str(tmp_path / "results"))
     assert ended.value.code == 1
@@ -105,14 +105,14 @@ def test_what_is_not_a_number_is_off(command, monkeypatch, tmp_path):
 
 
 def test_a_result_is_kept_before_the_next_contender_is_built(command, monkeypatch, tmp_path):
-    build = train_step._contender
+    build = contenders.build
 
     def fails(name, *more):
         if name == "lockstep":
             raise RuntimeError("does not compile")
         return build(name, *more)
 
-    monkeypatch.setattr(train_step, "_contender", fails)
+    monkeypatch.setattr(train_step, "build", fails)
     with pytest.raises(RuntimeError, match="does not compile"):
         command("--contenders=plain,naive,lockstep", "--results", str(tmp_path / "results"))
     assert [x["provider"] for x in recorded(tmp_path / "results")] == ["plain", "naive"]
@@ -121,14 +121,14 @@ def test_a_result_is_kept_before_the_next_contender_is_built(command, monkeypatc
 @pytest.mark.parametrize("fits", [2, 0])
 def test_out_of_memory_is_recorded_and_halves(command, monkeypatch, tmp_path, capsys, fits):
     """Beyond `fits` pairs a micro-batch, as on a card that is too small; the plain step is the first contender."""
-    real = train_step.train_step
+    real = contenders.train_step
 
     def small_card(window, models, recipe, *more, **how):
         if recipe.micro_batch > fits:
             raise TooLarge("train.micro_batch", recipe.micro_batch)
         return real(window, models, recipe, *more, **how)
 
-    monkeypatch.setattr(train_step, "train_step", small_card)
+    monkeypatch.setattr(contenders, "train_step", small_card)
     words = ("--contenders=plain,naive", "--micro-batch=4", "--repeats=2", "--results", str(tmp_path / "results"))
     if fits:
         command(*words)
@@ -147,14 +147,14 @@ def test_out_of_memory_is_recorded_and_halves(command, monkeypatch, tmp_path, ca
 
 
 def test_the_vae_has_a_size_of_its_own(command, monkeypatch, tmp_path):
-    real = train_step.make_window
+    real = contenders.make_window
 
     def small_card(items, models, recipe, empty):
         if recipe.vae_batch > 2:
             raise TooLarge("data.vae_batch", recipe.vae_batch)
         return real(items, models, recipe, empty)
 
-    monkeypatch.setattr(train_step, "make_window", small_card)
+    monkeypatch.setattr(contenders, "make_window", small_card)
     command("--contenders=plain", "--repeats=1", "--results", str(tmp_path / "results"))
     (line,) = recorded(tmp_path / "results")
     assert line["too_large"] == ["vae_batch 8", "vae_batch 4"] and line["vae_batch"] == line["micro_batch"] == 2
@@ -162,7 +162,7 @@ def test_the_vae_has_a_size_of_its_own(command, monkeypatch, tmp_path):
 
 def test_turns_of_other_sizes_are_not_mixed(command, monkeypatch, tmp_path):
     """Memory that runs out in the second turn: its rates are of the smaller size alone."""
-    real, calls = train_step.train_step, []
+    real, calls = contenders.train_step, []
 
     def fuller(window, models, recipe, *more, **how):
         calls.append(recipe.micro_batch)
@@ -170,7 +170,7 @@ def test_turns_of_other_sizes_are_not_mixed(command, monkeypatch, tmp_path):
             raise TooLarge("inversion.batch", recipe.inversion.batch)
         return real(window, models, recipe, *more, **how)
 
-    monkeypatch.setattr(train_step, "train_step", fuller)
+    monkeypatch.setattr(contenders, "train_step", fuller)
     command("--contenders=plain", "--inversion-batch=8", "--repeats=3", "--results", str(tmp_path / "results"))
     lines = [(x["repeats"], x["inversion_batch"], x["too_large"]) for x in recorded(tmp_path / "results")]
     assert lines == [(1, 8, []), (1, 4, ["inversion_batch 8"]), (2, 4, ["inversion_batch 8"])]
@@ -210,7 +210,7 @@ def test_what_the_predictions_count():
 def test_the_policy_is_moved_by_the_same_numbers_as_ever():
     """On the CPU, bit for bit: earlier results stay comparable."""
     got, want = (Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="x", precision="bf16")) for _ in "ab")
-    train_step.move_policy(got)
+    contenders.move_policy(got)
     with torch.no_grad():
         for i, p in enumerate(want.parameters()):
             p.add_(0.01 * p.std().nan_to_num() * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
@@ -228,7 +228,7 @@ def test_the_distance_of_gradients():
 def test_lockstep_is_the_naive_loop(tmp_path, pipeline):
     """Whatever the batch; fp32, ten chained evaluations, sums in another order."""
     models = Models(pipeline(), torch.device("cpu"), ModelsConfig(base="x"))
-    train_step.move_policy(models)
+    contenders.move_policy(models)
     source = open_source(save_pairs(tmp_path / "pairs.parquet"))
     items = next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 5))
     how = {"beta": 500.0, "inversion_steps": 10, "seed": 0}
@@ -248,10 +248,10 @@ def test_the_naive_loop_keeps_sums_in_its_own_layout(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.unet.to(memory_format=torch.channels_last)
     models = Models(pipeline, torch.device("cpu"), ModelsConfig(base="x"))
-    train_step.move_policy(models)
+    contenders.move_policy(models)
     source = open_source(save_pairs(tmp_path / "pairs.parquet"))
     items = next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 2))
-    naive = train_step._contender("naive", models, items, argparse.Namespace(precision="fp32"))
+    naive = contenders.build("naive", models, items, argparse.Namespace(precision="fp32"))
     found = []
     for _ in range(2):
         models.weights.zero()
@@ -264,9 +264,9 @@ def test_the_naive_loop_keeps_sums_in_its_own_layout(tmp_path):
 def test_a_twin_has_the_same_parameters():
     """Not copies: what one writes the other computes with, and gradients meet in one place."""
     models = Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="x", precision="bf16"))
-    other = train_step.twin(models.policy)
+    other = contenders.twin(models.policy)
     assert all(a is b for a, b in zip(other.parameters(), models.policy.parameters(), strict=True))
-    naive = train_step._naive_models(models)
+    naive = contenders.naive_models(models)
     for p, master in zip(naive.policy.parameters(), models.weights.masters, strict=True):
         assert p.grad is master.grad and torch.equal(p, master) and p is not master
 
