@@ -26,6 +26,41 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def items(tmp_path_factory):
+    """Five decoded pairs of 32 pixels; files that want others have a fixture of this name."""
+    from tiny_world import save_pairs
+
+    from inpo_fast.data.sources import open_source
+    from inpo_fast.data.windows import DataConfig, Windows
+
+    source = open_source(save_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet"))
+    return next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 5))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """A fast UNet on the kernels themselves, in Triton's interpreter, where the CPU would take their references."""
+    if torch.cuda.is_available():
+        pytest.skip("beside a GPU the kernels are compiled and take no CPU tensors; -m gpu runs them on CUDA")
+    from inpo_kernels.geglu import _geglu
+    from inpo_kernels.group_norm_silu import _group_norm_silu
+    from inpo_kernels.layer_norm import _layer_norm
+    from inpo_kernels.linear_geglu import _linear_geglu
+
+    from inpo_fast import fast_unet
+
+    monkeypatch.setattr(fast_unet, "group_norm_silu", lambda *args: _group_norm_silu(*args)[0])
+    monkeypatch.setattr(fast_unet, "geglu", _geglu)
+    monkeypatch.setattr(fast_unet, "linear_geglu", _linear_geglu)
+
+    def with_residual(x, weight, bias, eps, residual=None):
+        y, u, _, _ = _layer_norm(x, weight, bias, eps, residual)
+        return y, x if residual is None else u
+
+    monkeypatch.setattr(fast_unet, "layer_norm", with_residual)
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile with the tracing and without the C++ compiler, which takes a minute; counts the graphs."""

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from tiny_world import save_pairs, tiny_pipeline, tiny_unet, tiny_xl
+from tiny_world import tiny_pipeline, tiny_unet, tiny_xl
 
 from inpo_fast import attention, fast_unet
 from inpo_fast.attention import Processor, attend
 from inpo_fast.config import RunConfig
 from inpo_fast.config_rules import check
-from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import DataConfig, Windows
+from inpo_fast.data.windows import DataConfig
 from inpo_fast.fast_unet import inverting, make_fast
 from inpo_fast.fp8 import Fp8Weights, eligible, quantise
 from inpo_fast.inversion import InversionConfig
@@ -25,12 +24,6 @@ from inpo_fast.window import Recipe, make_window
 
 RECIPE = Recipe("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=5, batch=6), 2, True, 0)
 ROUNDED = 2e-5  # relative, in norm: some fifty layers in fp32 that add up in another order
-
-
-@pytest.fixture(scope="module")
-def items(tmp_path_factory):
-    source = open_source(save_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet"))
-    return next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 5))
 
 
 def world(pipeline, **how) -> Models:

@@ -8,10 +8,6 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from inpo_kernels.geglu import _geglu
-from inpo_kernels.group_norm_silu import _group_norm_silu
-from inpo_kernels.layer_norm import _layer_norm
-from inpo_kernels.linear_geglu import _linear_geglu
 from tiny_world import save_pairs, tiny_pipeline, tiny_unet, tiny_xl
 
 from inpo_fast import fast_unet
@@ -72,22 +68,6 @@ def check_same(fast, plain, batch: int = 3, rounded: float = ROUNDED) -> None:
         # a gradient that is zero but for rounding (a bias before a norm) is held to the size of the others
         off = (got_gradient[name] - wanted).norm()
         assert off <= 10 * rounded * wanted.norm() + 1e-6 * largest, name
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The kernels themselves, in Triton's interpreter, where the CPU would take their references."""
-    if torch.cuda.is_available():
-        pytest.skip("beside a GPU the kernels are compiled and take no CPU tensors; -m gpu runs them on CUDA")
-    monkeypatch.setattr(fast_unet, "group_norm_silu", lambda *args: _group_norm_silu(*args)[0])
-    monkeypatch.setattr(fast_unet, "geglu", _geglu)
-    monkeypatch.setattr(fast_unet, "linear_geglu", _linear_geglu)
-
-    def with_residual(x, weight, bias, eps, residual=None):
-        y, u, _, _ = _layer_norm(x, weight, bias, eps, residual)
-        return y, x if residual is None else u
-
-    monkeypatch.setattr(fast_unet, "layer_norm", with_residual)
 
 
 @pytest.mark.parametrize("kind", UNETS)
