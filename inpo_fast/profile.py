@@ -71,15 +71,7 @@ def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, t
     config = replace(config, train=replace(config.train, pairs_per_step=pairs))
     models = Models(open_pipeline(config.models, device), device, config.models)
     optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
-    recipe = Recipe(
-        config.method,
-        config.objective,
-        config.inversion,
-        config.train.micro_batch,
-        config.data.vae_sample,
-        config.seed,
-        vae_batch=config.data.vae_batch,
-    )
+    recipe = Recipe.of(config)
     empty, watch = models.encode_empty(), Stopwatch(device)
     steps = _windows(config, models, windows + 1)
 

@@ -134,17 +134,8 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
 
 def train(run: Run, console: Console) -> None:
     config, models = run.config, run.models
-    recipe = Recipe(
-        config.method,
-        config.objective,
-        config.inversion,
-        config.train.micro_batch,
-        config.data.vae_sample,
-        config.seed,
-        trajectories=run.trajectories,
-        latents=run.latents,
-        vae_batch=min(filter(None, (run.vae_batch, config.data.vae_batch)), default=None),
-    )
+    vae_batch = min(filter(None, (run.vae_batch, config.data.vae_batch)), default=None)
+    recipe = Recipe.of(config, trajectories=run.trajectories, latents=run.latents, vae_batch=vae_batch)
     balanced = uses_inversion(recipe) and run.trajectories is None  # cached climbs cost nothing
     resolution = config.data.resolution or models.resolution
     windows = Windows(

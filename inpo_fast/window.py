@@ -12,6 +12,7 @@ import torch
 
 from inpo_fast import draws
 from inpo_fast import objectives as obj
+from inpo_fast.config import RunConfig
 from inpo_fast.data.images import View
 from inpo_fast.data.windows import Item
 from inpo_fast.held import Held
@@ -39,6 +40,13 @@ class Recipe:
     trajectories: Trajectories | None = None  # of inversion.cache
     latents: Latents | None = None  # of data.cache
     vae_batch: int | None = None  # None: models.vae_batch
+
+    @classmethod
+    def of(cls, config: RunConfig, **more) -> "Recipe":
+        """What a configuration says; more: other fields."""
+        batch, data = config.train.micro_batch, config.data
+        said = (config.method, config.objective, config.inversion, batch, data.vae_sample, config.seed)
+        return cls(*said, **{"vae_batch": data.vae_batch, **more})
 
 
 @dataclass
