@@ -35,7 +35,7 @@ RIGHTS = "Permission denied|Read-only file system"
 CONFLICT = "ResolutionImpossible|No solution found|No matching distribution found|conflicting dependencies"
 
 
-class Refusal(Exception):
+class UserError(Exception):
     """What is wrong and how to mend it, in one line."""
 
 
@@ -47,7 +47,7 @@ def main():
     asked = parser.parse_args()
     try:
         set_up(asked.torch, asked.installer)
-    except Refusal as problem:
+    except UserError as problem:
         sys.exit("setup: " + str(problem))
     except KeyboardInterrupt:
         sys.exit("setup: interrupted; the next `make setup` goes on from here")
@@ -83,7 +83,7 @@ def set_up(torch, installer):
         room = shutil.disk_usage(str(ROOT)).free / 1e9
         least = SIZES["cpu"][1] if sources and not uv else size
         if room < least:
-            raise Refusal(disk_is_full(f"{least} GB are needed for .venv and there are {room:.1f}", torch))
+            raise UserError(disk_is_full(f"{least} GB are needed for .venv and there are {room:.1f}", torch))
         make_venv(uv, torch)
     fill(uv, torch)
     if not MADE.exists():  # a .venv of before this program
@@ -109,7 +109,7 @@ def choose_uv(installer, sources):
     """The path of uv, or None for pip."""
     uv = shutil.which("uv")
     if installer == "uv" and not uv:
-        raise Refusal("INSTALLER=uv, and there is no uv; install it, or leave INSTALLER out for pip")
+        raise UserError("INSTALLER=uv, and there is no uv; install it, or leave INSTALLER out for pip")
     return uv if installer == "uv" or (installer == "" and not sources) else None
 
 
@@ -120,13 +120,13 @@ def check_python(version, uv):
     if (major, minor) < OLDEST:
         found = [name for name in ("python3.13", "python3.12", "python3.11") if shutil.which(name)]
         other = f"{found[0]} is here: make PYTHON={found[0]} …" if found else "name one: make PYTHON=python3.12 …"
-        raise Refusal(
+        raise UserError(
             f"{sys.executable} is Python {major}.{minor}, and inpo-fast needs 3.11 or newer; {other}, or install uv, "
             "which brings one"
         )
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
     if missing:
-        raise Refusal(
+        raise UserError(
             f"{sys.executable} has no module {' and no '.join(missing)}, which makes .venv; on Debian and Ubuntu: "
             f"apt install python{major}.{minor}-venv; or install uv"
         )
@@ -154,7 +154,7 @@ def usable(old, torch, uv):
 def make_venv(uv, torch):
     if os.path.lexists(str(VENV)):
         if not (VENV / "pyvenv.cfg").exists() and any(VENV.iterdir()):
-            raise Refusal(f"{VENV} is there and is no virtual environment; move it away")
+            raise UserError(f"{VENV} is there and is no virtual environment; move it away")
         shutil.rmtree(str(VENV))
     if uv:
         fits = sys.version_info[:2] >= OLDEST
@@ -185,7 +185,7 @@ def check():
     done = subprocess.run([str(VENV / "bin" / "python"), "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"])[-1]
-        raise Refusal(f"torch was installed and cannot be imported ({last}); try the CPU build: make setup TORCH=cpu")
+        raise UserError(f"torch was installed and cannot be imported ({last}); try the CPU build: make setup TORCH=cpu")
     return done.stdout.decode().strip()
 
 
@@ -224,7 +224,7 @@ def run(command):
     if why is None:
         os.write(2, b"\n".join([*held, line]) + b"\n")
         why = "`{}` failed with status {}; what it said is above".format(" ".join(command), code)
-    raise Refusal(why)
+    raise UserError(why)
 
 
 def diagnose(said):

@@ -1,17 +1,10 @@
 """Maps the folder kernels/ to the import name inpo_kernels: `kernels` is Hugging Face's package, which
 diffusers and transformers probe for. Everything else is in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=[
-        "inpo_fast",
-        "inpo_fast.data",
-        "inpo_fast.judges",
-        "inpo_fast.pocket",
-        "inpo_fast.report",
-        "inpo_kernels",
-    ],
+    packages=[*find_packages(include=["inpo_fast", "inpo_fast.*"]), "inpo_kernels"],
     package_dir={"inpo_fast": "inpo_fast", "inpo_kernels": "kernels"},
     package_data={
         "inpo_fast": ["configs/*"],

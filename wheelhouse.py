@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 import install
-from install import Refusal
+from install import UserError
 
 ROOT = Path(__file__).resolve().parent
 if sys.version_info < install.OLDEST:
@@ -64,7 +64,7 @@ def guarded(program, work):
     """Runs it; what goes wrong is one line."""
     try:
         work()
-    except Refusal as problem:
+    except UserError as problem:
         sys.exit(f"{program}: {problem}")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; the same command goes on from here")
@@ -115,16 +115,16 @@ def read_freeze(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
-        raise Refusal(f"HAS={path} cannot be read ({getattr(problem, 'strerror', None) or 'no text'})") from None
+        raise UserError(f"HAS={path} cannot be read ({getattr(problem, 'strerror', None) or 'no text'})") from None
     said = [line.strip() for line in text.splitlines()]
     placed = [found.groups() for line in said if (found := PLACED.match(line) or EDITABLE.match(line))]
     found = pins("\n".join([*said, *(f"{name}=={unquote(version)}" for name, version in placed)]))
     places = [name[1] for line in said if (name := re.match(r"([\w.\-]+) @ ", line)) and normal(name[1]) not in found]
     how = f"make it there with: python3 -m pip list --format=freeze > {Path(path).name}"
     if places:
-        raise Refusal(f"HAS={path} has places instead of versions ({places[0]} and {len(places) - 1} more); {how}")
+        raise UserError(f"HAS={path} has places instead of versions ({places[0]} and {len(places) - 1} more); {how}")
     if not found:
-        raise Refusal(f"HAS={path} has no line NAME==VERSION; {how}")
+        raise UserError(f"HAS={path} has no line NAME==VERSION; {how}")
     found.pop(project_name(), None)
     return {name: version for name, version in found.items() if VERSION.fullmatch(version)}
 
@@ -147,12 +147,12 @@ class Target:
     def __init__(self, python, platform, has):
         version = re.fullmatch(r"3\.(\d+)", python)
         if not version or (3, int(version[1])) < install.OLDEST:
-            raise Refusal(f"FOR={python}: say which Python that machine has (3.11 or newer), as in FOR=3.12")
+            raise UserError(f"FOR={python}: say which Python that machine has (3.11 or newer), as in FOR=3.12")
         self.python, self.has = python, has
         self.platform = platform if "-" in platform else platform + "-manylinux_2_28"
         self.uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
         if self.uv is None:
-            raise Refusal("there is no uv, which resolves for other Pythons and machines; pip install uv")
+            raise UserError("there is no uv, which resolves for other Pythons and machines; pip install uv")
 
     def resolved(self, extras):
         """(package: version of all that is needed, names of what stays without asking the index what it needs)."""
@@ -192,7 +192,7 @@ class Target:
             words = ["-f", scratch, "-c", constraints, "-o", output, *(f"--extra={name}" for name in extras)]
             done = self.compile(*words, *inputs)
             if done.returncode:
-                raise Refusal(self.why(done.stderr, constraints))
+                raise UserError(self.why(done.stderr, constraints))
             return {name: public(version) for name, version in pins(output.read_text()).items()}
 
     def triton_of_torch(self):
@@ -206,7 +206,7 @@ class Target:
         """Has an index this version?"""
         done = self.compile("--no-deps", "-", text=f"{name}=={version}\n")
         if done.returncode and explain(done.stderr, install.CONSTRAINTS)[0] == "network":
-            raise Refusal(self.why(done.stderr, install.CONSTRAINTS))
+            raise UserError(self.why(done.stderr, install.CONSTRAINTS))
         return done.returncode == 0
 
     def wheels(self, versions):
@@ -215,7 +215,7 @@ class Target:
 
         done = self.compile("--no-deps", "--format", "pylock.toml", "-", text=lines(versions))
         if done.returncode:
-            raise Refusal(self.why(done.stderr, install.CONSTRAINTS))
+            raise UserError(self.why(done.stderr, install.CONSTRAINTS))
         packages = tomllib.loads(done.stdout).get("packages", [])
         return [Wheel(entry["name"], entry["version"], entry["wheels"][0], self.python) for entry in packages]
 
@@ -300,7 +300,7 @@ class Wheel:
         quiet = [] if self.size > 30e6 else ["--quiet"]  # pip's own progress for what takes a while
         done = subprocess.run([*command, *quiet], stderr=subprocess.PIPE, text=True)
         if done.returncode or not self.right(new / self.file):
-            raise Refusal(f"{self.file} did not come: {reason(done.stderr)}")
+            raise UserError(f"{self.file} did not come: {reason(done.stderr)}")
         (new / self.file).replace(folder / self.file)
         new.rmdir()
 
@@ -339,7 +339,7 @@ def fetch(wheels, folder, what):
     print(f"{len(wheels)} wheels, {total:.1f} MB; {left:.1f} MB to download.")
     free = shutil.disk_usage(part).free / 1e6
     if free < left:
-        raise Refusal(f"{left:.0f} MB are needed in {folder.parent} and {free:.0f} are free; make room")
+        raise UserError(f"{left:.0f} MB are needed in {folder.parent} and {free:.0f} are free; make room")
     for i, wheel in enumerate(wheels, 1):
         print(f"[{i}/{len(wheels)}] {wheel.file} {wheel.size / 1e6:.1f} MB", flush=True)
         if wheel in todo:
@@ -369,7 +369,7 @@ def build(uv, scratch):
     if done.returncode:
         kind, line = explain(done.stderr, install.CONSTRAINTS)
         what = "the package index does not answer (setuptools is asked for)" if kind == "network" else line
-        raise Refusal(f"our own wheel cannot be built: {what}")
+        raise UserError(f"our own wheel cannot be built: {what}")
     (wheel,) = made.glob("*.whl")
     name, version, *_ = wheel.name.split("-")
     return Wheel(normal(name), version, {"path": str(wheel)}, "")

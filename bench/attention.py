@@ -2,9 +2,9 @@
 
     python -m bench.attention [--results FOLDER] [--images 16] [--tiny]
 
-Every back end is compared with float64 first. Prints the table that inpo_fast/attention.py keeps as FASTEST: the one
-with the least total time over a UNet's shapes, where it beats torch's own choice by more than the noise. Needs a GPU;
---tiny tries the script on small shapes anywhere.
+Every back end is compared with float64 first. Prints the table that inpo_fast/models/fast/attention.py keeps as
+FASTEST: the one with the least total time over a UNet's shapes, where it beats torch's own choice by more than the
+noise. Needs a GPU; --tiny tries the script on small shapes anywhere.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 from bench import results
 from bench.clock import median_ms
-from inpo_fast.attention import attend
+from inpo_fast.models.fast.attention import attend
 
 BACKENDS = ("torch", "flash", "cudnn", "efficient", "xformers")
 # (model, heads, size of a head, queries, keys, how often in a UNet)

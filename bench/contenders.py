@@ -9,14 +9,14 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bench.naive import lockstep_step, naive_step
-from inpo_fast.data.windows import Item
-from inpo_fast.fast_unet import make_fast
-from inpo_fast.inversion import InversionConfig
-from inpo_fast.models import DTYPES, Models
-from inpo_fast.objectives import ObjectiveConfig
-from inpo_fast.phases import phase
-from inpo_fast.step import train_step
-from inpo_fast.window import Recipe, make_window
+from inpo_fast.data.loader import Item
+from inpo_fast.method.inversion import InversionConfig
+from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.models.fast.fast_unet import make_fast
+from inpo_fast.models.models import DTYPES, Models
+from inpo_fast.runtime.phases import phase
+from inpo_fast.training.step import train_step
+from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 STEPS, SEED = 10, 0
 NAMES = ("naive", "lockstep", "plain", "fused", "compiled")
@@ -93,9 +93,9 @@ def build(name: str, models: Models, items: list[Item], asked: argparse.Namespac
     def ours(items: list[Item]) -> None:
         at_once = replace(inversion, batch=sizes["inversion_batch"])
         objective, vae_batch = ObjectiveConfig(beta=how["beta"]), sizes["vae_batch"]
-        recipe = Recipe("inpo", objective, at_once, sizes["micro_batch"], True, SEED, vae_batch=vae_batch)
+        recipe = StepConfig("inpo", objective, at_once, sizes["micro_batch"], True, SEED, vae_batch=vae_batch)
         with phase("encode"):
-            window = make_window(items, other, recipe, empty)
+            window = make_step_batch(items, other, recipe, empty)
         train_step(window, other, recipe, len(items), clip=float("inf"))
 
     return Contender(name, ours, items, sizes)

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import DataConfig, Windows
-from inpo_fast.refusal import command_line
+from inpo_fast.runtime.errors import command_line
 
 PIXELS, GROUP, SHARD, PAIRS = 32, 1000, 10_000, 2000
 BEFORE = "parquet, before"
@@ -82,7 +82,7 @@ def measure(source: str, path: str) -> dict:
     group_mb = 8 * GROUP * 2 * 3.2 / 1024  # eight row groups
     opened = open_source(path, cache_mb=group_mb if source == BEFORE else None)
     config = DataConfig(shuffle="full" if source == BEFORE else "auto", crop="random")
-    windows = Windows(opened, config, resolution=PIXELS, seed=0, rank=0, world=1)
+    windows = PairLoader(opened, config, resolution=PIXELS, seed=0, rank=0, world=1)
     seconds = time.perf_counter() - begun
     after = most = process.memory_info().rss
     done = threading.Event()

@@ -43,7 +43,7 @@ from bench import predictions, report, results  # noqa: E402
 from bench.clock import ceilings  # noqa: E402
 
 ROOT = results.ROOT
-TRAINER = ("tests/test_fast_unet.py", "tests/test_fast_inversion.py", "tests/test_syncs.py")
+TRAINER = ("tests/models/test_fast_unet.py", "tests/method/test_fast_inversion.py", "tests/training/test_syncs.py")
 TRAINING = ("diffusers", "transformers", "accelerate", "peft", "jsonargparse")  # what the trainer cannot do without
 KERNELS = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py") if path.stem != "bench_linear_geglu")
 GRACE = 5.0  # seconds from the interrupt, at which pytest says what has failed so far, to the kill
@@ -102,12 +102,12 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
     sdxl = "--pairs 8 --micro-batch 4 --inversion-batch 16 --repeats 2"
     few = "--pairs 6 --micro-batch 6 --inversion-batch 12 --repeats 1"
     every = "naive,lockstep,plain,fused,compiled"
-    on_gpu = ("tests/kernels", *TRAINER, "tests/test_compiled.py")
+    on_gpu = ("tests/kernels", *TRAINER, "tests/models/test_compiled_blocks.py")
     kernel_tests = (*many, "tests/kernels", "--ignore=tests/kernels/test_compile.py")
     a_few = (*many, "tests/kernels/test_errors.py", "tests/kernels/test_tensor_lists.py")
     no_wait = (
-        "tests/test_fast_unet.py::test_fused_is_plain_on_the_kernels",
-        "tests/test_syncs.py",
+        "tests/models/test_fast_unet.py::test_fused_is_plain_on_the_kernels",
+        "tests/training/test_syncs.py",
         "-k",
         "kernels or sees",
     )
@@ -137,7 +137,7 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
             tests(
                 "trainer-tests",
                 TRAINER,
-                ("tests/test_fast_unet.py", "-k", "odd or undo"),
+                ("tests/models/test_fast_unet.py", "-k", "odd or undo"),
                 untimed,
                 120,
                 240,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import install
 import wheelhouse
-from install import Refusal
+from install import UserError
 from wheelhouse import ROOT, Target, lines, megabytes, public, read_freeze
 
 VENV = ROOT / "build" / "gpu-machine"
@@ -47,7 +47,7 @@ def make(asked):
     found, held = target.resolved(wheelhouse.names(asked.extras))
     lacking = target.lacking(found, held)
     if unknown := [f"{name} {target.has[name]}" for name in held if name not in wheelhouse.HELD]:
-        raise Refusal(
+        raise UserError(
             f"no index has {', '.join(unknown)} of HAS={asked.has} for Python {asked.python}; name other versions in a "
             "copy of it"
         )
@@ -63,11 +63,11 @@ def make(asked):
     wheelhouse.tell(target.has, lacking, [])
     free = shutil.disk_usage(ROOT).free / 1e6
     if free < UNPACKED * size:
-        raise Refusal(f"up to {UNPACKED * size:.0f} MB are needed for it and {free:.0f} are free; make room")
+        raise UserError(f"up to {UNPACKED * size:.0f} MB are needed for it and {free:.0f} are free; make room")
     shutil.rmtree(VENV, ignore_errors=True)
     done = subprocess.run([python, "-m", "venv", VENV], capture_output=True, text=True)
     if done.returncode:
-        raise Refusal(f"{python} -m venv fails; on Debian and Ubuntu: apt install python{asked.python}-venv")
+        raise UserError(f"{python} -m venv fails; on Debian and Ubuntu: apt install python{asked.python}-venv")
     install_there = ("pip", "install", "--quiet", "--no-deps", "--python", VENV / "bin" / "python")
     if asked.torch:
         url, label = (asked.torch, "") if "/" in asked.torch else (install.TORCH_INDEX + asked.torch, "+" + asked.torch)
@@ -91,7 +91,7 @@ def find_python(program, version):
     command = [program, "python", "find", "--no-python-downloads", "--system", version]
     done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
     if done.returncode:
-        raise Refusal(
+        raise UserError(
             f"there is no Python {version}, which that machine has; install it (apt install python{version} "
             f"python{version}-venv, or pyenv install {version}), or name another: make gpu-rehearse FOR=3.13"
         )
@@ -113,14 +113,14 @@ def without_index(command):
         [*command, "--quiet"], env={**own, "PIP_CONFIG_FILE": os.devnull}, cwd=ROOT, capture_output=True, text=True
     )
     if done.returncode:
-        raise Refusal(f"the wheelhouse cannot be installed: {wheelhouse.reason(done.stderr)}")
+        raise UserError(f"the wheelhouse cannot be installed: {wheelhouse.reason(done.stderr)}")
 
 
 def uv(target, *words):
     command = [target.uv, *map(str, words)]
     done = subprocess.run(command, env=wheelhouse.environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise Refusal(target.why(done.stderr, install.CONSTRAINTS))
+        raise UserError(target.why(done.stderr, install.CONSTRAINTS))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler
 
-from inpo_fast import draws
-from inpo_fast.data.windows import Item
-from inpo_fast.models import Models
+from inpo_fast.data.loader import Item
+from inpo_fast.models.models import Models
+from inpo_fast.runtime import keyed_rng
 
 
 def naive_step(
@@ -35,7 +35,7 @@ def naive_step(
 ) -> dict[str, float]:
     """Accumulates the mean gradient over the pairs in the policy's `.grad` (which must be zero or None).
 
-    Draws the same timesteps and VAE noise as inpo_fast.window, from the same keys.
+    Draws the same timesteps and VAE noise as inpo_fast.training.step_batch, from the same keys.
     """
     device = models.device
     scheduler = models.pipeline.scheduler
@@ -58,7 +58,7 @@ def naive_step(
                 ]
             )
             text = _condition([item], models)
-            t = torch.tensor([draws.integer(0, 999, "t", seed, item.position)], device=device)
+            t = torch.tensor([keyed_rng.integer(0, 999, "t", seed, item.position)], device=device)
             noisy = latents.clone()
             for s in inverse.timesteps[inverse.timesteps < t[0]]:
                 predicted = ask(models.policy, noisy, s.repeat(2), text)
@@ -99,10 +99,10 @@ def lockstep_step(
                 (pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1).to(models.vae.dtype)
             ).latent_dist
             shape = tuple(posterior.mean.shape[1:])
-            noise = draws.normals(shape, [("vae", seed, item.position, side) for side, item, _ in views]).to(device)
+            noise = keyed_rng.normals(shape, [("vae", seed, item.position, side) for side, item, _ in views]).to(device)
             latents = (posterior.mean.float() + posterior.std.float() * noise) * models.vae.config.scaling_factor
             text = _condition(part, models)
-            t = [draws.integer(0, 999, "t", seed, item.position) for item in part] * 2
+            t = [keyed_rng.integer(0, 999, "t", seed, item.position) for item in part] * 2
             times = torch.tensor(t, device=device)
             noisy = latents.clone()
             for s in (s for s in walked if s < max(t)):
@@ -134,8 +134,8 @@ def _condition(items: list[Item], models: Models) -> dict:
     return more
 
 
-def _latent(pixels, models: Models, key: draws.Key) -> torch.Tensor:
+def _latent(pixels, models: Models, key: keyed_rng.Key) -> torch.Tensor:
     image = torch.from_numpy(pixels.copy()).to(models.device).permute(2, 0, 1)[None].float() / 127.5 - 1
     posterior = models.vae.encode(image.to(models.vae.dtype)).latent_dist
-    noise = draws.normal(tuple(posterior.mean.shape[1:]), "vae", *key)[None].to(models.device)
+    noise = keyed_rng.normal(tuple(posterior.mean.shape[1:]), "vae", *key)[None].to(models.device)
     return (posterior.mean.float() + posterior.std.float() * noise) * models.vae.config.scaling_factor

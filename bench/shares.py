@@ -6,9 +6,9 @@ import argparse
 
 import torch
 
-from inpo_fast import draws
 from inpo_fast.data.balance import fair_shares
-from inpo_fast.schedule import Schedule, plan
+from inpo_fast.method.inversion_schedule import Schedule, plan
+from inpo_fast.runtime import keyed_rng
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # of SD1.5 and SDXL
 
@@ -24,7 +24,7 @@ def main() -> None:
     for world in (8, 16, 64):
         turn, cost = [], []
         for step in range(own.steps):
-            t = [draws.integer(0, 999, "t", 0, step * own.pairs + i) for i in range(own.pairs)]
+            t = [keyed_rng.integer(0, 999, "t", 0, step * own.pairs + i) for i in range(own.pairs)]
             evaluations = plan(schedule, torch.tensor(t), steps=own.levels).evaluations.tolist()
             mean = sum(evaluations) / world
             turn.append(max(sum(evaluations[rank::world]) for rank in range(world)) / mean)

@@ -25,8 +25,8 @@ from bench import study_data, study_plot, study_table
 from bench.results import ROOT
 from bench.study_cells import SPLITS, Cell, Study, config_of, grid, result_name
 from bench.study_presets import PRESETS
-from inpo_fast.files import write_text
-from inpo_fast.refusal import Refusal, command_line, run_or_refuse
+from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.files import write_text
 
 FOLDER = ROOT / "build" / "study"
 CONTROL = 1.01
@@ -61,7 +61,7 @@ def main() -> None:
     runs = asked.folder.absolute() / "runs"
     results = there(study, runs) if asked.show else run(study, runs, asked.jobs)
     if not results:
-        raise Refusal(f"{runs}: nothing of {study.name} is there yet; without --show it is made")
+        raise UserError(f"{runs}: nothing of {study.name} is there yet; without --show it is made")
     title = f"{study.name}, {study.split} prompts; raw results beside this file; {' '.join(_words(asked))}"
     print(f"\n{write(folder, results, study, title)}\n{folder / 'table.md'}, {folder / 'plot.svg'}")
 
@@ -81,17 +81,17 @@ def _words(asked) -> list[str]:
 
 
 def study_of(asked) -> Study:
-    """The command line as a study. Refusal before anything runs."""
+    """The command line as a study. UserError before anything runs."""
     axes = dict(_pair(text, "--grid") for text in asked.grid)
     if axes:
         study = Study(asked.name, grid({key: values.split(",") for key, values in axes.items()}))
     elif asked.name in PRESETS:
         study = PRESETS[asked.name]
     else:
-        raise Refusal(f"{asked.name} is no preset; take one of {', '.join(PRESETS)}, or give --grid KEY=VALUE,VALUE")
+        raise UserError(f"{asked.name} is no preset; take one of {', '.join(PRESETS)}, or give --grid KEY=VALUE,VALUE")
     for name in ("seeds", "pictures", "jobs"):
         if (number := getattr(asked, name)) is not None and number < 1:
-            raise Refusal(f"--{name} {number}: must be at least 1")
+            raise UserError(f"--{name} {number}: must be at least 1")
     shared = (*study.shared, *(_pair(text, "--set") for text in asked.set))
     study = replace(study, shared=shared, pictures=asked.pictures or study.pictures, split=asked.split or study.split)
     study = study if asked.seeds is None else replace(study, seeds=tuple(range(asked.seeds)))
@@ -106,7 +106,7 @@ def study_of(asked) -> Study:
 def _pair(text: str, option: str) -> tuple[str, str]:
     key, found, value = text.partition("=")
     if not (found and key and value):
-        raise Refusal(f"{option} {text}: write KEY=VALUE")
+        raise UserError(f"{option} {text}: write KEY=VALUE")
     return key, value
 
 
@@ -123,7 +123,7 @@ def run(
     show: Callable = print,
     pool: Callable[[int], Executor] = processes,
 ) -> list[dict]:
-    """All results of the study's cells; makes those that are not in `runs`. Refusal, after all others are done, where
+    """All results of the study's cells; makes those that are not in `runs`. UserError, after all others are done, where
     some failed.
 
     work(study, cell, seed) makes one; cell None is the control.
@@ -145,7 +145,7 @@ def run(
                 left = (time.monotonic() - begun) / done * (len(missing) - done)
                 show(f"{done}/{len(missing)} {path.stem}{' FAILED' if future.exception() else ''}, ETA {left:.0f} s")
     if failed:
-        raise Refusal(f"{len(failed)} of {len(missing)} cells failed; the same command tries them again. {failed[0]}")
+        raise UserError(f"{len(failed)} of {len(missing)} cells failed; the same command tries them again. {failed[0]}")
     return there(study, runs)
 
 
@@ -191,4 +191,4 @@ def _read(path: Path) -> dict | None:
 
 
 if __name__ == "__main__":
-    run_or_refuse("python -m bench.study", main)
+    run_command("python -m bench.study", main)

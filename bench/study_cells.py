@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, replace
 
 from inpo_fast.config import RunConfig, flat, parse, to_dict
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 RECIPE = "configs/pocket.yaml"
 # what the recipe had before `tuning` chose its beta and lr: what a preset does not name keeps its meaning
@@ -44,12 +44,12 @@ class Study:
 
 
 def grid(axes: dict[str, list[str]]) -> tuple[Cell, ...]:
-    """Every combination; a cell's name has what differs between cells. Refusal for a key without values."""
+    """Every combination; a cell's name has what differs between cells. UserError for a key without values."""
     for key, values in axes.items():
         if not values or not all(values):
-            raise Refusal(f"--grid {key}: has no value; write {key}=FIRST,SECOND")
+            raise UserError(f"--grid {key}: has no value; write {key}=FIRST,SECOND")
         if len(set(values)) < len(values):
-            raise Refusal(f"--grid {key}: has a value twice; each cell is run once")
+            raise UserError(f"--grid {key}: has a value twice; each cell is run once")
     varied = [key for key, values in axes.items() if len(values) > 1] or list(axes)
     cells = []
     for values in itertools.product(*axes.values()):
@@ -64,11 +64,11 @@ def _short(key: str) -> str:
 
 
 def config_of(study: Study, cell: Cell, seed: int, output: str | None = None) -> RunConfig:
-    """The run of one cell and training seed, without its own evaluation. Refusal where the cell is no valid run."""
+    """The run of one cell and training seed, without its own evaluation. UserError where the cell is no valid run."""
     try:
         return replace(_parsed((*study.shared, *cell.settings)), seed=seed, output=output)
-    except Refusal as problem:
-        raise Refusal(f"cell {cell.name!r}: {problem}") from problem
+    except UserError as problem:
+        raise UserError(f"cell {cell.name!r}: {problem}") from problem
 
 
 @functools.cache  # a parser takes a fifth of a second, and a study has many cells and seeds

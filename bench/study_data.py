@@ -26,13 +26,14 @@ from PIL import Image
 from rich.console import Console
 
 from bench.study_cells import Cell, Study, config_of
-from inpo_fast import draws
-from inpo_fast.files import whole
-from inpo_fast.loading import load_pipeline, quiet_libraries
+from inpo_fast.data.parquet import PICKAPIC_SCHEMA
+from inpo_fast.judges.pocket_rules import RuleJudge
+from inpo_fast.judges.pocket_scenes import Finish, Scene, random_finish, render, split_scenes
+from inpo_fast.models.loading import load_pipeline, quiet_libraries
 from inpo_fast.pocket import ASSETS
-from inpo_fast.pocket.judge import RuleJudge
-from inpo_fast.pocket.pairs import SCHEMA, draw_pairs, png, write_pairs
-from inpo_fast.pocket.scenes import Finish, Scene, random_finish, render, split_scenes
+from inpo_fast.pocket.pairs import draw_pairs, png, write_pairs
+from inpo_fast.runtime import keyed_rng
+from inpo_fast.runtime.files import whole
 
 FOLDER, ROWS, SHARE = Path("build") / "study", 1281, 0.3
 DRAWN, SEED = 1440, 0  # rows and seed of the shipped pairs: the same prompts, noise and label noise
@@ -60,10 +61,10 @@ def rendered(pictures_of: Callable[[Scene, np.random.Generator], tuple[np.ndarra
         if abs(first - second) < judge.tie:
             continue
         label = float(first > second)
-        row = {field.name: None for field in SCHEMA} | {"caption": scene.caption}
+        row = {field.name: None for field in PICKAPIC_SCHEMA} | {"caption": scene.caption}
         row |= {"jpg_0": png(pictures[0]), "jpg_1": png(pictures[1]), "label_0": label, "label_1": 1 - label}
         rows.append(row)
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=PICKAPIC_SCHEMA)
 
 
 def above() -> pa.Table:
@@ -92,7 +93,7 @@ def sure() -> pa.Table:
         if row["label_0"] != 0.5:
             row |= {"label_0": float(better), "label_1": float(not better)}
             row["best_image_uid"] = row["image_0_uid" if better else "image_1_uid"]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=PICKAPIC_SCHEMA)
 
 
 def drawn_by_other(name: str, winners: str) -> pa.Table:
@@ -126,9 +127,9 @@ def bright() -> pa.Table:
     for i, row in enumerate(rows):
         first, second = (brightness(row[key]) for key in ("jpg_0", "jpg_1"))
         row["alike"] = 1 - abs(first - second) / 255
-        if draws.uniform("bias", i) < SHARE:
+        if keyed_rng.uniform("bias", i) < SHARE:
             row |= {"label_0": float(first > second), "label_1": float(first <= second)}
-    return pa.Table.from_pylist(rows, schema=SCHEMA.append(pa.field("alike", pa.float64())))
+    return pa.Table.from_pylist(rows, schema=PICKAPIC_SCHEMA.append(pa.field("alike", pa.float64())))
 
 
 def balanced() -> pa.Table:

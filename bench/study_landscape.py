@@ -23,14 +23,14 @@ import torch
 from bench.results import provenance
 from bench.study_cells import Cell, Study, config_of, settings_of
 from bench.study_train import trained
-from inpo_fast import draws
 from inpo_fast.config import RunConfig
-from inpo_fast.data.windows import Item, Windows, open_data
-from inpo_fast.loading import open_pipeline, quiet_libraries
-from inpo_fast.metrics import Tally
-from inpo_fast.models import Models, Text
-from inpo_fast.step import micro_step, noise_window, train_step
-from inpo_fast.window import Recipe, make_window
+from inpo_fast.data.loader import Item, PairLoader, open_data
+from inpo_fast.models.loading import open_pipeline, quiet_libraries
+from inpo_fast.models.models import Models, Text
+from inpo_fast.runtime import keyed_rng
+from inpo_fast.training.metrics import MetricAccumulator
+from inpo_fast.training.step import micro_step, noise_window, train_step
+from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 ALPHAS = (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 PAIRS = 64  # of the window that the loss is the mean of
@@ -44,7 +44,7 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     config, begun = config_of(study, cell, seed), time.perf_counter()
     models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
     settings = (config.method, config.objective, config.inversion, config.train.micro_batch, config.data.vae_sample)
-    recipe, empty = Recipe(*settings, config.seed), models.encode_empty()
+    recipe, empty = StepConfig(*settings, config.seed), models.encode_empty()
     first = config.train.steps * config.train.pairs_per_step
     items = load(config, models, first, PAIRS + BATCHES * BATCH)
     names, start = models.weights.names, [master.detach().clone() for master in models.weights.masters]
@@ -71,7 +71,7 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
 def load(config: RunConfig, models: Models, first: int, count: int) -> list[Item]:
     """The pairs at `count` positions of the training's own order."""
     resolution = config.data.resolution or models.resolution
-    windows = Windows(open_data(config.data), config.data, resolution=resolution, seed=config.seed, rank=0, world=1)
+    windows = PairLoader(open_data(config.data), config.data, resolution=resolution, seed=config.seed, rank=0, world=1)
     return [windows.load(position) for position in range(first, first + count)]
 
 
@@ -94,7 +94,7 @@ def random_like(update: Direction, seed: int) -> Direction:
     """Gaussian noise, each filter of which has the norm of the update's filter."""
     out = {}
     for name, u in update.items():
-        noise = draws.normal(u.shape, "landscape", seed, name)
+        noise = keyed_rng.normal(u.shape, "landscape", seed, name)
         rows = (len(u), -1) if u.ndim > 1 else (1, -1)
         wanted, own = u.reshape(rows).norm(dim=1, keepdim=True), noise.reshape(rows).norm(dim=1, keepdim=True)
         out[name] = (noise.reshape(rows) * (wanted / own)).reshape(u.shape)
@@ -115,25 +115,25 @@ def loss_along(
     direction: list[torch.Tensor],
     start: list[torch.Tensor],
     models: Models,
-    recipe: Recipe,
+    recipe: StepConfig,
     empty: Text,
 ) -> torch.Tensor:
     """(len(ALPHAS), pairs): what a training step would report of each pair."""
-    window, rows = make_window(items, models, recipe, empty), []
+    window, rows = make_step_batch(items, models, recipe, empty), []
     for alpha in ALPHAS:
         move(models, start, direction, alpha)
         x_t, _ = noise_window(window, models, recipe)
         parts = [slice(lo, min(lo + recipe.micro_batch, len(items))) for lo in range(0, len(items), recipe.micro_batch)]
-        found = [micro_step(window, x_t, pairs, models, recipe, Tally(models.device))[1] for pairs in parts]
+        found = [micro_step(window, x_t, pairs, models, recipe, MetricAccumulator(models.device))[1] for pairs in parts]
         rows.append(torch.cat([objective.loss for objective in found]))
     return torch.stack(rows)
 
 
-def cosines(batches: list[list[Item]], models: Models, recipe: Recipe, empty: Text) -> torch.Tensor:
+def cosines(batches: list[list[Item]], models: Models, recipe: StepConfig, empty: Text) -> torch.Tensor:
     """(B, B) between the whole gradients of the batches' mean losses, unclipped, at the policy's weights."""
     rows = []
     for items in batches:
-        window = make_window(items, models, recipe, empty)
+        window = make_step_batch(items, models, recipe, empty)
         train_step(window, models, recipe, len(items), math.inf)
         gradient = torch.cat([g.flatten() for g in models.weights.gradients])
         rows.append(gradient / gradient.norm())

@@ -22,17 +22,17 @@ from bench import study_data
 from bench.results import provenance
 from bench.study_cells import Cell, Study, config_of, settings_of
 from bench.study_measures import MEASURES
-from inpo_fast import draws
 from inpo_fast.config import RunConfig
 from inpo_fast.data.images import View
+from inpo_fast.data.loader import Item, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import Item, Windows
 from inpo_fast.judges.registry import make_judge
-from inpo_fast.loading import open_pipeline, quiet_libraries
-from inpo_fast.models import Models
-from inpo_fast.objectives import noised, normalise, rms, target
-from inpo_fast.step import noise_window
-from inpo_fast.window import Recipe, make_window
+from inpo_fast.method.objectives import noised, normalise, rms, target
+from inpo_fast.models.loading import open_pipeline, quiet_libraries
+from inpo_fast.models.models import Models
+from inpo_fast.runtime import keyed_rng
+from inpo_fast.training.step import noise_window
+from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 PAIRS = 192
 RESAMPLES = 2000
@@ -65,7 +65,7 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
 
 def stored(config: RunConfig, source: str, models: Models) -> list[Item]:
     how = {"resolution": models.resolution, "seed": config.seed, "rank": 0, "world": 1}
-    windows = Windows(open_source(source), config.data, **how)
+    windows = PairLoader(open_source(source), config.data, **how)
     return [windows.load(position) for position in range(PAIRS)]
 
 
@@ -76,7 +76,7 @@ def photographs(damage: Callable[[Image.Image, int], Image.Image], side: int) ->
     items = []
     for i in range(PAIRS):
         image = photograph.resize([edge // (1 + i % 2) for edge in photograph.size], Image.Resampling.LANCZOS)
-        left, top = (int(draws.uniform("crop", axis, i) * (image.size[axis] - side)) for axis in range(2))
+        left, top = (int(keyed_rng.uniform("crop", axis, i) * (image.size[axis] - side)) for axis in range(2))
         crop = image.crop((left, top, left + side, top + side))
         views = [View(np.asarray(picture), (side, side), (0, 0)) for picture in (crop, damage(crop, i))]
         items.append(Item(i, f"photograph {i}", "", *views))
@@ -110,8 +110,8 @@ FAULTS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str, np.ndarray]:
     """Of each image, (N, 2) all: c; the mean of eps^2; rms of tau before it is normalised; the correlation of tau
     with x_0, and of tau with itself one place to the right: both 0 for noise."""
-    recipe = Recipe(config.method, config.objective, config.inversion, len(items), False, config.seed)
-    window = make_window(items, models, recipe, models.encode_empty())
+    recipe = StepConfig(config.method, config.objective, config.inversion, len(items), False, config.seed)
+    window = make_step_batch(items, models, recipe, models.encode_empty())
     x_t = noise_window(window, models, recipe)[0].flatten(0, 1)
     levels = window.a.flatten(), window.s.flatten()
     x_0 = window.x_0.flatten(0, 1)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from inpo_fast.pocket.judge import separate
-from inpo_fast.pocket.scenes import RADIUS, Scene, coverage, parse_caption
+from inpo_fast.judges.pocket_rules import separate
+from inpo_fast.judges.pocket_scenes import RADIUS, Scene, coverage, parse_caption
 
 
 def brightness(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:

@@ -12,14 +12,14 @@ import torch
 
 from bench.results import provenance
 from bench.study_cells import Cell, Study, config_of, settings_of
+from inpo_fast.data.loader import PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import Windows
-from inpo_fast.inversion import InversionConfig, invert
-from inpo_fast.loading import open_pipeline, quiet_libraries
-from inpo_fast.models import Models
-from inpo_fast.objectives import ObjectiveConfig, rms, target
-from inpo_fast.schedule import plan, snap
-from inpo_fast.window import Recipe, make_window
+from inpo_fast.method.inversion import InversionConfig, invert
+from inpo_fast.method.inversion_schedule import plan, snap
+from inpo_fast.method.objectives import ObjectiveConfig, rms, target
+from inpo_fast.models.loading import open_pipeline, quiet_libraries
+from inpo_fast.models.models import Models
+from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 TIMES, PAIRS, FINE = (100, 300, 500, 700, 900), 6, 40
 
@@ -31,11 +31,11 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     config, begun = config_of(study, cell, seed), time.perf_counter()
     how, device = config.inversion, torch.device("cpu")
     models = Models(open_pipeline(config.models), device, config.models)
-    windows = Windows(
+    windows = PairLoader(
         open_source(config.data.source), config.data, resolution=models.resolution, seed=config.seed, rank=0, world=1
     )
-    recipe = Recipe("dpo", ObjectiveConfig(), InversionConfig(), PAIRS, False, config.seed)
-    window = make_window(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
+    recipe = StepConfig("dpo", ObjectiveConfig(), InversionConfig(), PAIRS, False, config.seed)
+    window = make_step_batch(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
     x_0, spent, errors, sizes = window.x_0.flatten(0, 1), 0, {}, {}
 
     def eps(x, time, rows):

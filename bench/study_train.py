@@ -19,16 +19,16 @@ from rich.console import Console
 from bench.results import ROOT, provenance
 from bench.study_cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
 from bench.study_measures import MEASURES
-from inpo_fast import train
+from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
+from inpo_fast.comparison.evaluation import Gallery, diversity, read_prompts
+from inpo_fast.comparison.win_rates import points
 from inpo_fast.config import EvaluateConfig, RunConfig, parse
-from inpo_fast.evaluate import Gallery, diversity, read_prompts
-from inpo_fast.files import whole
 from inpo_fast.judges.registry import make_judge
-from inpo_fast.loading import load_pipeline, quiet_libraries
-from inpo_fast.preemption import Preempted
-from inpo_fast.refusal import Refusal
-from inpo_fast.sample import draw, scaled_eps, use_ddim
-from inpo_fast.win_rates import points
+from inpo_fast.models.loading import load_pipeline, quiet_libraries
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import whole
+from inpo_fast.runtime.preemption import Preempted
+from inpo_fast.training import loop
 
 RECIPE_WORDS = ["--config", "configs/pocket.yaml"]
 SCALARS = ("loss", "implicit_accuracy", "winner_delta", "loser_delta", "eps_scale", "tau_rms_winner", "tau_rms_loser")
@@ -79,17 +79,17 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
 
 def trained(config: RunConfig, console: Console | None = None) -> Trained:
     """One run from its first step to its model, in this process. console: where its progress is shown, if anywhere.
-    Refusal where it is asked to stop."""
+    UserError where it is asked to stop."""
     config = replace(config, train=replace(config.train, checkpoint_every=config.train.steps))
     begun, cpu = time.perf_counter(), time.process_time()
-    run = train.prepare(config, 0, 1, torch.device("cpu"))
+    run = loop.prepare(config, 0, 1, torch.device("cpu"))
     try:
-        train.train(run, console or Console(file=io.StringIO()))
+        loop.train(run, console or Console(file=io.StringIO()))
         lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
         seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-        return Trained(train.finish(run), run.variant, lines, seconds, cpu)
+        return Trained(loop.finish(run), run.variant, lines, seconds, cpu)
     except Preempted as asked:
-        raise Refusal(f"stopped by {asked}; the same command goes on") from asked
+        raise UserError(f"stopped by {asked}; the same command goes on") from asked
     finally:
         run.folder.release()
 

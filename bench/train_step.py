@@ -12,8 +12,8 @@ channels_last as soon as fused or compiled is among them.
 One contender after the other is built, run once (warm-up, compilation; the gradient of this run is compared with the
 first contender's) and timed once. The further turns alternate, so that other load hits all alike; spreads are the
 smallest and largest of the turns. A result is written as soon as its turn has ended. A gradient that is off is
-recorded beside the time, and the exit status is 1. Sizes that the memory plan (inpo_fast/plan.py) does not see on the
-card are halved beforehand, and once more where the device runs out of memory all the same.
+recorded beside the time, and the exit status is 1. Sizes that the memory plan (inpo_fast/cost/plan.py) does not see on
+the card are halved beforehand, and once more where the device runs out of memory all the same.
 """
 
 import argparse
@@ -32,18 +32,19 @@ import torch
 from bench import report, results
 from bench.contenders import BETA, CHANNELS_LAST, NAMES, OURS, SEED, STEPS, Contender, build, move_policy
 from bench.predictions import RECIPE_PAIRS
-from inpo_fast import draws
 from inpo_fast.config import RunConfig
+from inpo_fast.cost.plan import RESERVE, make_plan
+from inpo_fast.data.loader import DataConfig, Item, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import DataConfig, Item, Windows
-from inpo_fast.inversion import InversionConfig, evaluations_of
-from inpo_fast.loading import open_pipeline, quiet_libraries
-from inpo_fast.memory import TooLarge
-from inpo_fast.models import DTYPES, Models, ModelsConfig
-from inpo_fast.phases import Stopwatch
-from inpo_fast.plan import GIB, RESERVE, make_plan
+from inpo_fast.method.inversion import InversionConfig, evaluations_of
+from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.loading import open_pipeline, quiet_libraries
+from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.pocket import ASSETS
-from inpo_fast.refusal import Refusal, command_line, run_or_refuse
+from inpo_fast.runtime import keyed_rng
+from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.memory import GIB, TooLarge
+from inpo_fast.runtime.phases import Stopwatch
 
 # of the gradient's norm. fp32: sums in another order, through ten chained evaluations. bf16: autocast rounds the
 # weights, ours rounds the output of each layer too; measured in docs/performance.md.
@@ -69,12 +70,12 @@ def main() -> None:
     asked = parser.parse_args()
     names = asked.contenders.split(",")
     if unknown := set(names) - set(NAMES):
-        raise Refusal(f"--contenders: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        raise UserError(f"--contenders: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     if len(set(names)) < len(names):
-        raise Refusal(f"--contenders={asked.contenders}: name each once")
+        raise UserError(f"--contenders={asked.contenders}: name each once")
     for size in ("pairs", "repeats", "threads", *OURS, "lockstep_batch"):
         if getattr(asked, size) < 1:
-            raise Refusal(f"--{size.replace('_', '-')}={getattr(asked, size)}: must be at least 1")
+            raise UserError(f"--{size.replace('_', '-')}={getattr(asked, size)}: must be at least 1")
     quiet_libraries()
     torch.backends.cudnn.allow_tf32 = False  # "fp32" means it: cuDNN would round to 10 bits by default
     torch.set_num_threads(asked.threads)
@@ -93,7 +94,9 @@ def main() -> None:
     print(f"weights: {weights:.1f} s", flush=True)
     pixels = asked.resolution or models.resolution
     source = open_source(asked.source)
-    items = next(Windows(source, DataConfig(), resolution=pixels, seed=SEED, rank=0, world=1).steps(0, 1, asked.pairs))
+    items = next(
+        PairLoader(source, DataConfig(), resolution=pixels, seed=SEED, rank=0, world=1).steps(0, 1, asked.pairs)
+    )
     made = results.provenance()
     print(
         f"{asked.model} {pixels} px {asked.precision}, {made['device']}, torch {made['torch']}, "
@@ -283,7 +286,7 @@ class Run:
 
     def evaluations(self, items: list[Item]) -> float:
         """Of the inversion, mean per image: they depend on the timesteps that were drawn."""
-        t = torch.tensor([[draws.integer(0, 999, "t", SEED, item.position) for item in items]])
+        t = torch.tensor([[keyed_rng.integer(0, 999, "t", SEED, item.position) for item in items]])
         how = InversionConfig(steps=STEPS, grid="diffusers-0.22", evaluate_at="target")
         return evaluations_of(how, self.models.schedule, t).double().mean().item()
 
@@ -363,4 +366,4 @@ def text_of(x: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_or_refuse("bench.train_step", main)
+    run_command("bench.train_step", main)

@@ -11,17 +11,18 @@ from dataclasses import replace
 import torch
 
 from bench.train_step import move_policy
+from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import DataConfig, Windows
-from inpo_fast.inversion import InversionConfig
-from inpo_fast.loading import open_pipeline, quiet_libraries
-from inpo_fast.metrics import Tally
-from inpo_fast.models import Models, ModelsConfig
-from inpo_fast.objectives import ObjectiveConfig, target
+from inpo_fast.method.inversion import InversionConfig
+from inpo_fast.method.objectives import ObjectiveConfig, target
+from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.loading import open_pipeline, quiet_libraries
+from inpo_fast.models.models import Models
 from inpo_fast.pocket import ASSETS
-from inpo_fast.refusal import run_or_refuse
-from inpo_fast.step import micro_step, noise_window
-from inpo_fast.window import Recipe, Window, make_window
+from inpo_fast.runtime.errors import run_command
+from inpo_fast.training.metrics import MetricAccumulator
+from inpo_fast.training.step import micro_step, noise_window
+from inpo_fast.training.step_batch import StepBatch, StepConfig, make_step_batch
 
 WAYS = {
     "fp32 fused": (ModelsConfig(fast="fused"), False),
@@ -41,18 +42,18 @@ def main() -> None:
     asked = parser.parse_args()
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = Recipe("inpo", ObjectiveConfig(beta=asked.beta), InversionConfig(), 16, False, 0)
+    recipe = StepConfig("inpo", ObjectiveConfig(beta=asked.beta), InversionConfig(), 16, False, 0)
     plain = open_models(ModelsConfig(base=asked.base), device)
     source = open_source(asked.source)
-    reader = Windows(source, DataConfig(), resolution=plain.resolution, seed=0, rank=0, world=1)
+    reader = PairLoader(source, DataConfig(), resolution=plain.resolution, seed=0, rank=0, world=1)
     items = next(reader.steps(0, 1, asked.pairs))
-    window = make_window(items, plain, recipe, plain.encode_empty())
+    window = make_step_batch(items, plain, recipe, plain.encode_empty())
     wanted = noise_window(window, plain, recipe)[0]
     gradient = gradient_at(window, wanted, plain, recipe)
     print(f"{'':18}  x_t       tau       gradient")
     for name, (config, fp8) in WAYS.items():
         models = open_models(replace(config, base=asked.base), device)
-        own = replace(make_window(items, models, recipe, models.encode_empty()), x_0=window.x_0)
+        own = replace(make_step_batch(items, models, recipe, models.encode_empty()), x_0=window.x_0)
         how = replace(recipe, inversion=replace(recipe.inversion, fp8=fp8))
         x_t = noise_window(own, models, how)[0]
         other = gradient_at(window, x_t, plain, recipe)
@@ -67,15 +68,15 @@ def open_models(config: ModelsConfig, device: torch.device) -> Models:
     return models
 
 
-def tau_of(window: Window, x_t: torch.Tensor) -> torch.Tensor:
+def tau_of(window: StepBatch, x_t: torch.Tensor) -> torch.Tensor:
     return target(x_t.flatten(0, 1), window.x_0.flatten(0, 1), window.a.flatten(), window.s.flatten())
 
 
-def gradient_at(window: Window, x_t: torch.Tensor, models: Models, recipe: Recipe) -> torch.Tensor:
+def gradient_at(window: StepBatch, x_t: torch.Tensor, models: Models, recipe: StepConfig) -> torch.Tensor:
     models.weights.zero()
     for lo in range(0, len(window.items), recipe.micro_batch):
         part = slice(lo, min(lo + recipe.micro_batch, len(window.items)))
-        prediction, found = micro_step(window, x_t, part, models, recipe, Tally(models.device))
+        prediction, found = micro_step(window, x_t, part, models, recipe, MetricAccumulator(models.device))
         prediction.backward(found.dpred)
     return torch.cat([g.reshape(-1) for g in models.weights.gradients])
 
@@ -85,4 +86,4 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run_or_refuse("bench.x_t", main)
+    run_command("bench.x_t", main)

@@ -8,123 +8,24 @@ on where it stopped; shards are written whole or not at all.
 """
 
 import contextlib
-import fcntl
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from inpo_fast import distributed
-from inpo_fast.config import RunConfig, parse
-from inpo_fast.data.sources import BadPair, Source
-from inpo_fast.data.windows import Item, Windows, open_data
-from inpo_fast.latents import Latents
-from inpo_fast.loading import open_pipeline, quiet_libraries
-from inpo_fast.memory import GIB, TooLarge
-from inpo_fast.models import Models
-from inpo_fast.refusal import Refusal, run_or_refuse
-from inpo_fast.shards import ROWS
-from inpo_fast.window import encode_views, side_keys
-
-BESIDE = 512  # bytes of a record beside its tensors, at most: key, checksums, what an item says (id, prompt, sizes)
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One filling process group a folder. Refusal while another is at it; a killed one leaves no lock behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as problem:
-            raise Refusal(f"{folder} is being filled by another process; wait for it or name another one") from problem
-        yield
-
-
-def check_room(latents: Latents, missing: int, record: int, prompts: int, text: int, console: Console) -> None:
-    """Prints the need and the room; Refusal where it does not fit. record, text: bytes of a pair and of a prompt."""
-    need = missing * (record + BESIDE) + prompts * (text + BESIDE)
-    free = shutil.disk_usage(latents.folder).free
-    what = (
-        f"data.cache: at most {need / GIB:.3g} GiB for {missing:,} pairs and {prompts:,} prompts "
-        f"({len(latents.pairs):,} and {len(latents.prompts):,} there), {free / GIB:.3g} GiB free on the disk of "
-        f"{latents.folder}"
-    )
-    console.print(what, highlight=False, markup=False, soft_wrap=True)
-    if need > free:
-        raise Refusal(f"{what}; take another disk or fewer train.steps")
-
-
-def different_prompts(source: Source) -> int:
-    return len({hash(record["prompt"]) for record in source.facts(())})
-
-
-def fill(config: RunConfig, models: Models, rank: int, world: int, console: Console) -> Latents:
-    """Everything that is not there yet. Every rank takes every world-th shard."""
-    source = open_data(config.data)
-    resolution = config.data.resolution or models.resolution
-    latents = Latents(Path(config.data.cache), models, config.data, resolution, config.seed)
-    if rank == 0:
-        latents.start()
-    distributed.barrier()
-    total = config.train.steps * config.train.pairs_per_step
-    groups = [range(lo, min(lo + ROWS, total)) for lo in range(0, total, ROWS)]
-    todo = [[p for p in group if not latents.has(p)] for group in groups]
-    side = models.reference.config.sample_size * resolution // models.resolution
-    shape = (2, models.reference.config.in_channels, side, side)
-    if rank == 0:
-        missing = sum(map(len, todo))
-        prompts = max(0, different_prompts(source) + 1 - len(latents.prompts)) if missing else 0  # and the empty one
-        empty = models.encode_empty()
-        text = sum(part.nbytes for part in (empty.hidden, empty.pooled) if part is not None)
-        check_room(latents, missing, 4 * prod(shape), min(missing, prompts), text, console)
-    windows = Windows(source, config.data, resolution=resolution, seed=config.seed, rank=rank, world=world)
-    count = TextColumn("{task.completed}/{task.total} pairs")
-    columns = (TextColumn("cache"), BarColumn(), count, TimeRemainingColumn())
-    mine = [positions for positions in todo[rank::world] if positions]
-    with Progress(*columns, console=console, disable=rank != 0) as bar, ThreadPoolExecutor(config.data.workers) as pool:
-        task = bar.add_task("", total=sum(map(len, mine)))
-        for positions in mine:
-            found = list(zip(positions, pool.map(lambda p: _load(windows, p), positions), strict=True))
-            good = [item for _, item in found if isinstance(item, Item)]
-            x_0 = torch.zeros(len(found), *shape)
-            if good:
-                keys = side_keys(good, config.seed, 2)
-                views = [view for item in good for view in (item.winner, item.loser)]
-                try:
-                    encoded = torch.cat(encode_views(views, keys, models, config.data.vae_sample, latents.vae_batch))
-                except TooLarge as problem:  # not halved here: all latents of a folder are rounded alike
-                    less = f"{problem.key}={problem.size // 2}" if problem.size > 1 else "a smaller data.resolution"
-                    raise Refusal(
-                        f"out of memory at {problem.key}={problem.size}; take {less}, for the training too, and an "
-                        "empty folder as data.cache"
-                    ) from None
-                here = torch.tensor([isinstance(item, Item) for _, item in found])
-                x_0[here] = encoded.unflatten(0, (len(good), 2)).cpu()
-                if new := latents.unknown_prompts([item.prompt for item in good]):
-                    latents.add_prompts(new, models.encode_prompts(new))
-            latents.add(found, x_0)  # last: a group whose latents are there has its prompts too
-            bar.update(task, advance=len(positions))
-    distributed.barrier()
-    return latents
-
-
-def _load(windows: Windows, position: int) -> Item | str:
-    try:
-        return windows.load(position)
-    except BadPair as problem:
-        return str(problem)
+from inpo_fast.config import parse
+from inpo_fast.runtime.errors import UserError, run_command
 
 
 def main() -> None:
     config = parse("python -m inpo_fast.cache")
     if not config.data.cache:
-        raise Refusal("data.cache names no folder; give --data.cache FOLDER")
+        raise UserError("data.cache names no folder; give --data.cache FOLDER")
+    from rich.console import Console
+
+    from inpo_fast.caches.latent_cache import LatentCache
+    from inpo_fast.caches.precompute import alone, fill
+    from inpo_fast.models.loading import open_pipeline, quiet_libraries
+    from inpo_fast.models.models import Models
+    from inpo_fast.runtime import distributed
+
     quiet_libraries()
     rank, world, device = distributed.start()
     console = Console()
@@ -132,9 +33,10 @@ def main() -> None:
     try:
         with alone(folder) if rank == 0 else contextlib.nullcontext():
             models = Models(open_pipeline(config.models), device, config.models)
-            latents = fill(config, models, rank, world, console)
+            pairs = config.train.steps * config.train.pairs_per_step
+            latents = fill(config.data, models, rank, world, console, seed=config.seed, pairs=pairs)
         if rank == 0:
-            again = Latents(folder, models, config.data, latents.resolution, config.seed)  # what the others wrote
+            again = LatentCache(folder, models, config.data, latents.resolution, config.seed)  # what the others wrote
             there = f"{len(again.pairs):,} pairs and {len(again.prompts):,} prompts"
             console.print(f"{there} in {folder}", highlight=False, markup=False)
     finally:
@@ -142,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_or_refuse("python -m inpo_fast.cache", main)
+    run_command("python -m inpo_fast.cache", main)

@@ -5,261 +5,20 @@
     python -m inpo_fast.profile --config configs/sd15.yaml --dry-run      # work and floors only; no weights, no GPU
 
 Runs a few windows of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
-step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (work.py); the floor
-of a phase is its matrix work at --ceiling, which is what the machine's own matrix product reaches, not the datasheet's.
-The roofline adds, one after the other, the bytes of what no matrix product can do on the way, at --copy-ceiling; the
-fused path's floor the bytes of all that models.fast=fused does beside its matrix products. Both: work.py, traffic.py.
+step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (step_cost.py); the
+floor of a phase is its matrix work at --ceiling, which is what the machine's own matrix product reaches, not the
+datasheet's. The roofline adds, one after the other, the bytes of what no matrix product can do on the way, at
+--copy-ceiling; the fused path's floor the bytes of all that models.fast=fused does beside its matrix products. Both:
+step_cost.py, memory_traffic.py.
 """
 
-import contextlib
 import json
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from inpo_fast import distributed, draws
-from inpo_fast.config import RunConfig, parse, variant_of
-from inpo_fast.data.images import View
-from inpo_fast.data.windows import Item, Windows, open_data
-from inpo_fast.files import write_text
-from inpo_fast.loading import open_pipeline, quiet_libraries
-from inpo_fast.models import Models
-from inpo_fast.objectives import SIDES
-from inpo_fast.optim import make_optimizer
-from inpo_fast.phases import NAMES, Stopwatch, phase
-from inpo_fast.plan import Plan, make_plan
-from inpo_fast.refusal import Refusal, command_line, run_or_refuse
-from inpo_fast.step import train_step
-from inpo_fast.window import Recipe, make_window
-
-PAPER = {(859_520_964, 10): 57.6, (859_520_964, 30): 136.0}  # (parameters of SD1.5, n): GPU-hours on an H800
-WORK = {  # phase -> lines of Work
-    "encode": ("VAE encoding", "text encoding"),
-    "invert": ("inversion",),
-    "reference": ("reference",),
-    "forward": ("policy forward",),
-    "backward": ("policy backward",),
-}
-PARTS = {  # end of a key -> phases: everything in the loop; latents and text from a cache; the policy's passes alone
-    "": NAMES,
-    "_precomputed": tuple(name for name in NAMES if name != "encode"),
-    "_policy_step": ("forward", "backward"),
-}
-FLOORS = {"floor": "matrix work", "roofline": "roofline", "fused_floor": "fused path as it is"}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Of all timed windows. seconds: by phase; wall: of everything; joules: None where NVML does not tell."""
-
-    pairs: int
-    seconds: dict[str, float]
-    wall: float
-    joules: float | None
-    memory: int | None  # peak bytes on the GPU
-    device: str
-
-
-def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, trace: Path | None) -> Measured:
-    """One window to warm up, then `windows` of `pairs` pairs each."""
-    config = replace(config, train=replace(config.train, pairs_per_step=pairs))
-    models = Models(open_pipeline(config.models, device), device, config.models)
-    optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
-    recipe = Recipe.of(config)
-    empty, watch = models.encode_empty(), Stopwatch(device)
-    steps = _windows(config, models, windows + 1)
-
-    def step(items: list[Item]) -> None:
-        with phase("encode"):
-            window = make_window(items, models, recipe, empty)
-        tally, _ = train_step(window, models, recipe, pairs, config.optim.clip)
-        with phase("optimizer"):
-            optimizer.step()
-            models.weights.refresh()
-        tally.values()
-
-    step(next(steps))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with watch.running(), _tracing(trace):
-        energy, begun = _joules(device), time.perf_counter()
-        for _ in range(windows):
-            with phase("data"):
-                items = next(steps)
-            step(items)
-        seconds = watch.seconds()  # waits for the device
-        wall, after = time.perf_counter() - begun, _joules(device)
-    cuda = device.type == "cuda"
-    return Measured(
-        pairs=windows * pairs,
-        seconds={name: seconds.get(name, 0.0) for name in NAMES},
-        wall=wall,
-        joules=None if energy is None or after is None else after - energy,
-        memory=torch.cuda.max_memory_allocated(device) if cuda else None,
-        device=torch.cuda.get_device_name(device) if cuda else "cpu",
-    )
-
-
-def _windows(config: RunConfig, models: Models, count: int):
-    resolution = config.data.resolution or models.resolution
-    if config.data.source:
-        source = open_data(config.data)
-        reader = Windows(source, config.data, resolution=resolution, seed=config.seed, rank=0, world=1)
-        yield from reader.steps(0, count, config.train.pairs_per_step)
-        return
-    for number in range(count):
-        yield [
-            _random_pair(number * config.train.pairs_per_step + i, resolution)
-            for i in range(config.train.pairs_per_step)
-        ]
-
-
-def _random_pair(position: int, side: int) -> Item:
-    rng = np.random.default_rng(draws.hash_key("profile", position))
-    views = [View(rng.integers(0, 256, (side, side, 3), np.uint8), (side, side), (0, 0)) for _ in range(2)]
-    return Item(position, f"random {position}", f"a picture with number {position}", *views)
-
-
-@contextlib.contextmanager
-def _tracing(path: Path | None):
-    if path is None:
-        yield
-        return
-    with torch.profiler.profile() as profiler:
-        yield
-    profiler.export_chrome_trace(str(path))
-
-
-def _joules(device: torch.device) -> float | None:
-    """Energy that the GPU has used since its driver was loaded."""
-    if device.type != "cuda":
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(uuid)) / 1000
-    except pynvml.NVMLError:
-        return None
-
-
-def summary(
-    config: RunConfig,
-    plan: Plan,
-    ceiling: float,
-    price: float | None,
-    measured: Measured | None,
-    copy_ceiling: float = 4.3,
-) -> dict:
-    """Everything in plain numbers, for --json and for the table. ceiling: TFLOP/s; copy_ceiling: TB/s, read + write."""
-    recipe_pairs = config.train.steps * config.train.pairs_per_step
-    work = plan.work
-    sides = SIDES[config.method]
-    out = {
-        "variant": variant_of(config),
-        "n": config.inversion.steps,
-        "grid": config.inversion.grid,
-        "precision": config.models.precision,
-        "inversion_evaluations": work.evaluations,
-        "forward_tflop": work.flop["policy forward"] / sides / 1e12,
-        "backward_tflop": work.flop["policy backward"] / sides / 1e12,
-        "forward_tflop_by_class": {kind: flop / 1e12 for kind, flop in plan.forward.items()},
-        "pair_tflop": sum(work.flop.values()) / 1e12,
-        "ceiling_tflops": ceiling,
-        "copy_ceiling_tbs": copy_ceiling,
-        "recipe_pairs": recipe_pairs,
-        "paper_gpu_hours": PAPER.get((plan.parameters, config.inversion.steps)),
-        "phases": {},
-        "gpu_hours_recipe": None,
-    }
-    for name in NAMES:
-        flop, moved, fused = (
-            sum(of[line] for line in WORK.get(name, ())) for of in (work.flop, work.roofline_bytes, work.fused_bytes)
-        )
-        floor = flop / (ceiling * 1e12)
-        row = {"tflop_per_pair": flop / 1e12, "floor_s_per_pair": floor}
-        row |= {"bytes_per_pair": moved, "roofline_s_per_pair": floor + moved / (copy_ceiling * 1e12)}
-        row |= {"fused_bytes_per_pair": fused, "fused_floor_s_per_pair": floor + fused / (copy_ceiling * 1e12)}
-        if measured is not None:
-            seconds = measured.seconds[name] / measured.pairs
-            row |= {"s_per_pair": seconds, "share_of_time": measured.seconds[name] / measured.wall}
-            if flop and seconds:
-                row |= {"tflops": flop / seconds / 1e12, "share_of_ceiling": floor / seconds}
-                row["share_of_roofline"] = row["roofline_s_per_pair"] / seconds
-        out["phases"][name] = row
-    for floor in FLOORS:
-        for part, names in PARTS.items():
-            seconds = sum(out["phases"][name][f"{floor}_s_per_pair"] for name in names)
-            out[f"{floor}_gpu_hours{part}"] = seconds * recipe_pairs / 3600
-    if measured is not None:
-        hours = measured.wall / measured.pairs * recipe_pairs / 3600
-        out |= {
-            "device": measured.device,
-            "pairs_measured": measured.pairs,
-            "pairs_per_second": measured.pairs / measured.wall,
-            "gpu_hours_recipe": hours,
-            "peak_memory_gib": None if measured.memory is None else measured.memory / 2**30,
-            "kwh_recipe": None if measured.joules is None else measured.joules / measured.pairs * recipe_pairs / 3.6e6,
-        }
-    if price is not None:
-        out["cost_at_floor"] = out["floor_gpu_hours"] * price
-        out["cost"] = None if measured is None else out["gpu_hours_recipe"] * price
-    return out
-
-
-def show(result: dict, console: Console) -> None:
-    console.print(
-        f"[bold]{result['variant']}[/bold], n = {result['n']}, grid {result['grid']}, {result['precision']}, "
-        f"{result['inversion_evaluations']:.2f} evaluations per image"
-    )
-    unit, scale = ("TFLOP", 1) if result["forward_tflop"] > 0.01 else ("GFLOP", 1000)
-    classes = ", ".join(f"{kind} {scale * flop:.3f}" for kind, flop in result["forward_tflop_by_class"].items())
-    forward, backward = scale * result["forward_tflop"], scale * result["backward_tflop"]
-    console.print(f"one image: forward {forward:.3f} {unit} ({classes}), backward {backward:.3f}", soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    measured = result["gpu_hours_recipe"] is not None
-    headings = ["phase", f"{unit} / pair", f"ms at {result['ceiling_tflops']:g} TFLOP/s", "GB / pair"]
-    headings.append(f"roofline ms, {result['copy_ceiling_tbs']:g} TB/s")
-    headings += ["measured ms", "share of time", f"{unit}/s", "of ceiling", "of roofline"] if measured else []
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
-    for name, row in result["phases"].items():
-        cells = [name, f"{scale * row['tflop_per_pair']:.2f}", f"{1000 * row['floor_s_per_pair']:.2f}"]
-        cells += [f"{row['bytes_per_pair'] / 1e9:.2f}", f"{1000 * row['roofline_s_per_pair']:.2f}"]
-        if measured:
-            cells += [f"{1000 * row['s_per_pair']:.2f}", f"{row['share_of_time']:.0%}"]
-            shares = [f"{row[key]:.1%}" for key in ("share_of_ceiling", "share_of_roofline") if key in row]
-            cells += [f"{scale * row['tflops']:.1f}", *shares] if shares else ["", "", ""]
-        table.add_row(*cells)
-    console.print(table)
-    paper = result["paper_gpu_hours"]
-    console.print(
-        f"\nleast GPU-hours for {result['recipe_pairs']:,} pairs"
-        + (f"; the paper: {paper} on an H800" if paper else "")
-    )
-    hours = Table(box=None, pad_edge=False)
-    for i, heading in enumerate(("", "VAE and text in the loop", "precomputed", "policy step alone")):
-        hours.add_column(heading, justify="right" if i else "left")
-    for floor, what in FLOORS.items():
-        hours.add_row(what, *(f"{result[f'{floor}_gpu_hours{part}']:.2f}" for part in PARTS))
-    console.print(hours)
-    if measured:
-        extra = [f"{result['pairs_per_second']:.2f} pairs/s on {result['device']}"]
-        if result["peak_memory_gib"] is not None:
-            extra.append(f"peak {result['peak_memory_gib']:.1f} GiB")
-        if result["kwh_recipe"] is not None:
-            extra.append(f"{result['kwh_recipe']:.1f} kWh for the recipe")
-        console.print(f"measured {result['gpu_hours_recipe']:.2f} hours for the recipe; " + ", ".join(extra))
-    for key, what in (("cost_at_floor", "at the floor"), ("cost", "as measured")):
-        if result.get(key) is not None:
-            console.print(f"cost of the recipe {what}: {result[key]:.2f}")
+from inpo_fast.config import parse
+from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 
 def main() -> None:
@@ -281,17 +40,25 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="write a chrome trace of the timed windows there")
     own, rest = parser.parse_known_args()
     if own.windows < 1 or (own.pairs is not None and own.pairs < 1) or min(own.ceiling, own.copy_ceiling) <= 0:
-        raise Refusal("--windows, --pairs, --ceiling and --copy-ceiling must be positive")
+        raise UserError("--windows, --pairs, --ceiling and --copy-ceiling must be positive")
     config = parse("python -m inpo_fast.profile", rest)
     if config.inversion.cache is not None:
-        raise Refusal("inversion.cache: the profile knows uncached steps only; leave it out (and inversion.frozen)")
+        raise UserError("inversion.cache: the profile knows uncached steps only; leave it out (and inversion.frozen)")
+    from rich.console import Console
+
+    from inpo_fast.cost.plan import make_plan
+    from inpo_fast.cost.profiling import measure, show, summary
+    from inpo_fast.models.loading import quiet_libraries
+    from inpo_fast.runtime import distributed
+    from inpo_fast.runtime.files import write_text
+
     quiet_libraries()
     console = Console()
     plan, measured = make_plan(config, 1), None
     if not config.dry_run:
         _, world, device = distributed.start()
         if world > 1:
-            raise Refusal("inpo_fast.profile times one GPU: start it without torchrun")
+            raise UserError("inpo_fast.profile times one GPU: start it without torchrun")
         if device.type != "cuda":
             console.print("[yellow]no GPU: the times below are the CPU's[/yellow]")
         pairs = own.pairs or min(config.train.pairs_per_step, 128)
@@ -305,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_or_refuse("python -m inpo_fast.profile", main)
+    run_command("python -m inpo_fast.profile", main)

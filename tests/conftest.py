@@ -31,11 +31,11 @@ def items(tmp_path_factory):
     """Five decoded pairs of 32 pixels; files that want others have a fixture of this name."""
     from tiny_world import save_pairs
 
+    from inpo_fast.data.loader import DataConfig, PairLoader
     from inpo_fast.data.sources import open_source
-    from inpo_fast.data.windows import DataConfig, Windows
 
     source = open_source(save_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet"))
-    return next(Windows(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 5))
+    return next(PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 5))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def interpreted(monkeypatch):
     from inpo_kernels.layer_norm import _layer_norm
     from inpo_kernels.linear_geglu import _linear_geglu
 
-    from inpo_fast import fast_unet
+    from inpo_fast.models.fast import fast_unet
 
     monkeypatch.setattr(fast_unet, "group_norm_silu", lambda *args: _group_norm_silu(*args)[0])
     monkeypatch.setattr(fast_unet, "geglu", _geglu)
@@ -64,7 +64,7 @@ def interpreted(monkeypatch):
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile with the tracing and without the C++ compiler, which takes a minute; counts the graphs."""
-    from inpo_fast.compiled import graph_of
+    from inpo_fast.models.fast.compiled_blocks import graph_of
 
     graphs = []
 

@@ -10,8 +10,9 @@ from functools import cache, partial
 import pytest
 import torch
 
-from inpo_fast import costs, plan, traffic, work
 from inpo_fast.config import RunConfig, parse
+from inpo_fast.cost import flops, memory_traffic, plan, step_cost
+from inpo_fast.models import peak_memory
 
 COUNTED: dict[tuple, object] = {}
 
@@ -31,23 +32,23 @@ def counted_once(config: RunConfig, gpus: int) -> plan.Plan:
     """plan.make_plan, with the counts below."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "unet_passes", unet_passes)
-        for count in (costs.forward_bytes, costs.encoding_bytes, costs.decoding_bytes):
+        for count in (flops.forward_bytes, peak_memory.encoding_bytes, peak_memory.decoding_bytes):
             patch.setattr(plan, count.__name__, partial(remembered, count))
-        patch.setattr(work, "unet_traffic", unet_traffic)
-        patch.setattr(work, "forward_flop", partial(remembered_call, costs.forward_flop))
-        patch.setattr(work, "forward_traffic", partial(remembered_call, traffic.forward_traffic))
+        patch.setattr(step_cost, "unet_traffic", unet_traffic)
+        patch.setattr(step_cost, "forward_flop", partial(remembered_call, flops.forward_flop))
+        patch.setattr(step_cost, "forward_traffic", partial(remembered_call, memory_traffic.forward_traffic))
         return plan.make_plan(config, gpus)
 
 
-def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bool = False) -> costs.Passes:
-    passes = remembered(costs.unet_passes, unet, side, tokens, checkpointing)
+def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bool = False) -> flops.Passes:
+    passes = remembered(flops.unet_passes, unet, side, tokens, checkpointing)
     if checkpointing:
         unet.enable_gradient_checkpointing()  # as the count leaves it: the traffic is that of such a UNet
     return passes
 
 
-def unet_traffic(unet: torch.nn.Module, side: int, tokens: int) -> traffic.UnetTraffic:
-    return remembered(traffic.unet_traffic, unet, side, tokens)
+def unet_traffic(unet: torch.nn.Module, side: int, tokens: int) -> memory_traffic.UnetTraffic:
+    return remembered(memory_traffic.unet_traffic, unet, side, tokens)
 
 
 def remembered(count: Callable, unet: torch.nn.Module, *how):

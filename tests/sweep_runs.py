@@ -6,16 +6,18 @@ from pathlib import Path
 import torch
 from tiny_world import save_pairs, tiny_pipeline, tiny_xl
 
+from inpo_fast.caches.trajectory_cache import TrajectoryCache, open_trajectory_cache
+from inpo_fast.config.run import OptimConfig
+from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import DataConfig, Windows
-from inpo_fast.inversion import InversionConfig
-from inpo_fast.loading import open_pipeline
-from inpo_fast.models import LoraSettings, Models, ModelsConfig
-from inpo_fast.objectives import ObjectiveConfig
-from inpo_fast.optim import OptimConfig, make_optimizer
-from inpo_fast.step import train_step
-from inpo_fast.trajectories import Trajectories, open_trajectories
-from inpo_fast.window import Recipe, make_window
+from inpo_fast.method.inversion import InversionConfig
+from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.models.config import LoraSettings, ModelsConfig
+from inpo_fast.models.loading import open_pipeline
+from inpo_fast.models.models import Models
+from inpo_fast.training.optim import make_optimizer
+from inpo_fast.training.step import train_step
+from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 HOW = InversionConfig(steps=4, model="reference", batch=1)
 FROZEN = replace(HOW, frozen=True, batch=64)
@@ -41,16 +43,16 @@ def models_of(world, base: str = "sd", precision: str = "fp32", rank: int = 0) -
 
 def windows(world, seed: int, data: DataConfig, first: int, last: int):
     source = open_source(str(world / "pairs.parquet"))
-    return Windows(source, data, resolution=32, seed=seed, rank=0, world=1).steps(first, last, PAIRS)
+    return PairLoader(source, data, resolution=32, seed=seed, rank=0, world=1).steps(first, last, PAIRS)
 
 
-def recipe_of(models, cache, how=HOW, objective=OBJECTIVE, data=DATA, seed=0, micro_batch=2) -> Recipe:
+def recipe_of(models, cache, how=HOW, objective=OBJECTIVE, data=DATA, seed=0, micro_batch=2) -> StepConfig:
     """cache: a folder or None."""
     how = replace(how, cache=None if cache is None else str(cache))
-    trajectories = open_trajectories(models, how, objective, data)
+    trajectories = open_trajectory_cache(models, how, objective, data)
     if trajectories is not None:
         trajectories.shards.start()
-    return Recipe("inpo", objective, how, micro_batch, data.vae_sample, seed, trajectories=trajectories)
+    return StepConfig("inpo", objective, how, micro_batch, data.vae_sample, seed, trajectories=trajectories)
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Outcome:
     weights: list[torch.Tensor]
     values: list[dict[str, float]]  # of each step
     logits: list[torch.Tensor]
-    cache: Trajectories | None
+    cache: TrajectoryCache | None
 
     def each(self, name: str) -> list[float]:
         return [values[name] for values in self.values]
@@ -71,7 +73,7 @@ def run(world, cache=None, *, steps=3, first=0, lr=1e-3, base="sd", precision="f
     optimizer = make_optimizer(models.parameters(), OptimConfig(lr=lr))
     values, logits = [], []
     for items in windows(world, recipe.seed, options.get("data", DATA), first, first + steps):
-        window = make_window(items, models, recipe, models.encode_empty())
+        window = make_step_batch(items, models, recipe, models.encode_empty())
         tally, own = train_step(window, models, recipe, PAIRS, 1.0)
         optimizer.step()
         models.weights.refresh()

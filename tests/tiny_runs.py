@@ -16,8 +16,9 @@ import torch
 import yaml
 from tiny_world import save_pairs, save_tiny_model
 
-from inpo_fast import checkpoint, train
+from inpo_fast import train as train_command
 from inpo_fast.report import plots
+from inpo_fast.training import checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -45,7 +46,7 @@ def train_in(folder: Path, name: str, *extra: str, curves: bool = False) -> Path
         patch.setattr(sys, "argv", ["train", *_words(folder, name, *extra)])
         if not curves:
             patch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
-        train.main()
+        train_command.main()
     return folder / name
 
 

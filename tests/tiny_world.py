@@ -9,11 +9,12 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from inpo_fast.loading import load_pipeline
-from inpo_fast.models import Models
+from inpo_fast.judges.pocket_scenes import Finish, all_scenes, random_finish, render, split_scenes
+from inpo_fast.models.loading import load_pipeline
+from inpo_fast.models.models import Models
 from inpo_fast.pocket.base_model import WIDTH, make_pipeline, make_text_encoder, make_tokenizer
-from inpo_fast.pocket.pairs import SCHEMA, png, write_pairs
-from inpo_fast.pocket.scenes import Finish, all_scenes, random_finish, render, split_scenes
+from inpo_fast.pocket.pairs import png, write_pairs
+from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 
 
 def tiny_unet() -> UNet2DConditionModel:
@@ -106,11 +107,11 @@ def pair_table(rows: int = 48) -> pa.Table:
     for i, scene in enumerate(split_scenes()[0][:rows]):
         pictures = [png(render(scene, finish, rng)) for finish in (Finish(), random_finish(rng))]
         swap, tie = i % 2, i % 8 == 7
-        record = {field.name: None for field in SCHEMA}
+        record = {field.name: None for field in PICKAPIC_SCHEMA}
         record |= {"caption": scene.caption, "jpg_0": pictures[swap], "jpg_1": pictures[1 - swap]}
         record |= {"label_0": 0.5 if tie else 1.0 - swap, "label_1": 0.5 if tie else float(swap)}
         records.append(record)
-    return pa.Table.from_pylist(records, schema=SCHEMA)
+    return pa.Table.from_pylist(records, schema=PICKAPIC_SCHEMA)
 
 
 def save_pairs(path: Path, rows: int = 48) -> str:

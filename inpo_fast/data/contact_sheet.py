@@ -6,7 +6,7 @@ import textwrap
 from PIL import Image, ImageDraw
 
 from inpo_fast.data.images import decode
-from inpo_fast.data.sources import Pair
+from inpo_fast.data.pair import Pair
 
 TILE, CAPTION = 192, 40  # pixels of a picture, characters of a line below it
 

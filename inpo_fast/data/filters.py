@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from inpo_fast import git_lfs
 from inpo_fast.data.images import short_side
-from inpo_fast.data.sources import BadPair, Pair, Source
-from inpo_fast.refusal import Refusal
+from inpo_fast.data.pair import BadPair, Pair, Source
+from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.errors import UserError
 
 MODELS = ("model_0", "model_1")  # of the two images, as Pick-a-Pic v2 names them
 READERS, AHEAD = 8, 256  # threads that look at headers (disks are mostly waited for), pairs they are given at a time
@@ -97,19 +97,19 @@ class FilteredSource:
 
 
 def filtered(source: Source, config: FilterConfig) -> Source:
-    """The source itself where nothing is to be left out. Refusal where nothing would be left."""
+    """The source itself where nothing is to be left out. UserError where nothing would be left."""
     if not config.active:
         return source
     out = FilteredSource(source, config)
     if not len(out):
         why = ", ".join(f"{n:,} {reason}" for reason, n in out.left_out.items())
-        raise Refusal(f"data.filters leave none of {len(source):,} pairs ({why}); loosen them")
+        raise UserError(f"data.filters leave none of {len(source):,} pairs ({why}); loosen them")
     return out
 
 
 def _facts(source: Source, fields: Sequence[str]) -> Iterator[dict]:
     if not hasattr(source, "facts"):
-        raise Refusal(f"data.filters: a {type(source).__name__} cannot be filtered")
+        raise UserError(f"data.filters: a {type(source).__name__} cannot be filtered")
     return source.facts(fields)
 
 
@@ -164,20 +164,20 @@ def _block_list(path: str | None) -> list[str]:
     if path is None:
         return []
     if git_lfs.is_pointer(Path(path).expanduser()):
-        raise Refusal(f"data.filters.block_list: {path} {git_lfs.WHAT}")
+        raise UserError(f"data.filters.block_list: {path} {git_lfs.WHAT}")
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as problem:
-        raise Refusal(f"data.filters.block_list: {path} cannot be read ({problem})") from problem
+        raise UserError(f"data.filters.block_list: {path} cannot be read ({problem})") from problem
     words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not words:
-        raise Refusal(f"data.filters.block_list: {path} names no word")
+        raise UserError(f"data.filters.block_list: {path} names no word")
     return words
 
 
 def _factor(word: str, factor: float) -> float:
     if not (np.isfinite(factor) and factor >= 0):
-        raise Refusal(f"data.filters.weights: {word!r} has factor {factor}; expected a finite number, not negative")
+        raise UserError(f"data.filters.weights: {word!r} has factor {factor}; expected a finite number, not negative")
     return float(factor)
 
 

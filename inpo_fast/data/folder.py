@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from inpo_fast.data import labels, records
-from inpo_fast.data.sources import BadPair, Pair
-from inpo_fast.refusal import Refusal
+from inpo_fast.data.pair import BadPair, Pair
+from inpo_fast.runtime.errors import UserError
 
 
 class Choice(NamedTuple):
@@ -38,7 +38,7 @@ class ListedSource:
         # 16 bytes a pair: where the record lies, its length, and the number of its line (or place in the list)
         self._start, self._length, self._number = array("q"), array("i"), array("i")
         if not self.images.is_dir():
-            raise Refusal(f"data.images: no such folder: {images}")
+            raise UserError(f"data.images: no such folder: {images}")
         for number, start, length, record in self._scan():
             if self._choice(record, f"{listing}:{number}") is None:
                 self.ties += 1
@@ -83,7 +83,7 @@ class ListedSource:
         record = records.read(self.listing, number, self._start[index], self._length[index])
         choice = self._choice(record, f"{self.listing}:{number}")
         if choice is None:
-            raise Refusal(f"{self.listing}:{number}: changed since it was opened; start again")
+            raise UserError(f"{self.listing}:{number}: changed since it was opened; start again")
         return self.id(index), record, choice
 
     def _bytes(self, id: str, name: str) -> bytes:
@@ -111,7 +111,7 @@ class FolderSource(ListedSource):
     def __init__(self, folder: Path, images: Path | None = None):
         listing = folder if folder.name == "metadata.jsonl" else folder / "metadata.jsonl"
         if not listing.is_file():
-            raise Refusal(f"{folder}: no metadata.jsonl in this folder")
+            raise UserError(f"{folder}: no metadata.jsonl in this folder")
         super().__init__(listing, images or listing.parent)
 
     def _choice(self, record: dict, where: str) -> Choice | None:
@@ -123,7 +123,7 @@ class FolderSource(ListedSource):
         elif {"image_0", "image_1"} <= keys and ("label" in keys or {"label_0", "label_1"} <= keys):
             sides, decided = (record["image_0"], record["image_1"]), labels.choice(record, where)
         else:
-            raise Refusal(f"{where}: needs image_0, image_1 and label, or chosen and rejected; has {sorted(record)}")
+            raise UserError(f"{where}: needs image_0, image_1 and label, or chosen and rejected; has {sorted(record)}")
         weight = labels.weight(record, where)
         sides = tuple(image_path(side, where) for side in sides)
         if decided is None:
@@ -133,17 +133,17 @@ class FolderSource(ListedSource):
 
 
 def prompt(record: object, where: str) -> str:
-    """The text of a record. Refusal if it is no object or has none."""
+    """The text of a record. UserError if it is no object or has none."""
     text = record.get("prompt", record.get("caption")) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise Refusal(f"{where}: no text under `prompt` or `caption`")
+        raise UserError(f"{where}: no text under `prompt` or `caption`")
     return text
 
 
 def image_path(value: object, where: str) -> str:
-    """A path as written. Refusal of anything else, a URL too: nothing is downloaded while training."""
+    """A path as written. UserError of anything else, a URL too: nothing is downloaded while training."""
     if not isinstance(value, str) or not value:
-        raise Refusal(f"{where}: image {value!r}; expected the path of a file")
+        raise UserError(f"{where}: image {value!r}; expected the path of a file")
     if "://" in value:
-        raise Refusal(f"{where}: image {value} is a URL; download the images and write their paths in its place")
+        raise UserError(f"{where}: image {value} is a URL; download the images and write their paths in its place")
     return value

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from inpo_fast.data import labels, records
 from inpo_fast.data.folder import Choice, ListedSource, image_path, prompt
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 
 class HpdSource(ListedSource):
     def __init__(self, listing: Path, images: Path | None = None):
         if listing.is_dir():
-            raise Refusal(f"data.source: {listing} is a folder; name the JSON file in it")
+            raise UserError(f"data.source: {listing} is a folder; name the JSON file in it")
         super().__init__(listing, images or listing.parent)
 
     def _scan(self) -> Iterator[tuple[int, int, int, dict]]:
@@ -29,12 +29,12 @@ class HpdSource(ListedSource):
         elif {"file_path", "human_preference"} <= record.keys():
             paths, preference = record["file_path"], record["human_preference"]
             if not (isinstance(paths, list) and isinstance(preference, list) and len(paths) == len(preference) == 2):
-                raise Refusal(f"{where}: file_path and human_preference must be lists of two")
+                raise UserError(f"{where}: file_path and human_preference must be lists of two")
             decided = labels.choice({"label_0": preference[0], "label_1": preference[1]}, where)
             side, label = decided or (0, None)
             winner, loser = paths[side], paths[1 - side]
         else:
-            raise Refusal(
+            raise UserError(
                 f"{where}: needs path1 (the better image) and path2, or file_path and human_preference; has "
                 f"{sorted(record)}"
             )

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from inpo_fast import git_lfs
-from inpo_fast.data.sources import BadPair
+from inpo_fast.data.pair import BadPair
+from inpo_fast.runtime import git_lfs
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 
 def decide(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +29,7 @@ def choice(record: dict, where: str) -> tuple[int, float] | None:
     else:
         first, second = (_number(record[key], where, key) for key in ("label_0", "label_1"))
         if not (0 <= first <= 1 and abs(first + second - 1) < 1e-6):
-            raise Refusal(f"{where}: label_0 {first} and label_1 {second}; expected two shares that add up to 1")
+            raise UserError(f"{where}: label_0 {first} and label_1 {second}; expected two shares that add up to 1")
     side, label = decide(np.array([first]), np.array([second]))
     return None if side[0] < 0 else (int(side[0]), float(label[0]))
 
@@ -40,7 +40,7 @@ def confidence(record: dict, where: str) -> float | None:
         return 1.0
     value = _number(given, where, "confidence")
     if not 0.5 <= value <= 1:
-        raise Refusal(
+        raise UserError(
             f"{where}: confidence {given!r}; expected 0.5 (a tie) to 1, the probability that the better image is better"
         )
     return None if value <= 0.5 + 1e-6 else value
@@ -52,7 +52,7 @@ def weight(record: dict, where: str) -> float:
         return 1.0
     value = _number(given, where, "weight")
     if not (math.isfinite(value) and value >= 0):
-        raise Refusal(f"{where}: weight {given!r}; expected a finite number, not negative")
+        raise UserError(f"{where}: weight {given!r}; expected a finite number, not negative")
     return value
 
 
@@ -62,9 +62,9 @@ def _number(value: object, where: str, key: str) -> float:
     return float(value)
 
 
-def _unclear(where: str, value: object, key: str = "label") -> Refusal:
+def _unclear(where: str, value: object, key: str = "label") -> UserError:
     if key == "label":
         need = "expected 0 or 1 (the better image), a number between (a soft label), or 0.5 (tie)"
     else:
         need = "expected a number"
-    return Refusal(f"{where}: {key} {value!r}; {need}")
+    return UserError(f"{where}: {key} {value!r}; {need}")

@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from inpo_fast import draws
-from inpo_fast.data.sources import Source
-from inpo_fast.refusal import Refusal
+from inpo_fast.data.pair import Source
+from inpo_fast.runtime import keyed_rng
+from inpo_fast.runtime.errors import UserError
 
 Shuffle = Literal["auto", "full", "blocks"]
 ROUNDS = 6
@@ -67,7 +67,7 @@ def make_order(source: Source, shuffle: Shuffle, seed: int) -> Order:
     """What data.shuffle asks for. It depends on the source's own facts, never on cache, workers or processes."""
     blocks = getattr(source, "blocks", None)
     if shuffle == "blocks" and blocks is None:
-        raise Refusal("data.shuffle=blocks: any pair of this source can be read alone; take full, or auto")
+        raise UserError("data.shuffle=blocks: any pair of this source can be read alone; take full, or auto")
     whole = blocks is None or (shuffle == "auto" and source.bytes <= FULL_BYTES)
     if shuffle == "full" or whole:
         return Order(len(source), seed)
@@ -94,20 +94,20 @@ def pair_index(position: int, size: int, seed: int) -> int:
     return permuted(within, size, ("order", seed, epoch))
 
 
-def permuted(i: int, size: int, key: draws.Key) -> int:
+def permuted(i: int, size: int, key: keyed_rng.Key) -> int:
     """A bijection of 0..size-1 chosen by the key: a balanced Feistel network, walked until inside the range."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
         left, right = i >> half, i & mask
         for number in range(ROUNDS):
-            left, right = right, left ^ (draws.hash_key(*key, number, right) & mask)
+            left, right = right, left ^ (keyed_rng.hash_key(*key, number, right) & mask)
         i = left << half | right
         if i < size:
             return i
 
 
-def window_positions(step: int, pairs_per_step: int, rank: int, world: int) -> range:
+def step_positions(step: int, pairs_per_step: int, rank: int, world: int) -> range:
     """The positions of an optimizer step that belong to this rank: every world-th, so that ranks get equal work."""
     start = step * pairs_per_step
     return range(start + rank, start + pairs_per_step, world)

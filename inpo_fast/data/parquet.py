@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from inpo_fast import git_lfs
 from inpo_fast.data import labels
 from inpo_fast.data.block_cache import BlockCache
 from inpo_fast.data.order import FULL_BYTES, blocks_per_run
+from inpo_fast.data.pair import BadPair, Pair
 from inpo_fast.data.places import File
-from inpo_fast.data.sources import BadPair, Pair
-from inpo_fast.notice import notice
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,31 @@ NEEDED = (*CONTENT, "label_0", "label_1")
 TRAIN_ROWS, TRAIN_PAIRS = 959_040, 851_293  # Pick-a-Pic v2, train
 LARGE_GROUP = 2**31  # bytes of a row group that is worth a warning
 OPENERS = 8  # shards whose labels are read at a time: a remote one is mostly waiting
+
+# every column of Pick-a-Pic v2
+PICKAPIC_SCHEMA = pa.schema(
+    [
+        ("are_different", pa.bool_()),
+        ("best_image_uid", pa.string()),
+        ("caption", pa.string()),
+        ("created_at", pa.timestamp("ns")),
+        ("has_label", pa.bool_()),
+        ("image_0_uid", pa.string()),
+        ("image_0_url", pa.string()),
+        ("image_1_uid", pa.string()),
+        ("image_1_url", pa.string()),
+        ("jpg_0", pa.binary()),
+        ("jpg_1", pa.binary()),
+        ("label_0", pa.float64()),
+        ("label_1", pa.float64()),
+        ("model_0", pa.string()),
+        ("model_1", pa.string()),
+        ("ranking_id", pa.int64()),
+        ("user_id", pa.int64()),
+        ("num_example_per_prompt", pa.int64()),
+        ("__index_level_0__", pa.int64()),
+    ]
+)
 
 
 @dataclass
@@ -84,17 +109,17 @@ class ParquetSource:
     def _notice(self, rows: int) -> None:
         if rows == TRAIN_ROWS:
             verdict = "as published" if len(self) == TRAIN_PAIRS else f"published are {TRAIN_PAIRS:,} pairs: look at it"
-            notice(log, "Pick-a-Pic v2, train: %s rows, %s ties, %s pairs (%s)", rows, self.ties, len(self), verdict)
+            warn_once(log, "Pick-a-Pic v2, train: %s rows, %s ties, %s pairs (%s)", rows, self.ties, len(self), verdict)
         splits = sorted({split for f in self.shards for split in ("train", "validation", "test") if _is_of(f, split)})
         if "train" in splits and len(splits) > 1:
-            notice(
+            warn_once(
                 log,
                 "data.source has files of %s, and all are used; a pattern chooses, such as FOLDER/train-*.parquet",
                 " and ".join(splits),
             )
         if len(self) and self._block_bytes.max() > LARGE_GROUP:
             largest = self.shards[self._place[self._block_bytes.argmax(), 0]]
-            notice(
+            warn_once(
                 log,
                 "%s has a row group of %.1f GiB, and several are in memory at a time; write the file again with "
                 "row_group_size=1000",
@@ -130,13 +155,16 @@ class ParquetSource:
         return Pair(name, caption, images[side], images[1 - side], label, weight)
 
     def facts(self, fields: Sequence[str]) -> Iterator[dict]:
-        """Of each pair in turn: its prompt and the named columns; images are not read. Refusal for a missing column."""
+        """Of each pair in turn: its prompt and the named columns; images are not read.
+
+        UserError for a missing column.
+        """
         columns = ["caption", *fields]
         for shard, file in enumerate(self.shards):
             with _Shard(file) as opened:
                 missing = [name for name in fields if name not in opened.schema_arrow.names]
                 if missing:
-                    raise Refusal(f"data.filters: {file} has no column {', '.join(missing)}")
+                    raise UserError(f"data.filters: {file} has no column {', '.join(missing)}")
                 for block in np.flatnonzero(self._place[:, 0] == shard):
                     table = _read_group(opened, file, int(self._place[block, 1]), columns)
                     values = {"prompt": table["caption"], **{name: table[name] for name in fields}}
@@ -194,24 +222,24 @@ def _read_labels(shard: File) -> list[_Group]:
 def _check_columns(shard: File, schema: pa.Schema) -> None:
     missing = [c for c in NEEDED if c not in schema.names]
     if missing:
-        raise Refusal(
+        raise UserError(
             f"{shard}: no column {', '.join(missing)}; the Pick-a-Pic v2 schema needs {', '.join(NEEDED)} and it has "
             f"{', '.join(schema.names)}"
         )
     for column in ("jpg_0", "jpg_1"):
         kind = schema.field(column).type
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise Refusal(f"{shard}: column {column} is {kind}, expected binary (the bytes of an image file)")
+            raise UserError(f"{shard}: column {column} is {kind}, expected binary (the bytes of an image file)")
     kind = schema.field("caption").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
-        raise Refusal(f"{shard}: column caption is {kind}, expected text")
+        raise UserError(f"{shard}: column caption is {kind}, expected text")
     numbers = {"label_0": "1 better, 0 worse, 0.5 tie", "label_1": "1 better, 0 worse, 0.5 tie"}
     if "weight" in schema.names:
         numbers["weight"] = "0 or more"
     for column, meaning in numbers.items():
         kind = schema.field(column).type
         if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-            raise Refusal(f"{shard}: column {column} is {kind}, expected numbers ({meaning})")
+            raise UserError(f"{shard}: column {column} is {kind}, expected numbers ({meaning})")
 
 
 def _read_group(file: pq.ParquetFile, shard: File, group: int, columns: list[str]) -> pa.Table:
@@ -221,11 +249,11 @@ def _read_group(file: pq.ParquetFile, shard: File, group: int, columns: list[str
         raise _unreadable(shard, f"row group {group} cannot be read", problem) from problem
 
 
-def _unreadable(shard: File, what: str, problem: Exception) -> Refusal:
+def _unreadable(shard: File, what: str, problem: Exception) -> UserError:
     if shard.is_lfs_pointer():
-        return Refusal(f"{shard} {git_lfs.WHAT}")
+        return UserError(f"{shard} {git_lfs.WHAT}")
     line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-    return Refusal(f"{shard}: {what} ({line}); download it again or remove it")
+    return UserError(f"{shard}: {what} ({line}); download it again or remove it")
 
 
 def _floats(table: pa.Table, column: str) -> np.ndarray:
@@ -238,7 +266,7 @@ def _weights(table: pa.Table, shard: File, group: int) -> np.ndarray:
     weight = np.where(np.asarray(table["weight"].is_null()), 1.0, given)
     wrong = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
     if len(wrong):
-        raise Refusal(
+        raise UserError(
             f"{shard}: row {wrong[0]} of row group {group} has weight {weight[wrong[0]]}; expected a finite number, "
             "not negative"
         )

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from inpo_fast import git_lfs
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def is_url(source: str) -> bool:
 def find(source: str, suffixes: tuple[str, ...]) -> list[File] | None:
     """A single file whatever its name; of a folder all files below that end so; of a pattern what it matches.
 
-    In the order of their paths. None if there is nothing at that place. Refusal if the protocol is unknown, its
+    In the order of their paths. None if there is nothing at that place. UserError if the protocol is unknown, its
     package is missing, or the place cannot be asked.
     """
     return _find_remote(source, suffixes) if is_url(source) else _find_here(source, suffixes)
@@ -85,9 +85,11 @@ def _find_remote(source: str, suffixes: tuple[str, ...]) -> list[File] | None:
     try:
         fs, root = fsspec.core.url_to_fs(source)
     except ImportError as problem:  # fsspec names the package
-        raise Refusal(f"data.source: {source}: {problem}; pip install inpo-fast[data] has the usual ones") from problem
+        raise UserError(
+            f"data.source: {source}: {problem}; pip install inpo-fast[data] has the usual ones"
+        ) from problem
     except ValueError as problem:
-        raise Refusal(
+        raise UserError(
             f"data.source: {source}: unknown protocol {protocol}://; install the fsspec package that brings it "
             "(s3fs for s3://, gcsfs for gs://, adlfs for abfs://), or copy the files to this machine"
         ) from problem
@@ -102,7 +104,7 @@ def _find_remote(source: str, suffixes: tuple[str, ...]) -> list[File] | None:
                 return None
     except Exception as problem:  # a file system raises what its library raises: no network, no permission, …
         line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise Refusal(f"data.source: {source} cannot be listed ({line}); check name, network and access") from problem
+        raise UserError(f"data.source: {source} cannot be listed ({line}); check name, network and access") from problem
     return _named(found, fs)
 
 

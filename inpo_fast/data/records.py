@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from inpo_fast import git_lfs
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.errors import UserError
 
 CHUNK = 2**20  # bytes read at a time
 LARGEST = 2**26  # bytes of one record; more is taken for a list that never ends
@@ -15,7 +15,7 @@ Found = tuple[int, int, int, dict]  # number from 1 on, first byte, length, the 
 
 
 def lines(path: Path) -> Iterator[Found]:
-    """One record a line; empty lines count and are passed over. Refusal with the line that is not JSON in UTF-8."""
+    """One record a line; empty lines count and are passed over. UserError with the line that is not JSON in UTF-8."""
     with path.open("rb") as file:
         start = 0
         for number, line in enumerate(file, 1):
@@ -32,13 +32,13 @@ def lines_or_list(path: Path) -> Iterator[Found]:
 
 
 def read(path: Path, number: int, start: int, length: int) -> dict:
-    """The record that lies there. Refusal if it no longer does."""
+    """The record that lies there. UserError if it no longer does."""
     try:
         with path.open("rb") as file:
             file.seek(start)
             return json.loads(file.read(length))
     except (OSError, ValueError) as problem:
-        raise Refusal(f"{path}:{number}: changed since it was opened ({problem}); start again") from problem
+        raise UserError(f"{path}:{number}: changed since it was opened ({problem}); start again") from problem
 
 
 def _parse(path: Path, number: int, encoded: bytes) -> dict:
@@ -46,8 +46,8 @@ def _parse(path: Path, number: int, encoded: bytes) -> dict:
         return json.loads(encoded)
     except ValueError as problem:  # JSONDecodeError or UnicodeDecodeError
         if git_lfs.holds_pointer(encoded):
-            raise Refusal(f"{path} {git_lfs.WHAT}") from problem
-        raise Refusal(f"{path}:{number}: not JSON in UTF-8 ({problem})") from problem
+            raise UserError(f"{path} {git_lfs.WHAT}") from problem
+        raise UserError(f"{path}:{number}: not JSON in UTF-8 ({problem})") from problem
 
 
 def _elements(path: Path) -> Iterator[Found]:
@@ -67,7 +67,7 @@ def _elements(path: Path) -> Iterator[Found]:
             except ValueError as problem:
                 more = file.read(max(CHUNK, len(text) - at))
                 if not more or len(text) - at > LARGEST:
-                    raise Refusal(
+                    raise UserError(
                         f"{path}: element {number + 1} of the list is cut off or not JSON ({problem}); download the "
                         "file again"
                     ) from problem

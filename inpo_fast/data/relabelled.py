@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from inpo_fast import git_lfs
+from inpo_fast.data.pair import Pair, Source
 from inpo_fast.data.places import find
-from inpo_fast.data.sources import Pair, Source
-from inpo_fast.fingerprint import source_fingerprint
-from inpo_fast.refusal import Refusal
-from inpo_fast.shards import digest
+from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.fingerprint import source_fingerprint
+from inpo_fast.runtime.record_store import digest
 
 LabelsAs = Literal["hard", "soft"]
 METADATA = b"inpo_fast.labels"
@@ -38,7 +38,7 @@ def source_identity(path: str, images: str | None = None) -> str:
 
 def pair_ids(source: Source) -> list[str]:
     if not hasattr(source, "id"):
-        raise Refusal(f"data.labels: the pairs of a {type(source).__name__} have no ids that are known beforehand")
+        raise UserError(f"data.labels: the pairs of a {type(source).__name__} have no ids that are known beforehand")
     return [source.id(index) for index in range(len(source))]
 
 
@@ -51,7 +51,7 @@ class RelabelledSource:
     def __init__(self, source: Source, path: str, kind: LabelsAs, identity: str):
         table, about = read_sidecar(path)
         if about["source_identity"] != identity:
-            raise Refusal(
+            raise UserError(
                 f"data.labels={path} was made for another source ({about['source']}); relabel this one: "
                 "python -m inpo_fast.relabel"
             )
@@ -59,7 +59,7 @@ class RelabelledSource:
         rows = pc.index_in(pa.array(ids, pa.string()), table["id"].combine_chunks())
         if missing := rows.null_count:
             first = ids[rows.is_null().to_numpy(zero_copy_only=False).argmax()]
-            raise Refusal(
+            raise UserError(
                 f"data.labels={path} has no label for {missing:,} of {len(ids):,} pairs, such as {first}; go on with "
                 "python -m inpo_fast.relabel until it is whole"
             )
@@ -82,7 +82,7 @@ class RelabelledSource:
             "unjudged": unjudged,
         }
         if not len(self.kept):
-            raise Refusal(f"data.labels={path} leaves none of {len(source):,} pairs: every one is a tie")
+            raise UserError(f"data.labels={path} leaves none of {len(source):,} pairs: every one is a tie")
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -101,7 +101,7 @@ class RelabelledSource:
 
 
 def read_sidecar(path: str) -> tuple[pa.Table, dict]:
-    """The table and what it says of itself. Refusal when it is no such file."""
+    """The table and what it says of itself. UserError when it is no such file."""
     try:
         table = pq.read_table(Path(path).expanduser())
         about = json.loads((table.schema.metadata or {})[METADATA])
@@ -109,10 +109,10 @@ def read_sidecar(path: str) -> tuple[pa.Table, dict]:
         if names:
             raise ValueError(f"no column {', '.join(sorted(names))}")
     except KeyError as problem:
-        raise Refusal(f"data.labels: {path} was not written by python -m inpo_fast.relabel") from problem
+        raise UserError(f"data.labels: {path} was not written by python -m inpo_fast.relabel") from problem
     except (OSError, ValueError, pa.ArrowException) as problem:
         if git_lfs.is_pointer(Path(path).expanduser()):
-            raise Refusal(f"data.labels: {path} {git_lfs.WHAT}") from problem
+            raise UserError(f"data.labels: {path} {git_lfs.WHAT}") from problem
         line = str(problem).splitlines()[0]
-        raise Refusal(f"data.labels: {path} cannot be read ({line}); write it with inpo_fast.relabel") from problem
+        raise UserError(f"data.labels: {path} cannot be read ({line}); write it with inpo_fast.relabel") from problem
     return table, about

@@ -15,12 +15,12 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from inpo_fast import git_lfs
 from inpo_fast.data import labels
 from inpo_fast.data.folder import prompt
+from inpo_fast.data.pair import BadPair, Pair
 from inpo_fast.data.places import File
-from inpo_fast.data.sources import BadPair, Pair
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.errors import UserError
 
 
 class _Span(NamedTuple):
@@ -45,7 +45,7 @@ class WebdatasetSource:
     def _add(self, shard: int, where: str, key: str, parts: "dict[str, _Span | dict]") -> None:
         missing = [name for name in ("0", "1", "json", "record") if name not in parts]
         if missing:
-            raise Refusal(f"{where}: no member {key}.{missing[0]}{'' if missing[0] == 'json' else '.<image>'}")
+            raise UserError(f"{where}: no member {key}.{missing[0]}{'' if missing[0] == 'json' else '.<image>'}")
         decided = _choice(parts["record"], where)
         if decided is None:
             self.ties += 1
@@ -74,8 +74,8 @@ class WebdatasetSource:
             found, winner, loser = shard.read(*((self._start[i], self._length[i]) for i in places))
             record = json.loads(found)
             decided = _choice(record, f"{shard}:{key}")
-        except (OSError, ValueError) as problem:  # a Refusal too: the record was good when it was opened
-            raise Refusal(f"{shard}:{key}: changed since it was opened ({problem}); start again") from problem
+        except (OSError, ValueError) as problem:  # a UserError too: the record was good when it was opened
+            raise UserError(f"{shard}:{key}: changed since it was opened ({problem}); start again") from problem
         if len(winner) != self._length[places[1]] or len(loser) != self._length[places[2]] or not (winner and loser):
             raise BadPair(f"{id}: image missing")
         return Pair(id, prompt(record, id), winner, loser, decided[1], labels.weight(record, id))
@@ -92,14 +92,14 @@ def _choice(record: dict, where: str) -> tuple[int, float] | None:
     prompt(record, where)
     labels.weight(record, where)
     if not ("label" in record or {"label_0", "label_1"} <= record.keys()):
-        raise Refusal(f"{where}: its JSON needs label, or label_0 and label_1; has {sorted(record)}")
+        raise UserError(f"{where}: its JSON needs label, or label_0 and label_1; has {sorted(record)}")
     return labels.choice(record, where)
 
 
 def _samples(shard: File) -> "Iterator[tuple[str, dict[str, _Span | dict]]]":
     """Neighbouring members with the same name up to its first dot, by what follows: '0', '1', 'json', 'record'."""
     if shard.name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
-        raise Refusal(f"{shard}: a compressed tar has no random access; unpack it to a plain .tar")
+        raise UserError(f"{shard}: a compressed tar has no random access; unpack it to a plain .tar")
     key, parts = None, {}
     try:
         size = shard.size()
@@ -120,7 +120,7 @@ def _samples(shard: File) -> "Iterator[tuple[str, dict[str, _Span | dict]]]":
                 span = _Span(member.offset_data, member.size)
                 kind = extension if extension == "json" else extension.partition(".")[0]
                 if kind in parts:
-                    raise Refusal(f"{shard}:{key}: two members {key}.{kind}; a key names one pair")
+                    raise UserError(f"{shard}:{key}: two members {key}.{kind}; a key names one pair")
                 parts[kind] = span
                 if kind == "json":
                     parts["record"] = json.loads(tar.extractfile(member).read())
@@ -129,11 +129,11 @@ def _samples(shard: File) -> "Iterator[tuple[str, dict[str, _Span | dict]]]":
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError) as problem:
         if shard.is_lfs_pointer():
-            raise Refusal(f"{shard} {git_lfs.WHAT}") from problem
-        raise Refusal(f"{shard}: not a readable tar ({problem}); download it again or remove it") from problem
+            raise UserError(f"{shard} {git_lfs.WHAT}") from problem
+        raise UserError(f"{shard}: not a readable tar ({problem}); download it again or remove it") from problem
     except ValueError as problem:
-        if isinstance(problem, Refusal):
+        if isinstance(problem, UserError):
             raise
-        raise Refusal(f"{shard}:{key}: not JSON in UTF-8 ({problem})") from problem
+        raise UserError(f"{shard}:{key}: not JSON in UTF-8 ({problem})") from problem
     if key is not None:
         yield key, parts

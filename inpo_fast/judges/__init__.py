@@ -34,7 +34,7 @@ class Judge(Protocol):
     tie: float  # totals that differ by less are a tie
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Refusal of prompts that this judge cannot judge."""
+        """UserError of prompts that this judge cannot judge."""
         ...
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from inpo_fast.fingerprint import fingerprint
 from inpo_fast.judges import Scores
 from inpo_fast.judges.clip import image_features, offline, open_processor, opening, processed, settings, working_dtype
 from inpo_fast.judges.open_clip import read_state
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.fingerprint import fingerprint
 
 CLIP_L = "openai/clip-vit-large-patch14"
 LAYERS = (0, 2, 4, 6, 7)  # of nn.Sequential; dropout between the first ones
@@ -48,9 +48,9 @@ class AestheticJudge:
         try:
             weight, bias = affine(read_state(head, self.name))
         except ValueError as problem:
-            if isinstance(problem, Refusal):
+            if isinstance(problem, UserError):
                 raise
-            raise Refusal(f"judge aesthetic: {head} is not the predictor's linear head ({problem})") from problem
+            raise UserError(f"judge aesthetic: {head} is not the predictor's linear head ({problem})") from problem
         self.weight, self.bias = weight.to(self.device), bias.to(self.device)
         with opening(self.name):
             self.model = CLIPVisionModelWithProjection.from_pretrained(place, **offline(self.name, place))
@@ -58,7 +58,7 @@ class AestheticJudge:
         self.model = self.model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.pixels, self.how = partial(processed, prepare), settings(prepare)
         if (given := self.model.config.projection_dim) != len(weight):
-            raise Refusal(f"judge aesthetic: {head} takes embeddings of {len(weight)}, {place} gives {given}")
+            raise UserError(f"judge aesthetic: {head} takes embeddings of {len(weight)}, {place} gives {given}")
 
     @cached_property
     def id(self) -> str:

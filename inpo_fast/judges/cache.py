@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from inpo_fast.judges import Judge, Scores, judge_id
-from inpo_fast.refusal import Refusal
-from inpo_fast.shards import digest
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.record_store import digest
 
 CHUNK = 256  # pictures that are judged between two writes
 
@@ -79,7 +79,7 @@ class ScoreCache:
                 self._file.write(json.dumps([key, *self.known[key]]) + "\n")
             self._file.flush()
         except OSError as problem:
-            raise Refusal(
+            raise UserError(
                 f"{self.folder}: scores cannot be written ({problem.strerror}); free some space and repeat: earlier "
                 "ones are kept"
             ) from problem

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from inpo_fast import git_lfs
-from inpo_fast.fingerprint import fingerprint
 from inpo_fast.judges import Scores
 from inpo_fast.judges.open_clip import clip_model, read_state
 from inpo_fast.judges.preprocess import letterbox
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.fingerprint import fingerprint
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -129,9 +129,9 @@ class HpsJudge(ClipScorer):
         try:
             model = clip_model(read_state(file, name))
         except (ValueError, KeyError) as problem:
-            if isinstance(problem, Refusal):
+            if isinstance(problem, UserError):
                 raise
-            raise Refusal(f"judge {name}: {file} is not an OpenCLIP ViT ({problem})") from problem
+            raise UserError(f"judge {name}: {file} is not an OpenCLIP ViT ({problem})") from problem
         side = model.config.vision_config.image_size
         pixels = partial(letterbox, side=side, antialias=antialias)
         with opening(name):
@@ -195,10 +195,12 @@ def offline(name: str, place: str) -> dict:
         if os.path.isfile(own) and not git_lfs.is_pointer(own):  # weights in other formats are not asked for
             found = [path for path in found if path.suffix in (".json", ".txt")]
         if found:
-            raise Refusal(f"judge {name}: {found[0]} {git_lfs.WHAT}")
+            raise UserError(f"judge {name}: {found[0]} {git_lfs.WHAT}")
         return {"local_files_only": True}
     if os.path.isfile(place) or place.count("/") != 1 or place.startswith((".", "/")):
-        raise Refusal(f"judge {name}: no such folder: {place}; give one in transformers layout or a hub id OWNER/NAME")
+        raise UserError(
+            f"judge {name}: no such folder: {place}; give one in transformers layout or a hub id OWNER/NAME"
+        )
     return {}
 
 
@@ -211,7 +213,7 @@ class opening:
     def __enter__(self) -> None: ...
 
     def __exit__(self, _kind, problem, _trace) -> None:
-        if isinstance(problem, Refusal) or not isinstance(problem, OSError | ValueError | KeyError | RuntimeError):
+        if isinstance(problem, UserError) or not isinstance(problem, OSError | ValueError | KeyError | RuntimeError):
             return
         line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise Refusal(f"judge {self.name}: cannot be opened ({line})") from problem
+        raise UserError(f"judge {self.name}: cannot be opened ({line})") from problem

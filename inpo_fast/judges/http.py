@@ -29,8 +29,8 @@ import yaml
 
 from inpo_fast.data.images import png
 from inpo_fast.judges import Scores
-from inpo_fast.refusal import Refusal
-from inpo_fast.shards import digest
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.record_store import digest
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 LONGEST_WAIT = 30.0  # seconds between two tries
@@ -69,7 +69,7 @@ class HttpJudge:
         self.headers = {"Content-Type": "application/json"}
         if how.key_env is not None:
             if not (key := os.environ.get(how.key_env)):
-                raise Refusal(f"{path}: key_env: no {how.key_env} in the environment; set it to your key")
+                raise UserError(f"{path}: key_env: no {how.key_env} in the environment; set it to your key")
             self.headers["Authorization"] = f"Bearer {key}"
         self.opener = urllib.request.build_opener(_NoRedirect)  # it would carry the key elsewhere
 
@@ -77,14 +77,14 @@ class HttpJudge:
         """Any text will do."""
 
     def cost(self, n: int) -> str:
-        """What n scores cost at most, in words. Refusal beyond max_cost."""
+        """What n scores cost at most, in words. UserError beyond max_cost."""
         how = self.settings
         most = n * (1 + how.retries) * how.price
         text = f"{n:,} requests to {how.url} ({how.model})"
         if how.price:
             text += f", {n * how.price:,.2f} in all at {how.price:g} each, {most:,.2f} if every one is tried again"
         if how.max_cost is not None and n * how.price > how.max_cost:
-            raise Refusal(f"judge {self.name}: {text}; more than its max_cost {how.max_cost:g}")
+            raise UserError(f"judge {self.name}: {text}; more than its max_cost {how.max_cost:g}")
         return text
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
@@ -110,11 +110,11 @@ class HttpJudge:
                 said = refused.read(300).decode("utf-8", "replace").strip()
                 problem = f"HTTP {refused.code} {refused.reason}: {said}".splitlines()[0]
                 if refused.code != 429 and refused.code < 500:
-                    raise Refusal(f"judge {self.name}: {how.url}: {problem}; mend the judge's file") from refused
+                    raise UserError(f"judge {self.name}: {how.url}: {problem}; mend the judge's file") from refused
                 wait = _seconds(refused.headers.get("Retry-After"), wait)
             except (OSError, http.client.HTTPException) as failed:  # no connection, timeout, cut off
                 problem = str(getattr(failed, "reason", failed)) or type(failed).__name__
-        raise Refusal(
+        raise UserError(
             f"judge {self.name}: {how.url}: no score for {prompt[:80]!r} after {1 + how.retries} tries (last: "
             f"{problem}); what was scored before is kept where a cache is used: repeat the command when it answers"
         )
@@ -158,19 +158,19 @@ def read_settings(path: Path) -> Settings:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise Refusal(f"judge http: {path} cannot be read ({' '.join(str(problem).split())})") from problem
+        raise UserError(f"judge http: {path} cannot be read ({' '.join(str(problem).split())})") from problem
     tree = tree if isinstance(tree, dict) else {}
     names = [field.name for field in fields(Settings)]
     for name in tree:
         if name not in names:
-            raise Refusal(f"{path}: unknown key {name!r}; one of {', '.join(names)}")
+            raise UserError(f"{path}: unknown key {name!r}; one of {', '.join(names)}")
     for name in ("url", "model"):
         if not isinstance(tree.get(name), str) or not tree[name]:
-            raise Refusal(f"{path}: {name} is missing")
+            raise UserError(f"{path}: {name} is missing")
     numbers = ("low", "high", "timeout", "retries", "parallel", "max_tokens", "price", "tie")
     for name in numbers:
         if name in tree and (isinstance(tree[name], bool) or not isinstance(tree[name], int | float)):
-            raise Refusal(f"{path}: {name} is {tree[name]!r}, expected a number")
+            raise UserError(f"{path}: {name} is {tree[name]!r}, expected a number")
     how = Settings(**tree)
     rules = [
         (how.url.startswith(("http://", "https://")), "url", "begin with http:// or https://"),
@@ -183,7 +183,7 @@ def read_settings(path: Path) -> Settings:
     ]
     for good, name, need in rules:
         if not good:
-            raise Refusal(f"{path}: {name} is {getattr(how, name)!r}; it must {need}")
+            raise UserError(f"{path}: {name} is {getattr(how, name)!r}; it must {need}")
     return how
 
 

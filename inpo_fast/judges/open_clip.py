@@ -2,7 +2,7 @@
 
 OpenCLIP keeps q, k and v in one matrix and multiplies by its projections from the right; its image tower is called
 `visual`. HPS v2.0 and v2.1 are published so (`xswu/HPSv2`, ViT-H/14). The text tower's other direction is
-`inpo_fast.original_keys.open_clip_tensors`.
+`inpo_fast.models.files.original_keys.open_clip_tensors`.
 """
 
 import re
@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
-from inpo_fast import git_lfs
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.errors import UserError
 
 ENDS = {
     "logit_scale": "logit_scale",
@@ -121,25 +121,25 @@ def clip_config(state: dict[str, torch.Tensor], heads: tuple[int, int]) -> CLIPC
 
 def read_state(path: Path, judge: str) -> dict[str, torch.Tensor]:
     """Tensors of a .safetensors or a .pt/.pth file, of which only tensors and plain values are read: nothing in it is
-    ever run. Refusal when it cannot be."""
+    ever run. UserError when it cannot be."""
     if not path.is_file():
-        raise Refusal(f"judge {judge}: no such file: {path}")
+        raise UserError(f"judge {judge}: no such file: {path}")
     if git_lfs.is_pointer(path):
-        raise Refusal(f"judge {judge}: {path} {git_lfs.WHAT}")
+        raise UserError(f"judge {judge}: {path} {git_lfs.WHAT}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as problem:
-        raise Refusal(f"judge {judge}: {path} cannot be read ({problem}); download it again") from problem
+        raise UserError(f"judge {judge}: {path} cannot be read ({problem}); download it again") from problem
     except Exception as problem:  # pickle: whatever its parser meets in damaged or foreign bytes
         line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         line = f" ({line})" if "weights_only" not in line else ""  # torch advises there to let the pickle run code
-        raise Refusal(
+        raise UserError(
             f"judge {judge}: {path} is damaged or holds more than tensors{line}; take the published file, or save "
             "its tensors as .safetensors where you trust it"
         ) from problem
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise Refusal(f"judge {judge}: {path} holds no table of tensors")
+        raise UserError(f"judge {judge}: {path} holds no table of tensors")
     return {name.removeprefix("module."): x for name, x in state.items()}

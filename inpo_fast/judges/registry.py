@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from inpo_fast.judges import Judge
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 HPS_FILES = {"hps-v2.0": "HPS_v2_compressed.pt", "hps-v2.1": "HPS_v2.1_compressed.pt"}  # of the hub's xswu/HPSv2
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -23,12 +23,12 @@ NAMES = {
 
 
 def make_judge(spec: str, device: torch.device | str = "cpu", batch: int = 64) -> Judge:
-    """batch: pictures at once. Refusal for an unknown name and for weights that cannot be opened."""
+    """batch: pictures at once. UserError for an unknown name and for weights that cannot be opened."""
     name, _, rest = spec.partition(":")
     weights, _, processor = rest.rpartition("@") if "@" in rest else (rest, "", "")
     base = name.removesuffix("-antialias")
     if spec == "pocket-rules":
-        from inpo_fast.pocket.judge import RuleJudge
+        from inpo_fast.judges.pocket_rules import RuleJudge
 
         return RuleJudge()
     if name in ("clip", "clip-h", "pickscore"):
@@ -36,7 +36,7 @@ def make_judge(spec: str, device: torch.device | str = "cpu", batch: int = 64) -
 
         place = weights or {"clip-h": CLIP_H, "pickscore": PICKSCORE}.get(name)
         if place is None:
-            raise Refusal("judge clip: names no model; write clip:FOLDER")
+            raise UserError("judge clip: names no model; write clip:FOLDER")
         if name == "pickscore" and not processor and not has_processor(place):
             processor = CLIP_H  # as published: the model was tuned from CLIP-H
         return ClipJudge(place, device, batch, name=name, processor=processor or None)
@@ -49,7 +49,7 @@ def make_judge(spec: str, device: torch.device | str = "cpu", batch: int = 64) -
         from inpo_fast.judges.aesthetic import CLIP_L, AestheticJudge
 
         if not weights:
-            raise Refusal(
+            raise UserError(
                 "judge aesthetic: names no file; write aesthetic:sac+logos+ava1-l14-linearMSE.pth, the file of "
                 "github.com/christophschuhmann/improved-aesthetic-predictor"
             )
@@ -62,16 +62,16 @@ def make_judge(spec: str, device: torch.device | str = "cpu", batch: int = 64) -
         from inpo_fast.judges.score_file import ScoreFileJudge
 
         return ScoreFileJudge(Path(rest).expanduser())
-    raise Refusal(f"unknown judge {spec!r}; one of {', '.join(NAMES)}")
+    raise UserError(f"unknown judge {spec!r}; one of {', '.join(NAMES)}")
 
 
 def make_judges(specs: Sequence[str], device: torch.device | str = "cpu", batch: int = 64) -> list[Judge]:
-    """Refusal where two have the same name."""
+    """UserError where two have the same name."""
     judges = [make_judge(spec, device, batch) for spec in specs]
     names = [judge.name for judge in judges]
     for name in names:
         if names.count(name) > 1:
-            raise Refusal(f"judge {name} is named twice; name it once")
+            raise UserError(f"judge {name} is named twice; name it once")
     return judges
 
 
@@ -82,7 +82,7 @@ def _download(name: str) -> Path:
         return Path(hf_hub_download("xswu/HPSv2", HPS_FILES[name]))
     except Exception as problem:  # the hub's and the network's own kinds
         line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise Refusal(
+        raise UserError(
             f"judge {name}: {HPS_FILES[name]} of xswu/HPSv2 cannot be had ({line}); write {name}:FILE.pt for a file on "
             "this machine"
         ) from problem

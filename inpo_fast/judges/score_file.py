@@ -16,11 +16,11 @@ import numpy as np
 
 from inpo_fast.data import records
 from inpo_fast.data.images import decode
-from inpo_fast.data.sources import BadPair
+from inpo_fast.data.pair import BadPair
 from inpo_fast.judges import Scores
 from inpo_fast.judges.cache import image_hash
-from inpo_fast.refusal import Refusal
-from inpo_fast.shards import digest
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.record_store import digest
 
 MAX_PIXELS = 50_000_000
 
@@ -31,7 +31,7 @@ class ScoreFileJudge:
     def __init__(self, path: Path):
         self.name, self.path = f"scores:{path.name}", path
         if not path.is_file():
-            raise Refusal(f"judge {self.name}: no such file: {path}")
+            raise UserError(f"judge {self.name}: no such file: {path}")
         self.scores: dict[tuple[str, str], tuple[float, dict[str, float]]] = {}
         self.parts: tuple[str, ...] | None = None
         for number, _, _, record in records.lines(path):
@@ -40,12 +40,12 @@ class ScoreFileJudge:
 
     def _add(self, record: dict, where: str) -> None:
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise Refusal(f"{where}: no text under `prompt`")
+            raise UserError(f"{where}: no text under `prompt`")
         score, parts = record.get("score"), record.get("parts") or {}
         if not _number(score) or not isinstance(parts, dict) or not all(map(_number, parts.values())):
-            raise Refusal(f"{where}: score {json.dumps(score)}; expected a number, and numbers in `parts`")
+            raise UserError(f"{where}: score {json.dumps(score)}; expected a number, and numbers in `parts`")
         if self.parts not in (None, tuple(sorted(parts))):
-            raise Refusal(f"{where}: parts {sorted(parts)}; the lines before have {list(self.parts)}")
+            raise UserError(f"{where}: parts {sorted(parts)}; the lines before have {list(self.parts)}")
         self.parts = tuple(sorted(parts))
         image = record.get("image")
         if image is None and isinstance(record.get("file"), str):
@@ -53,16 +53,16 @@ class ScoreFileJudge:
                 encoded = (self.path.parent / record["file"]).read_bytes()
                 image = image_hash(np.asarray(decode(encoded, MAX_PIXELS)))
             except (OSError, ValueError, BadPair) as problem:
-                raise Refusal(f"{where}: {record['file']!r} cannot be read ({problem})") from problem
+                raise UserError(f"{where}: {record['file']!r} cannot be read ({problem})") from problem
         if not isinstance(image, str):
-            raise Refusal(f"{where}: neither `image` (a hash) nor `file` (a path)")
+            raise UserError(f"{where}: neither `image` (a hash) nor `file` (a path)")
         self.scores[image, record["prompt"]] = float(score), parts
 
     def check(self, prompts: Sequence[str]) -> None:
         known = {prompt for _, prompt in self.scores}
         missing = [prompt for prompt in prompts if prompt not in known]
         if missing:
-            raise Refusal(
+            raise UserError(
                 f"judge {self.name}: {self.path} has no score for {len(missing)} of {len(prompts)} prompts, such as "
                 f"{missing[0]!r}; score these pictures too"
             )
@@ -71,7 +71,7 @@ class ScoreFileJudge:
         found = []
         for image, prompt in zip(images, prompts, strict=True):
             if (said := self.scores.get((image_hash(image), prompt))) is None:
-                raise Refusal(
+                raise UserError(
                     f"judge {self.name}: {self.path} has no score for picture {image_hash(image)} of {prompt!r}; score "
                     "it and add the line (pictures.jsonl of the evaluation names its file)"
                 )

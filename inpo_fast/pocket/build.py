@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from inpo_fast import distributed
-from inpo_fast.diffusers_folder import write_folder
-from inpo_fast.files import write_text
-from inpo_fast.loading import quiet_libraries
+from inpo_fast.comparison.drawing import draw, use_ddim
+from inpo_fast.judges.pocket_rules import RuleJudge
+from inpo_fast.judges.pocket_scenes import all_scenes, split_scenes
+from inpo_fast.models.files.diffusers_folder import write_folder
+from inpo_fast.models.loading import quiet_libraries
 from inpo_fast.pocket import ASSETS, base_model, clip_model, pairs
-from inpo_fast.pocket.judge import RuleJudge
-from inpo_fast.pocket.scenes import all_scenes, split_scenes
-from inpo_fast.refusal import run_or_refuse
-from inpo_fast.sample import draw, use_ddim
+from inpo_fast.runtime import distributed
+from inpo_fast.runtime.errors import run_command
+from inpo_fast.runtime.files import write_text
 
 SEED = 0  # of weights, batches, samples and labels
 RENDER_SEED = 1
@@ -157,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_or_refuse("inpo_fast.pocket.build", main)
+    run_command("inpo_fast.pocket.build", main)

@@ -12,8 +12,8 @@ import torch
 from rich.progress import track
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from inpo_fast.judges.pocket_scenes import SIZE, Scene
 from inpo_fast.pocket.base_model import MAX_TOKENS, WIDTH, one_cycle, render_training_set
-from inpo_fast.pocket.scenes import SIZE, Scene
 
 PICTURES, STEPS, BATCH, LR = 24_000, 1_000, 128, 2e-3
 MEAN = STD = [0.5, 0.5, 0.5]

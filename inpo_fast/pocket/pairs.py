@@ -11,45 +11,23 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.progress import Progress
 
-from inpo_fast import draws
-from inpo_fast.pocket.judge import RuleJudge
-from inpo_fast.pocket.scenes import Scene
-from inpo_fast.sample import draw, use_ddim
+from inpo_fast.comparison.drawing import draw, use_ddim
+from inpo_fast.data.parquet import PICKAPIC_SCHEMA
+from inpo_fast.judges.pocket_rules import RuleJudge
+from inpo_fast.judges.pocket_scenes import Scene
+from inpo_fast.runtime import keyed_rng
 
 SAMPLER_STEPS = 20
 GUIDANCE = 3.0
 TEMPERATURE = 0.02  # Bradley-Terry: P(first wins) = sigmoid((score_0 - score_1) / TEMPERATURE)
 TIE_SHARE = 0.11  # of the rows with the smallest difference; 11.2 % in Pick-a-Pic v2
 MODEL_NAME = "pocket-base"
-SCHEMA = pa.schema(
-    [
-        ("are_different", pa.bool_()),
-        ("best_image_uid", pa.string()),
-        ("caption", pa.string()),
-        ("created_at", pa.timestamp("ns")),
-        ("has_label", pa.bool_()),
-        ("image_0_uid", pa.string()),
-        ("image_0_url", pa.string()),
-        ("image_1_uid", pa.string()),
-        ("image_1_url", pa.string()),
-        ("jpg_0", pa.binary()),
-        ("jpg_1", pa.binary()),
-        ("label_0", pa.float64()),
-        ("label_1", pa.float64()),
-        ("model_0", pa.string()),
-        ("model_1", pa.string()),
-        ("ranking_id", pa.int64()),
-        ("user_id", pa.int64()),
-        ("num_example_per_prompt", pa.int64()),
-        ("__index_level_0__", pa.int64()),
-    ]
-)
 
 
 def draw_pairs(pipeline: StableDiffusionPipeline, scenes: list[Scene], count: int, seed: int) -> pa.Table:
     """`count` rows over the scenes in turn; labels carry Bradley-Terry noise, the closest rows are ties."""
     use_ddim(pipeline)
-    chosen = [scenes[draws.integer(0, len(scenes) - 1, "scene", seed, i)] for i in range(count)]
+    chosen = [scenes[keyed_rng.integer(0, len(scenes) - 1, "scene", seed, i)] for i in range(count)]
     captions = [scene.caption for scene in chosen for _ in range(2)]
     keys = [("pair", seed, i, side) for i in range(count) for side in range(2)]
     with Progress() as progress:
@@ -67,12 +45,12 @@ def draw_pairs(pipeline: StableDiffusionPipeline, scenes: list[Scene], count: in
     difference = totals[:, 0] - totals[:, 1]
     ties = np.abs(difference) <= np.quantile(np.abs(difference), TIE_SHARE)
     chance = 1 / (1 + np.exp(-difference / TEMPERATURE))
-    first = np.array([draws.uniform("label", seed, i) for i in range(count)]) < chance
+    first = np.array([keyed_rng.uniform("label", seed, i) for i in range(count)]) < chance
     epoch = datetime(2025, 6, 1, tzinfo=UTC)
     rows = []
     for i, scene in enumerate(chosen):
         label_0 = 0.5 if ties[i] else float(first[i])
-        uids = [f"{draws.hash_key('uid', seed, i, side):016x}" for side in range(2)]
+        uids = [f"{keyed_rng.hash_key('uid', seed, i, side):016x}" for side in range(2)]
         rows.append(
             {
                 "are_different": not ties[i],
@@ -96,7 +74,7 @@ def draw_pairs(pipeline: StableDiffusionPipeline, scenes: list[Scene], count: in
                 "__index_level_0__": i,
             }
         )
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=PICKAPIC_SCHEMA)
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -3,19 +3,16 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from inpo_fast.files import write_text
+from inpo_fast.comparison.compare import Contest
+from inpo_fast.comparison.win_rates import disagreement
 from inpo_fast.report.page import render
 from inpo_fast.report.pictures import ENLARGED, picture_uris
 from inpo_fast.report.plots import PALETTE
 from inpo_fast.report.results import Interval
-from inpo_fast.win_rates import disagreement
-
-if TYPE_CHECKING:
-    from inpo_fast.compare import Contest
+from inpo_fast.runtime.files import write_text
 
 SHOWN = 24  # rows of pictures
 PICTURE_BYTES = 3_000_000
@@ -38,7 +35,7 @@ class Row:
     shots: list[Shot]
 
 
-def write_comparison(folder: Path, result: dict, contest: "Contest") -> Path:
+def write_comparison(folder: Path, result: dict, contest: Contest) -> Path:
     """comparison.json, comparison.md, comparison.html; the path of the page."""
     write_text(folder / "comparison.json", json.dumps(result, indent=1))
     write_text(folder / "comparison.md", markdown(result))
@@ -47,7 +44,7 @@ def write_comparison(folder: Path, result: dict, contest: "Contest") -> Path:
     return page
 
 
-def rows(contest: "Contest", count: int = SHOWN) -> list[Row]:
+def rows(contest: Contest, count: int = SHOWN) -> list[Row]:
     """The comparisons that the judges differ most about; with one judge, those it finds most different."""
     names = [name for name in contest.pictures if name != "control"]
     others = names[1:]
@@ -64,7 +61,7 @@ def rows(contest: "Contest", count: int = SHOWN) -> list[Row]:
     return [_row(contest, names, i, float(spread[i])) for i in chosen]
 
 
-def _row(contest: "Contest", names: list[str], i: int, spread: float) -> Row:
+def _row(contest: Contest, names: list[str], i: int, spread: float) -> Row:
     shots = []
     for name in names:
         said = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inpo_fast.watch import UNDER_NOISED
+from inpo_fast.method.inversion import UNDER_NOISED
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps (N,), values (N,)
 Latest = dict[str, float]

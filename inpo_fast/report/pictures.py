@@ -6,14 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-if TYPE_CHECKING:
-    from inpo_fast.evaluate import Gallery
+from inpo_fast.comparison.evaluation import Gallery
 
 SHEET = 12  # comparisons on a contact sheet
 SHEET_COLUMNS = 6
@@ -35,11 +33,11 @@ class Comparison:
         return max(self.base.shape[:2]) < ENLARGED
 
 
-def comparison(base: "Gallery", aligned: "Gallery", number: int) -> Comparison:
+def comparison(base: Gallery, aligned: Gallery, number: int) -> Comparison:
     return Comparison(base.captions[number], base.pictures[number], aligned.pictures[number])
 
 
-def before_after(base: "Gallery", aligned: "Gallery") -> list[Comparison]:
+def before_after(base: Gallery, aligned: Gallery) -> list[Comparison]:
     """Prompts evenly spread over the list, first seed first: never chosen by how they came out."""
     prompts = len(base.prompts)
     rows = np.unique(np.linspace(0, prompts - 1, min(SHEET, prompts)).round().astype(int))

@@ -1,15 +1,12 @@
 """Why pictures won: the comparisons with the largest gain and the largest loss, and what the judge saw in them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from inpo_fast.comparison.evaluation import Gallery
+from inpo_fast.judges import Scores
 from inpo_fast.report.pictures import Comparison, comparison
-
-if TYPE_CHECKING:
-    from inpo_fast.evaluate import Gallery
-    from inpo_fast.judges import Scores
 
 CASES = 4  # gains and losses shown, each
 CHANGES = 3  # parts named per case
@@ -32,7 +29,7 @@ class Extremes:
     losses: list[Case]
 
 
-def extremes(base: "Gallery", aligned: "Gallery", before: "Scores", after: "Scores") -> Extremes | None:
+def extremes(base: Gallery, aligned: Gallery, before: Scores, after: Scores) -> Extremes | None:
     """At most one case a prompt. None if nothing changed."""
     difference = np.asarray(after.total) - np.asarray(before.total)  # (prompts * seeds,), prompt-major
     parts = [name for name in before.parts if name not in SUMMARIES] or list(before.parts)

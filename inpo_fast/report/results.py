@@ -38,7 +38,7 @@ class Guard:
 
 def headline(result: dict) -> Headline:
     """A win is called good only when every guard holds too."""
-    from inpo_fast.evaluate import verdict
+    from inpo_fast.comparison.evaluation import verdict
 
     text = verdict(result)
     if result["win_rate_high"] < 0.5:
@@ -80,7 +80,7 @@ def guards(result: dict) -> list[Guard]:
 
 
 def _guard(name: str, values: dict) -> Guard:
-    from inpo_fast.evaluate import DIVERSITY_FLOOR
+    from inpo_fast.comparison.evaluation import DIVERSITY_FLOOR
 
     value, meaning = "", ""
     if "win_rate" in values:

@@ -3,21 +3,18 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from inpo_fast.files import write_bytes, write_text
-from inpo_fast.refusal import Refusal
+from inpo_fast.comparison.evaluation import Evaluation
 from inpo_fast.report import curves, pictures, plots, reasons, results
 from inpo_fast.report.page import render
-
-if TYPE_CHECKING:
-    from inpo_fast.evaluate import Evaluation
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import write_bytes, write_text
 
 STRIP_BYTES = 600_000
 PICTURE_BYTES = 1_600_000  # of the whole page, before base64 adds a third
 
 
-def write_report(folder: Path, evaluation: "Evaluation | None") -> Path:
+def write_report(folder: Path, evaluation: Evaluation | None) -> Path:
     """The path of report.html. Shows what the run folder has: every part may be missing.
 
     folder: config.yaml, manifest.json and metrics.jsonl are read from it if they exist. evaluation: the verdict
@@ -34,11 +31,13 @@ def write_report(folder: Path, evaluation: "Evaluation | None") -> Path:
         report = folder / "report.html"
         write_text(report, page(folder, evaluation))
     except OSError as problem:
-        raise Refusal(f"the report in {folder} cannot be written or read ({problem.strerror or problem})") from problem
+        raise UserError(
+            f"the report in {folder} cannot be written or read ({problem.strerror or problem})"
+        ) from problem
     return report
 
 
-def page(folder: Path, evaluation: "Evaluation | None") -> str:
+def page(folder: Path, evaluation: Evaluation | None) -> str:
     """The HTML. Everything that comes from data is escaped by the template's engine."""
     manifest_text = _text(folder / "manifest.json")
     manifest = _tree(manifest_text)

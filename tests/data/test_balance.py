@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_world import save_pairs, tiny_pipeline
 
-from inpo_fast import draws
 from inpo_fast.data.balance import fair_shares
-from inpo_fast.data.windows import DataConfig, Windows, open_data
-from inpo_fast.inversion import InversionConfig
-from inpo_fast.models import Models, ModelsConfig
-from inpo_fast.objectives import ObjectiveConfig
-from inpo_fast.step import noise_window
-from inpo_fast.window import Recipe, inversion_costs, make_window
+from inpo_fast.data.loader import DataConfig, PairLoader, open_data
+from inpo_fast.method.inversion import InversionConfig
+from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.models import Models
+from inpo_fast.runtime import keyed_rng
+from inpo_fast.training.step import noise_window
+from inpo_fast.training.step_batch import StepConfig, inversion_costs, make_step_batch
 
 
 @given(st.lists(st.integers(0, 10), min_size=1, max_size=40), st.integers(1, 6))
@@ -40,7 +41,7 @@ def test_near_the_best_partition(costs):
 
 def test_a_step_of_the_recipe():
     """1,024 pairs of 1 to 10 evaluations over 8 and 64 processes: within 0.2 % and 2 % of the mean (docs/scale.md)."""
-    costs = [draws.integer(1, 10, "cost", number) for number in range(1024)]
+    costs = [keyed_rng.integer(1, 10, "cost", number) for number in range(1024)]
     for world, bound in ((8, 1.002), (64, 1.02)):
         sums = [sum(costs[i] for i in share) for share in fair_shares(costs, world)]
         assert max(sums) <= bound * sum(costs) / world
@@ -54,14 +55,14 @@ def test_the_costs_are_what_the_inversion_then_takes(tmp_path):
     """Of a step's 16 pairs over 4 processes: told beforehand = counted; the shares are the whole step, evened out."""
     data = DataConfig(source=str(save_pairs(tmp_path / "pairs.parquet")))
     models = Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="here"))
-    recipe = Recipe("inpo", ObjectiveConfig(), InversionConfig(steps=10, batch=8), 2, False, seed=3)
+    recipe = StepConfig("inpo", ObjectiveConfig(), InversionConfig(steps=10, batch=8), 2, False, seed=3)
     source, spent, plain, taken = open_data(data), [], [], []
     for rank in range(4):
         costs = lambda positions: inversion_costs(positions, recipe, models)  # noqa: E731
         for found, rule in ((spent, costs), (plain, None)):
-            windows = Windows(source, data, resolution=models.resolution, seed=3, rank=rank, world=4, costs=rule)
+            windows = PairLoader(source, data, resolution=models.resolution, seed=3, rank=rank, world=4, costs=rule)
             items = next(windows.steps(2, 3, 16))
-            window = make_window(items, models, recipe, models.encode_empty())
+            window = make_step_batch(items, models, recipe, models.encode_empty())
             found.append(noise_window(window, models, recipe)[1])
             if rule:
                 told = 2 * sum(inversion_costs([item.position for item in items], recipe, models))

@@ -16,7 +16,7 @@ from inpo_fast.data import filters
 from inpo_fast.data.filters import FilterConfig, filtered
 from inpo_fast.data.order import make_order
 from inpo_fast.data.sources import open_source
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 PROMPTS = [
     "a red cube", "Anime girl", "an animel", "two  red\tcubes", "RED CUBE, sharp", "", "a naked tree",
@@ -134,7 +134,7 @@ def test_nothing_named_nothing_done(tmp_path):
     ],
 )
 def test_refusals(tmp_path, config, said):
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         filtered(make("parquet", tmp_path), config)
 
 
@@ -210,7 +210,7 @@ def test_only_what_passes_the_other_filters_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(filters, "short_side", lambda path: looked.append(path.name) or 5)
     filtered(source, FilterConfig(block_words=("anime",)))
     assert not looked
-    with pytest.raises(Refusal, match=r"leave none of 40 pairs \(8 blocked words, 32 image side below 6\)"):
+    with pytest.raises(UserError, match=r"leave none of 40 pairs \(8 blocked words, 32 image side below 6\)"):
         filtered(source, FilterConfig(block_words=("anime",), min_side=6))
     assert len(looked) == 2 * 32
     assert not filtered(source, FilterConfig(min_side=5)).left_out

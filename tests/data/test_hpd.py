@@ -7,8 +7,9 @@ import pytest
 
 from inpo_fast.data import records
 from inpo_fast.data.hpd import HpdSource
-from inpo_fast.data.sources import BadPair, Pair, open_source
-from inpo_fast.refusal import Refusal
+from inpo_fast.data.pair import BadPair, Pair
+from inpo_fast.data.sources import open_source
+from inpo_fast.runtime.errors import UserError
 
 V3 = {"prompt": "p", "path1": "a.png", "path2": "b.png"}
 V2 = {"prompt": "p", "file_path": ["a.png", "b.png"], "human_preference": [0, 1]}
@@ -46,7 +47,7 @@ def test_images_elsewhere(tmp_path):
     (tmp_path / "pictures" / "a.png").write_bytes(b"another")
     assert open_source(listing, images=str(tmp_path / "pictures")).read(0).winner == b"another"
     assert open_source(listing).read(0).winner == b"a.png"
-    with pytest.raises(Refusal, match=r"data\.images: no such folder: .*nowhere"):
+    with pytest.raises(UserError, match=r"data\.images: no such folder: .*nowhere"):
         open_source(listing, images=str(tmp_path / "nowhere"))
 
 
@@ -94,7 +95,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusal_names_the_record_and_the_remedy(tmp_path, name):
     content, message = REFUSALS[name]
-    with pytest.raises(Refusal, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_source(save(tmp_path, content))
     assert "\n" not in str(caught.value)
 
@@ -105,14 +106,14 @@ def test_list_that_never_ends_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "LARGEST", 5000)
     path, read, decoder = save(tmp_path, "[" + '"' + "x" * 10**6), [], json.JSONDecoder.raw_decode
     monkeypatch.setattr(json.JSONDecoder, "raw_decode", lambda self, s, at: read.append(len(s)) or decoder(self, s, at))
-    with pytest.raises(Refusal, match=r"element 1 of the list is cut off or not JSON"):
+    with pytest.raises(UserError, match=r"element 1 of the list is cut off or not JSON"):
         open_source(path)
     assert max(read) < 20_000
 
 
 def test_folder_in_place_of_the_file_is_refused(tmp_path):
     save(tmp_path, [V3])
-    with pytest.raises(Refusal, match="is a folder; name the JSON file in it"):
+    with pytest.raises(UserError, match="is a folder; name the JSON file in it"):
         open_source(str(tmp_path), "hpd")
 
 
@@ -129,5 +130,5 @@ def test_listing_that_changes_while_it_is_used_is_refused(tmp_path):
     path = save(tmp_path, [V3, {**V3, "prompt": "second"}])
     source = open_source(path)
     save(tmp_path, [{**V3, "prompt": "a longer one"}, {**V3, "prompt": "second"}])
-    with pytest.raises(Refusal, match=r"train\.json:2: changed since it was opened .*; start again"):
+    with pytest.raises(UserError, match=r"train\.json:2: changed since it was opened .*; start again"):
         source.read(1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from inpo_fast.data.images import decode, make_view
-from inpo_fast.data.sources import BadPair
+from inpo_fast.data.pair import BadPair
 
 LIMIT = 50_000_000
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from inpo_fast import draws
-from inpo_fast.data.order import Order, describe, make_order, pair_index, permuted, window_positions
-from inpo_fast.refusal import Refusal
+from inpo_fast.data.order import Order, describe, make_order, pair_index, permuted, step_positions
+from inpo_fast.runtime import keyed_rng
+from inpo_fast.runtime.errors import UserError
 
 quick = settings(max_examples=40, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
 seeds = st.integers(0, 2**63)
@@ -64,7 +64,7 @@ def test_neighbours_do_not_stay_together():
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_ranks_share_out_the_positions_of_a_step(world):
-    shares = [window_positions(3, 8, rank, world) for rank in range(world)]
+    shares = [step_positions(3, 8, rank, world) for rank in range(world)]
     assert sorted(position for share in shares for position in share) == list(range(24, 32))
     assert {len(share) for share in shares} == {8 // world}
 
@@ -72,27 +72,27 @@ def test_ranks_share_out_the_positions_of_a_step(world):
 @quick
 @given(pairs=st.integers(1, 40), world=st.integers(1, 9), steps=st.integers(1, 6))
 def test_steps_of_all_ranks_tile_the_positions(pairs, world, steps):
-    taken = [p for step in range(steps) for rank in range(world) for p in window_positions(step, pairs, rank, world)]
+    taken = [p for step in range(steps) for rank in range(world) for p in step_positions(step, pairs, rank, world)]
     assert sorted(taken) == list(range(pairs * steps))
 
 
 def test_hash_key_is_pinned():
     """The same on every machine and in every version: a change here changes every run ever made."""
-    assert draws.hash_key("order", 7, 0) == 2078977217076736728
-    assert draws.hash_key() == 6510301506637419378
-    assert draws.integer(0, 999, "t", 3) == 679
-    assert draws.uniform("flip", 0, 1, 0) == 0.18849335196573946
+    assert keyed_rng.hash_key("order", 7, 0) == 2078977217076736728
+    assert keyed_rng.hash_key() == 6510301506637419378
+    assert keyed_rng.integer(0, 999, "t", 3) == 679
+    assert keyed_rng.uniform("flip", 0, 1, 0) == 0.18849335196573946
 
 
 def test_keys_that_look_alike_differ():
     numbers = [(1, 23), (12, 3), (123,), (1, 2, 3), (3, 2, 1), ("1", 23), (1, "23"), ()]
     texts = [("ab", "c"), ("a", "bc"), ("abc",), ("astr:bc",)]
     keys = [*numbers, *texts]
-    assert len({draws.hash_key(*key) for key in keys}) == len(keys)
+    assert len({keyed_rng.hash_key(*key) for key in keys}) == len(keys)
 
 
 def test_hash_key_has_63_bits():
-    values = [draws.hash_key("bits", i) for i in range(2000)]
+    values = [keyed_rng.hash_key("bits", i) for i in range(2000)]
     assert all(0 <= value < 2**63 for value in values)
     for bit in range(63):
         assert 800 < sum(value >> bit & 1 for value in values) < 1200  # 1000 expected, standard deviation 22
@@ -101,14 +101,14 @@ def test_hash_key_has_63_bits():
 @pytest.mark.parametrize(("low", "high"), [(0, 9), (100, 105), (7, 7), (-2, 2)])
 def test_integer_is_uniform_with_both_ends(low, high):
     n, size = 20_000, high - low + 1
-    count = Counter(draws.integer(low, high, "integer", i) for i in range(n))
+    count = Counter(keyed_rng.integer(low, high, "integer", i) for i in range(n))
     assert set(count) == set(range(low, high + 1))
     chi_square = sum((c - n / size) ** 2 / (n / size) for c in count.values())
     assert chi_square <= 3.5 * max(1, size - 1)  # p < 1e-3 for these sizes
 
 
 def test_uniform_fills_the_unit_interval():
-    values = torch.tensor([draws.uniform("uniform", i) for i in range(20_000)], dtype=torch.float64)
+    values = torch.tensor([keyed_rng.uniform("uniform", i) for i in range(20_000)], dtype=torch.float64)
     assert 0 <= values.min() < 0.001
     assert 0.999 < values.max() < 1
     assert torch.allclose(torch.histc(values, 10, 0, 1), torch.full((10,), 2000.0, dtype=torch.float64), atol=200)
@@ -116,26 +116,26 @@ def test_uniform_fills_the_unit_interval():
 
 def test_normal_depends_on_the_key_alone():
     torch.manual_seed(0)
-    first = draws.normal((3, 5), "eta", 4)
+    first = keyed_rng.normal((3, 5), "eta", 4)
     expected_next = torch.rand(1)
     torch.manual_seed(99)
-    assert torch.equal(first, draws.normal((3, 5), "eta", 4))
+    assert torch.equal(first, keyed_rng.normal((3, 5), "eta", 4))
     torch.manual_seed(0)
-    draws.normal((3, 5), "eta", 5)
+    keyed_rng.normal((3, 5), "eta", 5)
     assert torch.equal(torch.rand(1), expected_next)  # torch's own generator is neither read nor moved
-    assert not torch.equal(first, draws.normal((3, 5), "eta", 5))
+    assert not torch.equal(first, keyed_rng.normal((3, 5), "eta", 5))
     assert first.dtype == torch.float32
-    large = draws.normal((100_000,), "eta", 6)
+    large = keyed_rng.normal((100_000,), "eta", 6)
     assert abs(large.mean()) < 0.02
     assert abs(large.std() - 1) < 0.02
 
 
 def test_normals_are_the_single_draws_stacked():
     keys = [("vae", 0, 1), ("vae", 1, 0), ("eta", 0, 1)]
-    together = draws.normals((2, 3), keys)
+    together = keyed_rng.normals((2, 3), keys)
     assert together.shape == (3, 2, 3)
     for row, key in zip(together, keys, strict=True):
-        assert torch.equal(row, draws.normal((2, 3), *key))
+        assert torch.equal(row, keyed_rng.normal((2, 3), *key))
 
 
 # ---- the order by blocks -------------------------------------------------------------------------
@@ -277,5 +277,5 @@ def test_choice_of_the_order(asked, expected):
 
 def test_source_that_says_nothing_of_blocks_gets_the_full_order():
     assert make_order(list(range(10)), "auto", 0).blocks is None
-    with pytest.raises(Refusal, match=r"data\.shuffle=blocks: any pair of this source can be read alone; take full"):
+    with pytest.raises(UserError, match=r"data\.shuffle=blocks: any pair of this source can be read alone; take full"):
         make_order(Facts(10, None, 0), "blocks", 0)

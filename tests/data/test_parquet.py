@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from inpo_fast.data import parquet
+from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.order import make_order
 from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import DataConfig, Windows
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 KB = 1024
 
@@ -59,7 +59,7 @@ def test_cache_size_changes_memory_and_not_the_pairs(tmp_path):
     assert [large.read(i) for i in range(0, 200, 7)] == [small.read(i) for i in range(0, 200, 7)]
     assert len(large.cache.blocks) == 20 and len(small.cache.blocks) <= 2
     config = [DataConfig(cache_mb=mb, shuffle=s) for s in ("auto", "blocks") for mb in (None, 1)]
-    orders = [Windows(large, c, resolution=8, seed=0, rank=0, world=1).order for c in config]
+    orders = [PairLoader(large, c, resolution=8, seed=0, rank=0, world=1).order for c in config]
     assert [o.index(5) for o in orders[:2]] == [orders[0].index(5)] * 2
     assert [o.index(5) for o in orders[2:]] == [orders[2].index(5)] * 2
 
@@ -112,14 +112,16 @@ def broken_later(tmp_path: Path) -> str:
 def test_damaged_row_group_is_refused_when_it_is_read_and_the_others_are_not(tmp_path):
     source = open_source(broken_later(tmp_path))
     assert source.read(0).prompt == "caption 0" and source.read(8).prompt == "caption 8"
-    with pytest.raises(Refusal, match=r"d\.parquet: row group 1 cannot be read \(.*\); download it again or remove it"):
+    with pytest.raises(
+        UserError, match=r"d\.parquet: row group 1 cannot be read \(.*\); download it again or remove it"
+    ):
         source.read(4)
 
 
 def test_file_that_is_gone_is_refused(tmp_path):
     source = open_source(save(tmp_path / "a.parquet", 9, 3))
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises(Refusal, match=r"a\.parquet: not a readable parquet file \(.*No such file"):
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file \(.*No such file"):
         source.read(0)
 
 
@@ -135,14 +137,14 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusal_names_the_place(tmp_path, name):
     columns, message = REFUSALS[name]
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         open_source(save(tmp_path / "a.parquet", 4, 2, **columns))
 
 
 def test_shards_of_mixed_label_types_are_refused_by_name(tmp_path):
     save(tmp_path / "a.parquet", 4, 2)
     save(tmp_path / "b.parquet", 4, 2, label_1=["0"] * 4)
-    with pytest.raises(Refusal, match=r"b\.parquet: column label_1 is string"):
+    with pytest.raises(UserError, match=r"b\.parquet: column label_1 is string"):
         open_source(str(tmp_path))
 
 

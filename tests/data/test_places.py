@@ -7,7 +7,7 @@ import pytest
 
 from inpo_fast.data.places import find
 from inpo_fast.data.sources import open_source
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 TABLE = pa.table(
     {
@@ -93,7 +93,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusal_names_the_remedy(memory, name):
     source, message = REFUSALS[name]
-    with pytest.raises(Refusal, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_source(source)
     assert "\n" not in str(caught.value)
 
@@ -103,20 +103,20 @@ def test_file_system_that_fails_is_refused_in_one_line(memory, monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(type(memory), "find", fail)
-    with pytest.raises(Refusal, match=r"memory://bucket/set cannot be listed \(no route\); check name, network"):
+    with pytest.raises(UserError, match=r"memory://bucket/set cannot be listed \(no route\); check name, network"):
         open_source("memory://bucket/set")
 
 
 def test_remote_file_that_is_cut_off_is_refused(memory):
     content = memory.cat_file("/bucket/set/data/train-0.parquet")
     memory.pipe("/bucket/set/data/train-0.parquet", content[:-20])
-    with pytest.raises(Refusal, match=r"train-0\.parquet: not a readable parquet file .*download it again"):
+    with pytest.raises(UserError, match=r"train-0\.parquet: not a readable parquet file .*download it again"):
         open_source("memory://bucket/set/data")
 
 
 def test_listings_are_read_here_only():
     for format in ("folder", "hpd"):
-        with pytest.raises(Refusal, match=f"a {format} source is read from this machine's disk; copy it there"):
+        with pytest.raises(UserError, match=f"a {format} source is read from this machine's disk; copy it there"):
             open_source("memory://bucket/set", format)
 
 

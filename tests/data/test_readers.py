@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inpo_fast.data.sources import Pair, open_source
+from inpo_fast.data.pair import Pair
+from inpo_fast.data.sources import open_source
 
 some = settings(max_examples=40, deadline=None, database=None)
 # label of the second image; 0.5 is a tie. Sums of a float and its complement are not always 1 to the last bit.

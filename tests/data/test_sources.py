@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from inpo_fast.data.folder import FolderSource
+from inpo_fast.data.pair import BadPair, Pair
 from inpo_fast.data.parquet import ParquetSource
-from inpo_fast.data.sources import BadPair, Pair, open_source
-from inpo_fast.refusal import Refusal
+from inpo_fast.data.sources import open_source
+from inpo_fast.runtime.errors import UserError
 
 FIRST, SECOND, TIE = (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)
 
@@ -224,7 +225,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusal_names_the_file_and_the_remedy(tmp_path, name):
     make, message = REFUSALS[name]
-    with pytest.raises(Refusal, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_source(str(make(tmp_path)))
     assert "\n" not in str(caught.value)
 
@@ -233,7 +234,7 @@ def test_listing_that_is_not_utf8_is_refused_with_its_line(tmp_path):
     folder = write_folder(tmp_path, [GOOD])
     with (folder / "metadata.jsonl").open("ab") as file:
         file.write(b'{"prompt": "caf\xe9"}\n')
-    with pytest.raises(Refusal, match=r"metadata\.jsonl:2: not JSON in UTF-8"):
+    with pytest.raises(UserError, match=r"metadata\.jsonl:2: not JSON in UTF-8"):
         open_source(str(folder))
 
 
@@ -242,5 +243,5 @@ def test_format_forces_the_reader(tmp_path):
     write_folder(tmp_path, [{"prompt": "listed", "chosen": "a.png", "rejected": "b.png"}])
     assert open_source(str(tmp_path)).read(0).prompt == "listed"
     assert open_source(str(tmp_path), "parquet").read(0).prompt == "caption 0"
-    with pytest.raises(Refusal, match=r"no metadata\.jsonl"):
+    with pytest.raises(UserError, match=r"no metadata\.jsonl"):
         open_source(str(write(tmp_path / "sub" / "b.parquet", [FIRST]).parent), "folder")

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 from tiny_world import pair_table
 
-from inpo_fast.data import validate
+from inpo_fast import validate as validate_command
+from inpo_fast.data import examine
 from inpo_fast.data.contact_sheet import TILE, contact_sheet
 from inpo_fast.data.filters import FilterConfig, filtered
+from inpo_fast.data.loader import DataConfig
 from inpo_fast.data.sources import open_source
-from inpo_fast.data.windows import DataConfig
 from inpo_fast.pocket.pairs import png, write_pairs
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 
 def planted(folder, rows: int = 40, broken: int = 0, same: int = 0):
@@ -37,13 +38,13 @@ def planted(folder, rows: int = 40, broken: int = 0, same: int = 0):
 def run(monkeypatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["validate", *words])
     with pytest.raises(SystemExit) as left:
-        validate.main()
+        validate_command.main()
     return left.value.code
 
 
 def test_every_count(tmp_path):
     path, records = planted(tmp_path, broken=3, same=2)
-    found, samples = validate.examine(open_source(path), path, DataConfig(), resolution=32, limit=None)
+    found, samples = examine.examine(open_source(path), path, DataConfig(), resolution=32, limit=None)
     good = len(records) - 3
     assert (found.pairs, found.looked_at, len(found.broken), found.same_image) == (len(records), len(records), 3, 2)
     assert found.prompts == len({r["caption"] for r in records[3:]}) and found.empty_prompts == 1
@@ -57,7 +58,7 @@ def test_every_count(tmp_path):
         seen |= images
     assert found.repeated_images == again
     assert all("pairs.parquet" in what for what in found.broken)
-    assert len(samples) == validate.SAMPLES and found.pairs_per_second > 0
+    assert len(samples) == examine.SAMPLES and found.pairs_per_second > 0
     size = sum(len(r["jpg_0"]) + len(r["jpg_1"]) for r in records[3:]) / good
     assert found.bytes_per_pair == pytest.approx(size)
 
@@ -72,7 +73,7 @@ def test_images_that_occur_again(tmp_path):
     first, second, third, fourth = pair_table(8).to_pylist()[:4]
     second |= {"jpg_0": first["jpg_1"], "jpg_1": first["jpg_1"]}  # twice in one pair, once again
     third |= {"jpg_1": first["jpg_0"]}
-    found, _ = validate.examine(
+    found, _ = examine.examine(
         open_source(stored([first, second, third, fourth], tmp_path / "a.parquet")), "x", DataConfig(), resolution=32,
         limit=None,
     )  # fmt: skip
@@ -91,7 +92,7 @@ def test_soft_labels_weights_and_large_images(tmp_path):
     source = open_source(str(tmp_path))
 
     def examined(source, **options):
-        return validate.examine(source, "x", DataConfig(**options), resolution=8, limit=9)[0]
+        return examine.examine(source, "x", DataConfig(**options), resolution=8, limit=9)[0]
 
     found = examined(source)
     assert found.labels == {"0.5": 1, "0.7": 1, "0.9": 1, "1.0": 1} and found.weight == 3.5 / 4
@@ -103,16 +104,16 @@ def test_soft_labels_weights_and_large_images(tmp_path):
 
 @pytest.mark.parametrize(("same", "fit"), [(1, True), (2, False)])
 def test_one_in_a_hundred_may_show_an_image_twice(same, fit):
-    found = validate.Findings("x", 100, 0, looked_at=100, same_image=same, weight=1.0)
-    assert bool(validate.problems(found, DataConfig())) != fit
+    found = examine.Findings("x", 100, 0, looked_at=100, same_image=same, weight=1.0)
+    assert bool(examine.problems(found, DataConfig())) != fit
 
 
 def test_few_pairs_are_held_at_a_time():
     """However many there are: what was read and not yet looked at is bounded."""
     done = []
     with ThreadPoolExecutor(2) as pool:
-        for number, _ in enumerate(validate._bounded(pool, done.append, range(500))):
-            assert len(done) <= number + validate.AHEAD
+        for number, _ in enumerate(examine._bounded(pool, done.append, range(500))):
+            assert len(done) <= number + examine.AHEAD
     assert sorted(done) == list(range(500))
 
 
@@ -136,8 +137,8 @@ def test_filters_and_the_trainers_keys(tmp_path, monkeypatch, capsys):
     assert code == (len(found["broken"]) > 1) and "steps of 7;" in said
     for bad, line in ((["--source", path, "--data.no=1"], "unknown key 'data.no'"), ([], "no source: give --source")):
         monkeypatch.setattr(sys, "argv", ["validate", *bad])
-        with pytest.raises(Refusal, match=line):
-            validate.main()
+        with pytest.raises(UserError, match=line):
+            validate_command.main()
 
 
 def test_images_elsewhere_and_a_format_that_is_said(tmp_path, monkeypatch):
@@ -166,12 +167,12 @@ def test_a_part_of_it(tmp_path):
             seen.append(index)
             return self.source.read(index)
 
-    found, _ = validate.examine(Spy(), path, DataConfig(), resolution=32, limit=10)
+    found, _ = examine.examine(Spy(), path, DataConfig(), resolution=32, limit=10)
     assert found.looked_at == 10 and found.pairs == len(records)
     assert len(set(seen)) == 10 and max(seen) > len(records) // 2
     first = sorted(seen)
     seen.clear()
-    validate.examine(Spy(), path, DataConfig(), resolution=32, limit=10)
+    examine.examine(Spy(), path, DataConfig(), resolution=32, limit=10)
     assert sorted(seen) == first
 
 
@@ -196,6 +197,6 @@ def test_the_better_image_stands_on_the_left(tmp_path):
     red, blue = (png(np.full((32, 32, 3), c, np.uint8)) for c in ((255, 0, 0), (0, 0, 255)))
     records[0] |= {"jpg_0": blue, "jpg_1": red, "label_0": 0.0, "label_1": 1.0}
     source = open_source(stored(records, tmp_path / "pairs.parquet"))
-    _, samples = validate.examine(source, "x", DataConfig(), resolution=32, limit=None)
+    _, samples = examine.examine(source, "x", DataConfig(), resolution=32, limit=None)
     sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(samples, 10**6))))
     assert sheet[8 + 96, 8 + 96].tolist() == [255, 0, 0] and sheet[8 + 96, 8 + 192 + 4 + 96].tolist() == [0, 0, 255]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from inpo_fast.data.sources import BadPair, Pair, open_source
+from inpo_fast.data.pair import BadPair, Pair
+from inpo_fast.data.sources import open_source
 from inpo_fast.data.webdataset import WebdatasetSource
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 ABOUT = {"prompt": "p", "label": 0}
 
@@ -115,7 +116,7 @@ def test_refusal_names_the_shard_and_the_key(tmp_path, name):
     make, message = REFUSALS[name]
     made = make(tmp_path)
     path, images = made if isinstance(made, tuple) else (made, None)
-    with pytest.raises(Refusal, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_source(path, "webdataset", images=images)
     assert "\n" not in str(caught.value)
 
@@ -130,5 +131,5 @@ def test_empty_image_is_a_bad_pair(tmp_path):
 def test_shard_that_changes_while_it_is_used_is_refused(tmp_path):
     source = open_source(save(tmp_path / "a.tar", sample("0"), sample("1")))
     save(tmp_path / "a.tar", sample("0", _0_png=b"x" * 700), sample("1"))
-    with pytest.raises(Refusal, match=r"a\.tar:1: changed since it was opened .*; start again"):
+    with pytest.raises(UserError, match=r"a\.tar:1: changed since it was opened .*; start again"):
         source.read(1)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inpo_fast.data.loader import DataConfig, Item, PairLoader
 from inpo_fast.data.order import describe, pair_index
-from inpo_fast.data.sources import BadPair, Pair
-from inpo_fast.data.windows import DataConfig, Item, Windows
-from inpo_fast.refusal import Refusal
+from inpo_fast.data.pair import BadPair, Pair
+from inpo_fast.runtime.errors import UserError
 
 SIZE = 8  # pixels a side
 
@@ -46,9 +46,9 @@ class Pairs:
         return Pair(f"pair-{index}", f"prompt {index}", *images)
 
 
-def windows(source: Pairs, rank: int = 0, world: int = 1, seed: int = 5, **config) -> Windows:
+def windows(source: Pairs, rank: int = 0, world: int = 1, seed: int = 5, **config) -> PairLoader:
     config = {"prompt_dropout": 0.3, "crop": "random", "bad_pair_limit": 1.0, **config}
-    return Windows(source, DataConfig(**config), resolution=SIZE, seed=seed, rank=rank, world=world)
+    return PairLoader(source, DataConfig(**config), resolution=SIZE, seed=seed, rank=rank, world=world)
 
 
 def content(item: Item) -> tuple:
@@ -87,7 +87,9 @@ def test_broken_pair_is_dropped_whole_and_shifts_nothing(caplog, fault):
 def test_limit_stops_the_run_and_names_the_pair():
     several = Pairs(40, broken={(3, 0), (7, 1), (11, 0)})
     assert len(contents(several, steps=5, bad_pair_limit=0.2)) == 5
-    with pytest.raises(Refusal, match=r"3 of 40 pairs are unusable.*bad_pair_limit=0\.05; last: pair-\d+: .*Mend") as e:
+    with pytest.raises(
+        UserError, match=r"3 of 40 pairs are unusable.*bad_pair_limit=0\.05; last: pair-\d+: .*Mend"
+    ) as e:
         contents(several, steps=1, pairs_per_step=40, bad_pair_limit=0.05)
     last = max(i for i in range(40) if pair_index(i, 40, 5) in (3, 7, 11))
     assert f"last: pair-{pair_index(last, 40, 5)}: " in str(e.value)
@@ -97,16 +99,16 @@ def test_limit_is_a_share_and_never_stops_at_the_first():
     two = Pairs(40, broken={(3, 0), (7, 1)})
     assert len(contents(two, steps=1, pairs_per_step=40, bad_pair_limit=0.05)[0]) == 38  # 2 of 40 is not more than 5 %
     assert len(contents(Pairs(40, broken={(3, 0)}), steps=1, pairs_per_step=40, bad_pair_limit=0.0)[0]) == 39
-    with pytest.raises(Refusal, match=r"2 of 40 pairs"):
+    with pytest.raises(UserError, match=r"2 of 40 pairs"):
         contents(two, steps=1, pairs_per_step=40, bad_pair_limit=0.0)
 
 
 def test_refusal_from_the_source_reaches_the_loop():
     class Damaged(Pairs):
         def read(self, index: int) -> Pair:
-            raise Refusal("shard cannot be read")
+            raise UserError("shard cannot be read")
 
-    with pytest.raises(Refusal, match="shard cannot be read"):
+    with pytest.raises(UserError, match="shard cannot be read"):
         contents(Damaged(10))
 
 
@@ -255,7 +257,7 @@ def test_read_ahead_is_bounded(megabytes, workers, most):
             return super().read(index)
 
     config = DataConfig(workers=workers, prefetch_mb=megabytes, crop="random")
-    reader = Windows(Counted(40), config, resolution=180, seed=0, rank=0, world=1)
+    reader = PairLoader(Counted(40), config, resolution=180, seed=0, rank=0, world=1)
     take = reader._take
 
     def counted(future):

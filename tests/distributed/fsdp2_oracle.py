@@ -12,23 +12,25 @@ from tiny_world import tiny_pipeline
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from inpo_fast import distributed
-from inpo_fast.data.windows import DataConfig, Windows, open_data
-from inpo_fast.inversion import InversionConfig
-from inpo_fast.metrics import Tally
-from inpo_fast.models import Models, ModelsConfig
-from inpo_fast.objectives import ObjectiveConfig
-from inpo_fast.optim import OptimConfig, make_optimizer
-from inpo_fast.split import Split
-from inpo_fast.step import micro_step, noise_window, train_step
-from inpo_fast.window import Recipe, make_window
+from inpo_fast.config.run import OptimConfig
+from inpo_fast.data.loader import DataConfig, PairLoader, open_data
+from inpo_fast.method.inversion import InversionConfig
+from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.models import Models
+from inpo_fast.models.zero1 import Zero1Partition
+from inpo_fast.runtime import distributed
+from inpo_fast.training.metrics import MetricAccumulator
+from inpo_fast.training.optim import make_optimizer
+from inpo_fast.training.step import micro_step, noise_window, train_step
+from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 PAIRS, CLIP = 12, 0.05
 
 
 def check_split(rank: int, world: int) -> None:
     """Parts of a sum and wholes of parts, of sizes below, at and beyond the number of processes, and in bf16."""
-    split = Split(rank, world)
+    split = Zero1Partition(rank, world)
     shapes = [(1,), (2, 3), (world, 2), (7, 5, 2), (4 * world + 1,)]
     everybody = [
         [torch.randn(s, generator=torch.Generator().manual_seed(100 * r + i)) for i, s in enumerate(shapes)]
@@ -50,12 +52,12 @@ def check_split(rank: int, world: int) -> None:
 def main(pairs: str) -> None:
     rank, world, device = distributed.start(2)
     check_split(rank, world)
-    models = Models(tiny_pipeline(), device, ModelsConfig(base="here"), Split(rank, world))
+    models = Models(tiny_pipeline(), device, ModelsConfig(base="here"), Zero1Partition(rank, world))
     sharded = copy.deepcopy(models.policy)
-    recipe = Recipe("inpo", ObjectiveConfig(beta=500.0), InversionConfig(steps=3, batch=8), 2, False, seed=0)
+    recipe = StepConfig("inpo", ObjectiveConfig(beta=500.0), InversionConfig(steps=3, batch=8), 2, False, seed=0)
     data = DataConfig(source=pairs)
-    windows = Windows(open_data(data), data, resolution=models.resolution, seed=0, rank=rank, world=world)
-    window = make_window(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
+    windows = PairLoader(open_data(data), data, resolution=models.resolution, seed=0, rank=rank, world=world)
+    window = make_step_batch(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
     with torch.no_grad():
         x_t, _ = noise_window(window, models, recipe)
 
@@ -70,7 +72,7 @@ def main(pairs: str) -> None:
     for lo in range(0, len(window.items), recipe.micro_batch):
         pairs = slice(lo, lo + recipe.micro_batch)
         weight = world / PAIRS  # it takes means over processes
-        prediction, found = micro_step(window, x_t, pairs, models, recipe, Tally(device), weight)
+        prediction, found = micro_step(window, x_t, pairs, models, recipe, MetricAccumulator(device), weight)
         prediction.backward(found.dpred)
     theirs = torch.nn.utils.clip_grad_norm_(sharded.parameters(), CLIP).full_tensor()
     assert norm > 2 * CLIP  # it was clipped

@@ -1,7 +1,7 @@
 """Damaged files against every reader: `python tests/faults/fuzz.py READER --minutes 10`.
 
 Each execution damages a valid file (bits, bytes, cuts, repeats, numbers) and reads all of it. Good are a result, a
-Refusal, a BadPair or a Damaged; anything else is a finding: it is printed with the seed that makes it again, and the
+UserError, a BadPair or a Damaged; anything else is a finding: it is printed with the seed that makes it again, and the
 exit status is 1. A crash of the interpreter is one as well.
 """
 
@@ -24,16 +24,18 @@ import pyarrow.parquet as pq
 import torch
 from tiny_world import pair_table, save_pairs
 
-from inpo_fast import checkpoint
 from inpo_fast.config import parse
+from inpo_fast.config.run import OptimConfig
 from inpo_fast.data.images import decode
+from inpo_fast.data.pair import BadPair
 from inpo_fast.data.relabelled import METADATA, read_sidecar
-from inpo_fast.data.sources import BadPair, open_source
+from inpo_fast.data.sources import open_source
 from inpo_fast.judges.score_file import ScoreFileJudge
-from inpo_fast.optim import OptimConfig, make_optimizer
-from inpo_fast.refusal import Refusal
-from inpo_fast.shards import Shards
-from inpo_fast.weights import Weights
+from inpo_fast.models.master_weights import Weights
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.record_store import RecordStore
+from inpo_fast.training import checkpoint
+from inpo_fast.training.optim import make_optimizer
 
 MEMORY = 8 * 2**30  # a length field that was believed would take more
 SECONDS = 20  # nor may one damaged file hold a reader for ever
@@ -144,14 +146,14 @@ def load_unchecked(path: Path) -> None:
 
 
 def shard(folder: Path) -> Path:
-    made = Shards(folder / "s", {"holds": "numbers"})
+    made = RecordStore(folder / "s", {"holds": "numbers"})
     made.start()
     made.write(["a" * 32], {"x": torch.arange(6.0)[None], "y": torch.ones(1, 2, dtype=torch.bfloat16)})
     return next((folder / "s").glob("*.safetensors"))
 
 
 def read_shard(path: Path) -> None:
-    made = Shards(path.parent, {"holds": "numbers"})
+    made = RecordStore(path.parent, {"holds": "numbers"})
     for part in "xy":
         made.read(part, ["a" * 32])
 
@@ -219,7 +221,7 @@ def fuzz(reader: str, seconds: float, seed: int = 0, most: int | None = None) ->
             try:
                 read(path)
                 ends["read"] += 1
-            except (Refusal, BadPair, checkpoint.Damaged) as problem:
+            except (UserError, BadPair, checkpoint.Damaged) as problem:
                 ends[type(problem).__name__] += 1
                 if "\n" in str(problem):
                     findings.append(f"execution {number}: more than a line: {problem}")

@@ -9,16 +9,16 @@ import pytest
 from faults.conftest import STEPS
 from tiny_runs import metric, same_bits, start, train_in
 
-from inpo_fast import lock
-from inpo_fast.metrics import MetricsFile
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime import lock
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.training.metrics import MetricsFile
 
 
 def test_disk_full(world, whole, disk):
     """Room for one checkpoint, not for two: it stops with the first one intact, and continues where there is room."""
     size = sum(f.stat().st_size for f in (whole / "checkpoints" / "step-0001").iterdir())
     place = disk(f"size={int(1.6 * size)}")
-    with pytest.raises(Refusal, match=r"No space left on device.*--resume"):
+    with pytest.raises(UserError, match=r"No space left on device.*--resume"):
         train_in(world, str(place / "run"), f"--train.steps={STEPS}")
     (complete,) = (place / "run" / "checkpoints").iterdir()
     shutil.copytree(place / "run", world / "moved")
@@ -40,11 +40,11 @@ def test_the_newest_checkpoint_is_damaged(world, whole, caplog):
 
 
 def test_read_only_output_is_refused_before_anything_is_loaded(world, disk, monkeypatch):
-    from inpo_fast import train
+    from inpo_fast.training import loop
 
     place = disk("ro")
-    monkeypatch.setattr(train, "open_pipeline", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(Refusal, match=r"--output .* cannot be written \(Read-only file system\)"):
+    monkeypatch.setattr(loop, "open_pipeline", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=r"--output .* cannot be written \(Read-only file system\)"):
         train_in(world, str(place / "run"))
 
 
@@ -57,7 +57,7 @@ def test_two_runs_in_one_folder(world, tmp_path):
         time.sleep(0.01)
     before = (world / "shared" / "config.yaml").read_bytes()
     for how in ("--resume", "--overwrite"):
-        with pytest.raises(Refusal, match=rf"another run is writing there \(pid {first.pid} on "):
+        with pytest.raises(UserError, match=rf"another run is writing there \(pid {first.pid} on "):
             train_in(world, "shared", "--train.steps=500", how)
     assert (world / "shared" / "config.yaml").read_bytes() == before
     first.send_signal(signal.SIGKILL)
@@ -67,7 +67,7 @@ def test_two_runs_in_one_folder(world, tmp_path):
 
 def test_the_lock_of_one_start(tmp_path, monkeypatch):
     handle = lock.take(tmp_path)
-    with pytest.raises(Refusal, match="another run"):
+    with pytest.raises(UserError, match="another run"):
         lock.take(tmp_path)
     os.close(handle)
     lock.check(tmp_path)

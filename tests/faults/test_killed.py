@@ -15,7 +15,7 @@ import pytest
 from faults.conftest import STEPS
 from tiny_runs import ENVIRONMENT, Forked, finished, metric, same_bits, start, torchrun, train_in
 
-from inpo_fast.preemption import EXIT_CODE
+from inpo_fast.runtime.preemption import EXIT_CODE
 
 AGENT = ("--standalone", "--max-restarts=2")
 

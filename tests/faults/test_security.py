@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_world import save_tiny_model
 
-from inpo_fast.loading import load_unet, load_vae, open_pipeline
-from inpo_fast.models import ModelsConfig
-from inpo_fast.refusal import Refusal
+from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.loading import load_unet, load_vae, open_pipeline
+from inpo_fast.runtime.errors import UserError
 
 
 class Program:
@@ -42,7 +42,7 @@ def poisoned(model: str, folder, part: str, mark):
 def test_a_program_in_a_models_weights_is_not_run(model, tmp_path, part):
     mark = tmp_path / "it ran"
     folder = poisoned(model, tmp_path / "poisoned", part, str(mark).replace(" ", "\\ "))
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         open_pipeline(ModelsConfig(base=str(folder)))
     assert "models.base" in str(refusal.value) and "\n" not in str(refusal.value)
     assert not mark.exists()
@@ -56,8 +56,8 @@ def test_a_program_in_a_models_weights_is_not_run(model, tmp_path, part):
 def test_neither_in_models_init_nor_in_models_vae(model, tmp_path):
     mark = tmp_path / "ran"
     pipeline = open_pipeline(ModelsConfig(base=model))
-    with pytest.raises(Refusal, match=r"models\.init"):
+    with pytest.raises(UserError, match=r"models\.init"):
         load_unet("models.init", str(poisoned(model, tmp_path / "a", "unet", mark)), pipeline.unet)
-    with pytest.raises(Refusal, match=r"models\.vae"):
+    with pytest.raises(UserError, match=r"models\.vae"):
         load_vae(str(poisoned(model, tmp_path / "b", "vae", mark)), pipeline)
     assert not mark.exists()

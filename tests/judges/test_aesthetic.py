@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil
 from inpo_fast.judges import judge_id
 from inpo_fast.judges.open_clip import clip_model
 from inpo_fast.judges.registry import make_judge
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 WIDTHS = (oracle.JOINT, 32, 16, 8, 4, 1)  # published: 768, 1024, 128, 64, 16, 1
 
@@ -55,9 +55,9 @@ def test_other_heads_are_refused_and_have_another_id(folder, tmp_path):
     for name, value in (("layers.7.weight", None), ("layers.2.weight", torch.zeros(16, 33)), ("x", torch.zeros(1))):
         state = {k: v for k, v in (head() | {name: value}).items() if v is not None}
         torch.save(state, tmp_path / "bad.pth")
-        with pytest.raises(Refusal, match=r"bad\.pth is not the predictor"):
+        with pytest.raises(UserError, match=r"bad\.pth is not the predictor"):
             make_judge(f"aesthetic:{tmp_path / 'bad.pth'}@{folder}")
     wide = {k: v for k, v in head().items() if k != "layers.0.weight"} | {"layers.0.weight": torch.zeros(32, 30)}
     torch.save(wide, tmp_path / "wide.pth")
-    with pytest.raises(Refusal, match=r"embeddings of 30.*gives 24"):
+    with pytest.raises(UserError, match=r"embeddings of 30.*gives 24"):
         make_judge(f"aesthetic:{tmp_path / 'wide.pth'}@{folder}")

@@ -20,8 +20,8 @@ from inpo_fast.judges.clip import ClipJudge, HpsJudge
 from inpo_fast.judges.open_clip import clip_model
 from inpo_fast.judges.preprocess import MEAN, STD, letterbox
 from inpo_fast.judges.registry import make_judge, make_judges
-from inpo_fast.original_keys import open_clip_tensors
-from inpo_fast.refusal import Refusal
+from inpo_fast.models.files.original_keys import open_clip_tensors
+from inpo_fast.runtime.errors import UserError
 
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "inpo_fast/pocket/assets/clip")
 PROMPTS = ["a small red circle", "A  LARGE &amp; green\tstar on grey, 12 it's", "a red " * 30, "", "a small red circle"]
@@ -197,7 +197,7 @@ class Bomb:
 
 def test_a_pickle_is_never_run(folder, tmp_path):
     torch.save({"state_dict": oracle.random_state(), "more": Bomb()}, tmp_path / "evil.pt")
-    with pytest.raises(Refusal, match=r"evil\.pt is damaged or holds more than tensors.*safetensors"):
+    with pytest.raises(UserError, match=r"evil\.pt is damaged or holds more than tensors.*safetensors"):
         make_judge(f"hps-v2.0:{tmp_path / 'evil.pt'}@{folder}")
     assert not RAN.exists()
 
@@ -213,7 +213,7 @@ def test_a_pickle_is_never_run(folder, tmp_path):
     ],
 )
 def test_what_cannot_be_opened_is_refused_in_one_line(spec, words):
-    with pytest.raises(Refusal, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         make_judge(spec)
     assert "\n" not in str(caught.value)
 
@@ -222,7 +222,7 @@ def test_foreign_tensors_are_refused(folder, tmp_path):
     for change, words in (({"visual.head": torch.zeros(3)}, "unknown tensor"), ({"ln_final.bias": None}, "no tensor")):
         state = {k: v for k, v in (oracle.random_state() | change).items() if v is not None}
         torch.save(state, tmp_path / "x.pt")
-        with pytest.raises(Refusal, match=words):
+        with pytest.raises(UserError, match=words):
             make_judge(f"hps-v2.0:{tmp_path / 'x.pt'}@{folder}")
-    with pytest.raises(Refusal, match="twice"):
+    with pytest.raises(UserError, match="twice"):
         make_judges([f"clip:{folder}", f"clip:{folder}"])

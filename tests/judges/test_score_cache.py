@@ -10,7 +10,7 @@ from inpo_fast.judges import Scores
 from inpo_fast.judges import cache as cached
 from inpo_fast.judges.registry import make_judge
 from inpo_fast.judges.score_file import ScoreFileJudge
-from inpo_fast.refusal import Refusal
+from inpo_fast.runtime.errors import UserError
 
 
 class Counting:
@@ -86,9 +86,9 @@ def test_scores_made_elsewhere(tmp_path):
     judge.check(["p"])
     found = judge.score(some[:2], ["p", "p"])
     assert found.total.tolist() == [1.25, -3] and found.parts["looks"].tolist() == [2, 4]
-    with pytest.raises(Refusal, match="no score for picture"):
+    with pytest.raises(UserError, match="no score for picture"):
         judge.score(some[2:], ["p"])
-    with pytest.raises(Refusal, match="no score for 1 of 2 prompts, such as 'q'"):
+    with pytest.raises(UserError, match="no score for 1 of 2 prompts, such as 'q'"):
         judge.check(["p", "q"])
 
 
@@ -97,5 +97,5 @@ def test_scores_made_elsewhere(tmp_path):
 )
 def test_wrong_lines_are_named(tmp_path, line):
     (tmp_path / "s.jsonl").write_text('{"image": "y", "prompt": "p", "score": 1}\n' + line)
-    with pytest.raises(Refusal, match=r"s\.jsonl:2"):
+    with pytest.raises(UserError, match=r"s\.jsonl:2"):
         ScoreFileJudge(tmp_path / "s.jsonl")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from inpo_kernels.errors import errors
 from inpo_kernels.inpo_loss import COLUMNS, Objective, _inpo_loss, inpo_loss, inpo_loss_reference
 
-from inpo_fast import objectives
+from inpo_fast.method import objectives
 
 SHAPES = {
     "real": (1, 4, 64, 64),  # pairs and SD1.5's latent: 8 full blocks, no mask at work

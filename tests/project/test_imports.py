@@ -1,11 +1,29 @@
-"""The imports of inpo_fast, kernels and bench against the layers of the design: one way, no circles."""
+"""The floors of docs/structure.md: every import of inpo_fast goes down, kernels and bench keep to their own rules."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+# from the ground up: a room imports from the rooms before it and from itself; the commands are the files of inpo_fast/
+FLOORS = (
+    "runtime",
+    "method",
+    "models",
+    "data",
+    "caches",
+    "judges",
+    "comparison",
+    "config",
+    "report",
+    "handover",
+    "training",
+    "cost",
+    "pocket",
+    "commands",
+)
+OLD_NAMES = {"inpo_fast.data.validate"}  # commands that moved: the old name starts the new one
 
 
 def module_name(path: Path) -> str:
@@ -15,35 +33,31 @@ def module_name(path: Path) -> str:
 
 PACKAGES = ("inpo_fast", "kernels", "bench")
 TREES = {module_name(p): ast.parse(p.read_text()) for folder in PACKAGES for p in sorted((ROOT / folder).rglob("*.py"))}
+HOUSE = [name for name in TREES if name.startswith("inpo_fast.") and name not in OLD_NAMES]
 
 
-def imports(node: ast.AST, functions: bool) -> set[str]:
-    """Dotted names imported below a node, TYPE_CHECKING blocks left out; those inside functions only if asked for."""
-    found = set()
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            found |= {alias.name for alias in child.names}
-        elif isinstance(child, ast.ImportFrom):
-            assert not child.level, f"relative import of {child.module}"
-            found |= {child.module} | {f"{child.module}.{alias.name}" for alias in child.names}
-        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
-        elif functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            found |= imports(child, functions)
+def room(name: str) -> str:
+    part = name.split(".")[1]
+    return part if (ROOT / "inpo_fast" / part).is_dir() else "commands"
+
+
+def imports(tree: ast.AST, in_functions: bool = True) -> set[str]:
+    """Dotted names that a module imports; in_functions=False: when it is imported itself."""
+    found, front = set(), [tree]
+    while front:
+        node = front.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"relative import of {node.module}"
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= below | ({node.module} if below - TREES.keys() else set())  # a file, or a name out of one
+        elif in_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            front += ast.iter_child_nodes(node)
     return found
 
 
-NEEDS = {name: imports(tree, functions=True) for name, tree in TREES.items()}
-
-
-def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
-    """Every module of ours that is imported when `start` is, itself included only if there is a circle."""
-    seen, front = set(), [start]
-    while front:
-        new = {name for name in edges[front.pop()] if name in TREES} - seen
-        seen |= new
-        front += new
-    return seen
+NEEDS = {name: imports(tree) for name, tree in TREES.items()}
 
 
 def top(names: set[str]) -> set[str]:
@@ -51,10 +65,40 @@ def top(names: set[str]) -> set[str]:
 
 
 def test_the_walk_sees_the_house():
-    assert {"inpo_fast.step", "inpo_fast.data.windows", "kernels.errors", "bench.naive"} <= TREES.keys()
-    assert "inpo_fast.data.order" in NEEDS["inpo_fast.data.windows"]  # from inpo_fast.data.order import ...
-    assert "inpo_fast.draws" in NEEDS["inpo_fast.data.windows"]  # from inpo_fast import draws
-    assert "inpo_fast.schedule" in reachable("inpo_fast.train", NEEDS)
+    assert {"inpo_fast.training.step", "inpo_fast.data.loader", "inpo_fast.train"} <= set(HOUSE)
+    assert "inpo_fast.data.order" in NEEDS["inpo_fast.data.loader"]  # from inpo_fast.data.order import ...
+    assert "inpo_fast.runtime.keyed_rng" in NEEDS["inpo_fast.data.loader"]  # from inpo_fast.runtime import keyed_rng
+    assert "inpo_fast.training.loop" in NEEDS["inpo_fast.train"]  # inside main()
+    assert "inpo_fast.training.loop" not in imports(TREES["inpo_fast.train"], in_functions=False)
+    assert {room(name) for name in HOUSE} == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_imports_go_down(name):
+    own = FLOORS.index(room(name))
+    up = [need for need in NEEDS[name] if need in TREES and need != "inpo_fast" and FLOORS.index(room(need)) > own]
+    assert not up, f"{name} ({FLOORS[own]}) imports from above: {up}"
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_no_circle(name):
+    """Imports inside functions count: they are as much a circle, only later."""
+    seen, front = set(), [name]
+    while front:
+        new = {need for need in NEEDS[front.pop()] if need in TREES} - seen
+        seen |= new
+        front += new
+    assert name not in seen
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_nothing_hides_a_circle(name):
+    assert "TYPE_CHECKING" not in ast.unparse(TREES[name])
+    assert (
+        room(name) == "commands"
+        or "importlib" not in top(NEEDS[name])
+        or not any(isinstance(node, ast.Attribute) and node.attr == "import_module" for node in ast.walk(TREES[name]))
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in TREES if name.startswith("kernels")])
@@ -65,23 +109,6 @@ def test_kernels_need_torch_and_triton_only(name):
 @pytest.mark.parametrize("name", [name for name in TREES if name.startswith("inpo_fast")])
 def test_package_never_imports_bench_or_tests(name):
     assert not top(NEEDS[name]) & {"bench", "tests", "kernels"}  # the kernels' name is inpo_kernels
-
-
-@pytest.mark.parametrize("name", [name for name in TREES if name.startswith("inpo_fast")])
-def test_no_circle_at_module_level(name):
-    edges = {module: imports(tree, functions=False) for module, tree in TREES.items()}
-    assert name not in reachable(name, edges)
-
-
-LOW = ["draws", "refusal", "files", "schedule", "inversion", "objectives", "models", "optim", "checkpoint", "config"]
-LOW += [name.removeprefix("inpo_fast.") for name in TREES if name.startswith("inpo_fast.data.")]
-RULES = [(low, {"step", "train"}) for low in LOW] + [(name, {"train"}) for name in ("step", "evaluate", "sample")]
-
-
-@pytest.mark.parametrize(("name", "forbidden"), RULES, ids=lambda value: value if isinstance(value, str) else "")
-def test_layers(name, forbidden):
-    reached = reachable(f"inpo_fast.{name}", NEEDS)
-    assert not reached & {f"inpo_fast.{other}" for other in forbidden}
 
 
 def test_no_file_is_a_grab_bag():

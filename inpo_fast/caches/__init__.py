@@ -1,0 +1,1 @@
+"""Latents, text embeddings and inversion trajectories on disk."""

@@ -1,0 +1,132 @@
+"""Latents and text embeddings made beforehand: the views that a run will draw, and its unique prompts.
+
+Flip, crop, prompt dropout and the VAE's noise are functions of (seed, position, side), so what a run sees at a position
+is known before it begins. A record holds the latents of both sides as a run would compute them, and what else
+an item says (id, prompt, label, weight, sizes); a pair found broken has a record that says so. Training from it
+computes what training without it does. Text is kept once for each prompt.
+"""
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from inpo_fast.data.images import View
+from inpo_fast.data.loader import DataConfig, Item
+from inpo_fast.data.pair import BadPair
+from inpo_fast.models.models import Models, Text
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.fingerprint import fingerprint, source_fingerprint
+from inpo_fast.runtime.record_store import RecordStore, digest
+
+# what of DataConfig decides a view; the rest is about reading
+VIEW = ("format", "images", "filters", "shuffle", "crop", "flip", "prompt_dropout", "vae_sample", "max_pixels")
+
+
+class LatentCache:
+    """Two folders of shards: latents/ by position, text/ by prompt."""
+
+    def __init__(self, folder: Path, models: Models, config: DataConfig, resolution: int, seed: int):
+        """Reads the index; writes nothing. UserError, naming what differs, where it was made for something else."""
+        self.folder, self.resolution = folder, resolution
+        self.vae_batch = config.vae_batch or models.vae_batch(resolution)
+        encoders = [getattr(models.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+        common = {"layout": 1, "device": models.device.type, "torch": version("torch")}
+        data = asdict(config)
+        latents = common | {
+            "holds": "latents",
+            "source": source_fingerprint(config.source),
+            "seed": seed,
+            "resolution": resolution,
+            **{f"data.{name}": data[name] for name in VIEW},
+            **({"labels": digest(Path(config.labels).read_bytes()), "as": config.labels_as} if config.labels else {}),
+            "vae": fingerprint(models.vae),
+            "vae_dtype": str(models.vae_dtype),
+            "data.vae_batch": self.vae_batch,  # decides the last bits
+            "diffusers": version("diffusers"),
+        }
+        text = common | {
+            "holds": "text",
+            "text": [fingerprint(encoder) for encoder in encoders if encoder is not None],
+            "text_dtype": str(models.dtype),
+            "transformers": version("transformers"),
+        }
+        self.pairs, self.prompts = RecordStore(folder / "latents", latents), RecordStore(folder / "text", text)
+
+    def start(self) -> None:
+        """Makes the folders and manifests."""
+        for shards in (self.pairs, self.prompts):
+            shards.start()
+
+    def has(self, position: int) -> bool:
+        return self._key(position) in self.pairs
+
+    def item(self, position: int) -> Item | None:
+        """The pair at a position, without pixels. BadPair where it was found broken, None where it is not there."""
+        key = self._key(position)
+        (said,) = self.pairs.read("item", [key])
+        (x_0,) = self.pairs.read("x_0", [key])
+        if said is None or x_0 is None:
+            return None
+        facts = json.loads(said[0].numpy().tobytes().rstrip(b"\0"))
+        if "broken" in facts:
+            raise BadPair(facts["broken"])
+        views = [View(None, *map(tuple, sizes)) for sizes in facts.pop("views")]
+        return Item(position, facts["id"], facts["prompt"], *views, facts["label"], facts["weight"], x_0)
+
+    def add(self, found: list[tuple[int, Item | str]], x_0: torch.Tensor) -> None:
+        """Writes pairs, or what is wrong with them; x_0: (len(found), 2, C, h, w) fp32."""
+        texts = [json.dumps(_facts(item), ensure_ascii=False).encode() for _, item in found]
+        longest = max(map(len, texts))
+        rows = np.stack([np.frombuffer(text.ljust(longest, b"\0"), np.uint8) for text in texts])
+        parts = {"x_0": x_0, "item": torch.from_numpy(rows)[:, None]}
+        self.pairs.write([self._key(position) for position, _ in found], parts)
+
+    def unknown_prompts(self, prompts: list[str]) -> list[str]:
+        return [prompt for prompt in dict.fromkeys(prompts) if self.prompts.key(prompt.encode()) not in self.prompts]
+
+    def add_prompts(self, prompts: list[str], text: Text) -> None:
+        parts = {"hidden": text.hidden[:, None]}
+        if text.pooled is not None:
+            parts["pooled"] = text.pooled[:, None]
+        self.prompts.write([self.prompts.key(prompt.encode()) for prompt in prompts], parts)
+
+    def encode_prompts(self, prompts: list[str], models: Models) -> Text:
+        """As `Models.encode_prompts`; what is not there is encoded."""
+        keys = [self.prompts.key(prompt.encode()) for prompt in prompts]
+        names = ("hidden", "pooled") if models.is_xl else ("hidden",)
+        known = [self.prompts.read(name, keys) for name in names]
+        new = [i for i, parts in enumerate(zip(*known, strict=True)) if any(part is None for part in parts)]
+        made = models.encode_prompts([prompts[i] for i in new]) if new else None
+        out = []
+        for name, rows in zip(names, known, strict=True):
+            for place, i in enumerate(new):
+                rows[i] = getattr(made, name)[place : place + 1].cpu()
+            out.append(torch.cat(rows).to(models.device, non_blocking=True))
+        return Text(*out)
+
+    def _key(self, position: int) -> str:
+        return self.pairs.key(str(position).encode())
+
+
+def open_latent_cache(models: Models, config: DataConfig, resolution: int, seed: int) -> LatentCache | None:
+    """The cache that data.cache names, None where it names none. UserError where there is nothing."""
+    if config.cache is None:
+        return None
+    latents = LatentCache(Path(config.cache), models, config, resolution, seed)
+    if not len(latents.pairs):
+        raise UserError(
+            f"data.cache={config.cache} holds no latents; fill it first: python -m inpo_fast.cache, with the same "
+            "configuration and --data.cache"
+        )
+    return latents
+
+
+def _facts(item: Item | str) -> dict:
+    if isinstance(item, str):
+        return {"broken": item}
+    views = [(view.original, view.crop) for view in (item.winner, item.loser)]
+    return {"id": item.id, "prompt": item.prompt, "label": item.label, "weight": item.weight, "views": views}

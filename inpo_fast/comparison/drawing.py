@@ -1,0 +1,135 @@
+"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only.
+
+    python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --output sheet.png
+
+A contact sheet: the base's pictures above the aligned model's, same prompts and same noise.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from inpo_fast.models.loading import open_unet
+from inpo_fast.models.peak_memory import one_by_one
+from inpo_fast.runtime import keyed_rng
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.memory import TooLarge, fits, with_less
+
+log = logging.getLogger(__name__)
+FITTED: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # pictures at once, where fewer than asked fit
+
+
+@torch.no_grad()
+def draw(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    keys: Sequence[keyed_rng.Key],
+    *,
+    steps: int,
+    guidance: float,
+    batch: int = 64,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[np.ndarray]:
+    """One (H, W, 3) uint8 picture for each prompt.
+
+    keys: one each; equal keys give equal initial noise, whatever the model or the batch.
+    advance: called with the number of pictures after each batch (for a progress bar).
+
+    The VAE decodes one picture at a time: 16 of SDXL's would take 24 GiB in bf16, 48 in fp32, and one is little work
+    beside the UNet's. Where memory does not suffice, the batch is halved, for this pipeline once and for all.
+    """
+    unet = pipeline.unet
+    side = unet.config.sample_size
+    pipeline.set_progress_bar_config(disable=True)
+    pictures: list[np.ndarray] = []
+
+    def some() -> np.ndarray:
+        size = min(batch, FITTED.get(pipeline, batch))
+        part = slice(len(pictures), len(pictures) + size)
+        noise = keyed_rng.normals((unet.config.in_channels, side, side), list(keys[part]))
+        with fits("batch", size), _decoding(pipeline.vae):
+            return pipeline(
+                list(prompts[part]),
+                latents=noise.to(unet.device, unet.dtype),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="np",
+            ).images
+
+    def lower(_key: str, size: int) -> None:
+        FITTED[pipeline] = size
+        log.warning("out of memory: from here on %d pictures are drawn at once", size)
+
+    while len(pictures) < len(prompts):
+        try:
+            images = with_less(some, lower)
+        except TooLarge:
+            raise UserError(
+                "out of memory while one picture was drawn; take bf16 (models.precision, --precision) or a larger GPU"
+            ) from None
+        pictures += [np.round(image * 255).astype(np.uint8) for image in images]
+        advance(len(images))
+    return pictures
+
+
+@contextmanager
+def _decoding(vae: torch.nn.Module):
+    """One picture at a time, in the VAE's own dtype: beside an fp16 UNet it may be fp32 (models.py), and a pipeline
+    that raised SDXL's from fp16 to fp32 does not lower it again where it fails."""
+    dtype, first = vae.dtype, vae.post_quant_conv or vae.decoder
+    hook = first.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(vae.dtype), *inputs[1:]))
+    try:
+        with one_by_one(vae):
+            yield
+    finally:
+        hook.remove()
+        if vae.dtype != dtype:
+            vae.to(dtype)
+
+
+def use_ddim(pipeline: DiffusionPipeline) -> None:
+    """Swap in the deterministic DDIM sampler with the model's own noise schedule."""
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+
+
+@contextmanager
+def drawing_with(pipeline: DiffusionPipeline, unet: torch.nn.Module):
+    """Within the block the pipeline draws with this UNet and the deterministic DDIM sampler."""
+    own, scheduler = pipeline.unet, pipeline.scheduler
+    try:
+        pipeline.unet = unet
+        use_ddim(pipeline)
+        yield pipeline
+    finally:
+        pipeline.unet, pipeline.scheduler = own, scheduler
+
+
+@contextmanager
+def scaled_eps(pipeline: DiffusionPipeline, scale: float):
+    """Within the block the UNet's prediction is multiplied by `scale` (the control row of an evaluation)."""
+
+    def multiply(_module, _inputs, output):
+        output[0].mul_(scale)
+        return output
+
+    handle = pipeline.unet.register_forward_hook(multiply)
+    try:
+        yield pipeline
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def aligned(pipeline: DiffusionPipeline, model: str):
+    """Within the block the pipeline draws with another model: a LoRA, or anything whose UNet fits."""
+    own = pipeline.unet
+    pipeline.unet = open_unet("--model", model, pipeline)
+    try:
+        yield pipeline
+    finally:
+        pipeline.unet = own

@@ -1,0 +1,1 @@
+"""What a run needs and what it takes at least, from shapes; and where its time goes."""

@@ -1,0 +1,105 @@
+"""What one pair asks of the machine, by phase of the step: matrix work, and the bytes moved beside it.
+
+Three floors follow. Matrix work alone; the serial roofline, which adds the passes that no neighbour can take over
+(traffic.roofline_bytes; one forward pass is the same in every phase); and the passes that the fused path makes as it
+is written (traffic.least_bytes, and the gradient sums of a micro-batch). The VAE and the text encoders are diffusers'
+and transformers' own in each. Left out: the optimizer, the loss and the inversion's update, together below 0.1 % of
+the published recipe; of online training the VAE that decodes what is drawn, and the judge.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from inpo_fast.config import RunConfig
+from inpo_fast.cost.flops import Passes, ask_texts, ask_vae, forward_flop
+from inpo_fast.cost.memory_traffic import forward_traffic, least_bytes, roofline_bytes, unet_traffic
+from inpo_fast.method.inversion import evaluations_of
+from inpo_fast.method.inversion_schedule import Schedule, systematic_timesteps
+from inpo_fast.method.objectives import SIDES, uses_inversion
+from inpo_fast.method.solvers import evaluations_a_step
+from inpo_fast.models.fast.fast_unet import make_fast
+
+
+@dataclass(frozen=True)
+class PairCost:
+    """flop, roofline_bytes, fused_bytes: of one pair, by phase. traffic: bytes of one image or prompt in a phase, by
+    kind, all that the fused path moves. evaluations: of the inversion, mean per image."""
+
+    evaluations: float
+    flop: dict[str, float]
+    roofline_bytes: dict[str, float]
+    fused_bytes: dict[str, float]
+    traffic: dict[str, dict[str, int]]
+
+
+def cost_of_a_pair(
+    config: RunConfig,
+    passes: Passes,
+    unet: torch.nn.Module,
+    vae: torch.nn.Module,
+    texts: Sequence[torch.nn.Module],
+    *,
+    pixels: int,
+    side: int,
+    tokens: int,
+) -> PairCost:
+    """The models: on the meta device, in the dtypes they compute in; the UNet is made fast in place, `passes` are its
+    own from before. pixels, side: edge of an image and of its latent."""
+    evaluations, sides = _evaluations(config), SIDES[config.method]
+    each = config.objective.timesteps.per_pair
+    forward = each * (2 if config.method == "kto" else 1)  # its reference point takes all errors first
+    times = {
+        "VAE encoding": sides,
+        "text encoding": 1,  # at most: prompts that a window has twice are encoded once
+        "inversion": sides * evaluations * (1 if config.inversion.guidance in (0.0, 1.0) else 2),
+        "reference": sides * (config.method != "sft") * forward,
+        "policy forward": sides * forward,
+        "policy backward": sides * each,
+    }
+    if config.online.every:
+        times["drawing"] = _drawn(config)
+    run_vae, run_texts = partial(ask_vae, vae, pixels), partial(ask_texts, texts, tokens)
+    flop = {"VAE encoding": forward_flop(run_vae), "text encoding": forward_flop(run_texts)}
+    flop |= dict.fromkeys(("inversion", "reference", "policy forward", "drawing"), passes.forward_flop)
+    flop["policy backward"] = passes.backward_flop
+
+    make_fast(unet, "fused")
+    moved = unet_traffic(unet, side, tokens)
+    traffic = {"VAE encoding": forward_traffic(run_vae), "text encoding": forward_traffic(run_texts)}
+    traffic |= {"inversion": moved.inversion, "reference": moved.forward}
+    traffic |= {"policy forward": moved.forward, "policy backward": moved.backward, "drawing": moved.forward}
+    fused = {phase: n * least_bytes(traffic[phase]) for phase, n in times.items()}
+    fused["policy backward"] += each * _gradient_sums(unet) / config.train.micro_batch
+    alike = traffic | {"inversion": moved.forward}  # one kernel for product and gate is the fused path's own choice
+    return PairCost(
+        evaluations=evaluations,
+        flop={phase: float(n * flop[phase]) for phase, n in times.items()},
+        roofline_bytes={phase: n * roofline_bytes(alike[phase]) for phase, n in times.items()},
+        fused_bytes=fused,
+        traffic=traffic,
+    )
+
+
+def _evaluations(config: RunConfig) -> float:
+    """Of an image, for all timesteps of its pair: the mean over all that may be drawn."""
+    if not uses_inversion(config.method, config.inversion):
+        return 0.0
+    span, how = config.objective.timesteps, config.inversion
+    t = systematic_timesteps(torch.arange(span.min, span.max + 1), span.min, span.max, span.per_pair)
+    schedule = Schedule(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
+    steps = evaluations_of(how, schedule, t).double().mean().item()
+    return steps * evaluations_a_step(how.estimator, how.refinements)
+
+
+def _drawn(config: RunConfig) -> float:
+    """UNet evaluations that online training spends on drawing pairs, of the run's mean pair."""
+    how, steps = config.online, config.train.steps
+    return how.mix * how.evaluations_a_pair * max(0, steps - how.start) / steps
+
+
+def _gradient_sums(unet: torch.nn.Module) -> int:
+    """Bytes of a micro-batch: each gradient is read and added to an fp32 sum (master_weights.py)."""
+    return sum(p.nbytes + 8 * p.numel() for p in unet.parameters() if p.requires_grad)

@@ -1,0 +1,1 @@
+"""Preference pairs: readers, labels, filters, order, and the loader that decodes ahead."""

@@ -1,0 +1,45 @@
+"""A preference pair, and what a source of them is."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: `winner` and `loser` are encoded images (PNG, JPEG, WebP …).
+
+    label: how sure it is that the winner is the better one, 0.5 to 1. weight: of the pair in the loss.
+    """
+
+    id: str
+    prompt: str
+    winner: bytes
+    loser: bytes
+    label: float = 1.0
+    weight: float = 1.0
+
+
+class BadPair(Exception):
+    """This pair cannot be used; it is dropped as a unit."""
+
+
+class Source(Protocol):
+    """The pairs, and what the order needs to know of how they lie.
+
+    ties: rows left out because neither image is the better one. blocks: (blocks,) int64, where each stretch of pairs
+    that is read as a whole ends, the last one at len(); None where any pair can be read alone. bytes: of all encoded
+    images and prompts, 0 where `blocks` is None. A source that wraps another one maps `blocks` to its own indices; one
+    without these two is taken for one of cheap random access.
+    """
+
+    ties: int
+    blocks: np.ndarray | None
+    bytes: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Pair:
+        """The pair at index 0..len-1, from any thread. BadPair if its record cannot be used."""
+        ...

@@ -1,0 +1,1 @@
+"""What a run gives away: pipelines, adapters, single files, model cards."""

@@ -1,0 +1,193 @@
+"""README.md beside the weights: what they are, how they were made, what is known of them. For people and for the hub.
+
+    python -m inpo_fast.model_card runs/sd15      writes it again, e.g. after another evaluation
+
+Everything in it is read from the run's folder. It claims what evaluation.json says of this very model, no more.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from inpo_fast.comparison.evaluation import verdict
+from inpo_fast.config import flat
+from inpo_fast.handover.output_model import KOHYA_NAME
+from inpo_fast.models.files.diffusers_folder import base_folder, hub_id
+from inpo_fast.models.files.hub import ID
+from inpo_fast.models.files.lora_files import lora_file
+from inpo_fast.report.results import guards
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import write_text
+
+METHODS = {
+    "inpo": "DDIM-InPO ([arXiv 2503.18454](https://arxiv.org/abs/2503.18454))",
+    "smpo": "SmPO-Diffusion ([arXiv 2506.02698](https://arxiv.org/abs/2506.02698))",
+    "kto": "Diffusion-KTO ([arXiv 2404.04465](https://arxiv.org/abs/2404.04465))",
+    "dpo": "Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))",
+    "sft": "fine-tuning on the preferred images only",
+}
+RECIPE = (
+    "seed",
+    "models",
+    "data",
+    "inversion",
+    "objective",
+    "train",
+    "optim",
+    "online",
+)  # what config.yaml says of the result
+ELSEWHERE = ("models.base", "models.random", "data.source")  # told in other sections
+LICENCES = {  # of bases whose own card is not at hand, as their authors' pages on the hub name them
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "segmind/SSD-1B": "apache-2.0",
+    "segmind/Segmind-Vega": "apache-2.0",
+}
+DATA_SET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
+LOAD = """```python
+import torch
+from diffusers import {kind}
+
+pipeline = {kind}.from_pretrained("{source}", dtype=torch.float32)  # torch.float16 on a GPU
+{lora}image = pipeline("a prompt").images[0]
+```"""
+READERS = """| file | names | read by |
+| --- | --- | --- |
+| `pytorch_lora_weights.safetensors` | diffusers | `load_lora_weights` of diffusers, SimpleTuner, ai-toolkit |
+| `{kohya}` | kohya | ComfyUI, A1111, Forge, InvokeAI, sd-scripts, OneTrainer |"""
+
+
+def write_cards(run: Path) -> list[Path]:
+    """model/README.md, and lora/README.md if there is a LoRA, of a finished run. UserError where that fails."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        manifest, index = (json.loads((run / n).read_text()) for n in ("manifest.json", "model/model_index.json"))
+        evaluation = run / "evaluation.json"
+        result = json.loads(evaluation.read_text()) if evaluation.is_file() else None
+        cards = [run / name / "README.md" for name in ("model", "lora") if (run / name).is_dir()]
+        if result is not None and result["variant"] != manifest["variant"]:
+            # `python -m inpo_fast.evaluate` writes there which model it compared
+            is_ours = Path(result["variant"]).resolve() == (run / "model").resolve()
+            result = result if is_ours else None
+        for path in cards:
+            write_text(path, card(config, manifest, result, index["_class_name"], is_lora=path.parent.name == "lora"))
+    except OSError as problem:
+        raise UserError(f"the model card in {run} cannot be written ({problem})") from problem
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{run} does not hold a finished run: no model card ({problem!r})") from problem
+    return cards
+
+
+def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lora: bool) -> str:
+    """Markdown. result: what evaluation.json says of this model. kind: the name of the pipeline's class."""
+    variant, base = manifest["variant"], manifest["model"]["base"]
+    random = config["models"].get("random")
+    init = config["models"].get("init") or ""
+    own_id = hub_id(init) or hub_id(base)
+    family, *deviations = variant.split("-")
+    method = METHODS.get(family, family)
+    if deviations:
+        method += f", a variant that deviates from the publication: {', '.join(deviations)} (see the recipe)"
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if licence := _licence(base, hub_id(base)):
+        front |= licence
+    if own_id:
+        front |= {"base_model": own_id, "base_model_relation": "adapter" if is_lora else "finetune"}
+    if data_set := DATA_SET.match(manifest["data"]["source"]):
+        front["datasets"] = [data_set[1]]
+    architecture = "Stable Diffusion XL" if "XL" in kind else "Stable Diffusion"
+    tag = architecture.lower().replace(" ", "-")
+    front["tags"] = ["text-to-image", tag, "preference-alignment", family, *(["lora"] if is_lora else [])]
+    lora = 'pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")\n' if is_lora else ""
+    under = base if init and lora_file(init) else init or base  # what the LoRA goes on top of
+    source = (hub_id(under) or "PATH_OF_THE_BASE_MODEL") if is_lora else "PATH_OF_THIS_FOLDER"
+    recipe = [name for name in RECIPE if name != "online" or config.get(name, {}).get("every")]
+    return "\n\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+            f"# {architecture} aligned with preference pairs: {variant}{', LoRA' * is_lora}",
+            f"Method: {method}.",
+            f"Base model: {_base(base, hub_id(base), random)}{_start(init)}. Licence: {_licence_in_words(front)}.",
+            "## How to load",
+            LOAD.format(kind=kind, source=source, lora=lora),
+            *([READERS.format(kohya=KOHYA_NAME)] if is_lora else []),
+            "## Evaluation",
+            _evaluation(result),
+            "## Data",
+            _table(_data(manifest["data"])),
+            "## Recipe",
+            _table({k: v for k, v in _told({k: config[k] for k in recipe}).items() if k not in ELSEWHERE}),
+            "## Provenance",
+            _table(_told({key: value for key, value in manifest.items() if key not in ("variant", "data")})),
+            "Written by inpo-fast from the files of the run.\n",
+        ]
+    )
+
+
+def _base(base: str, own_id: str | None, random: str | None) -> str:
+    if random:
+        return f"**random weights** in the shape of {random}: this model draws nothing, it is for timings and tests"
+    return f"[{own_id}](https://huggingface.co/{own_id})" if own_id else f"a local model, {Path(base).name}"
+
+
+def _start(init: str) -> str:
+    if not init:
+        return ""
+    own_id = hub_id(init)
+    return f", trained further from {f'[{own_id}](https://huggingface.co/{own_id})' if own_id else Path(init).name}"
+
+
+def _licence(base: str, own_id: str | None) -> dict:
+    """What the base's own card says of its licence, if it lies in its folder; else the known one of its hub id."""
+    folder = base_folder(base)
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
+        parts = text.split("---", 2)
+        own = yaml.safe_load(parts[1]) if text.startswith("---") and len(parts) == 3 else {}
+        found = {key: str(own[key]) for key in ("license", "license_name", "license_link") if own.get(key)}
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
+        found = {}
+    return found if "license" in found else {"license": LICENCES[own_id]} if own_id in LICENCES else {}
+
+
+def _licence_in_words(front: dict) -> str:
+    name = front.get("license_name") or front.get("license")
+    return f"{name}, the base model's" if name else "that of the base model, which its folder does not name"
+
+
+def _evaluation(result: dict | None) -> str:
+    """The verdict in its own words, then every guard; a failing one stands first and in bold."""
+    if result is None:
+        return "Its run's folder holds no evaluation of this model: it is not known whether it is better than its base."
+    lines = [verdict(result), ""]
+    for guard in sorted(guards(result), key=lambda guard: guard.ok):
+        state = "holds" if guard.ok else "**FAILS**"
+        lines.append(f"- {guard.name}: {state}{f', {guard.value}' if guard.value else ''}. {guard.meaning}")
+    return "\n".join(lines)
+
+
+def _data(data: dict) -> dict:
+    """The manifest's account; a long list of dropped pairs as its length and its beginning."""
+    dropped = data.get("dropped", [])
+    more = f": {', '.join(map(str, dropped[:5]))}{', …' * (len(dropped) > 5)}" if dropped else ""
+    return _told({**data, "dropped": f"{len(dropped)}{more}"})
+
+
+def _told(tree: dict) -> dict:
+    """Dotted keys. Of a path of this machine only its name."""
+    return {key: Path(value).name if _is_path(value) else value for key, value in flat(tree).items()}
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and "/" in value and (Path(value).exists() or not ID.fullmatch(value))
+
+
+def _table(rows: dict) -> str:
+    cells = [(name, str(value).replace("|", r"\|").replace("\n", " ")) for name, value in rows.items()]
+    return "\n".join(["| key | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells)])

@@ -1,0 +1,129 @@
+"""What a run gives away: a pipeline with the aligned UNet in fp32, and of LoRA the adapter."""
+
+import copy
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.files.diffusers_folder import base_folder, hub_id
+from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, write_tensors
+from inpo_fast.models.loading import open_pipeline
+from inpo_fast.models.lora import Lora, kohya_tensors, tensors
+from inpo_fast.models.models import Models
+from inpo_fast.runtime.warn_once import warn_once
+
+log = logging.getLogger(__name__)
+
+KOHYA_NAME = "kohya-for-comfyui-a1111-forge.safetensors"
+
+
+@torch.no_grad()
+def whole_masters(models: Models, keep: bool = True) -> dict[str, torch.Tensor]:
+    """The fp32 masters by name, on the CPU where they come from several processes. Every process must call it where
+    the weights are split; one that does not `keep` them gets none."""
+    weights, kept = models.weights, {}
+    for name, master in weights.whole():
+        if keep:
+            kept[name] = master if weights.split is None else master.cpu()
+    return kept
+
+
+@torch.no_grad()
+def output_pipeline(models: Models, masters: dict[str, torch.Tensor] | None = None) -> DiffusionPipeline:
+    """The pipeline to save: the base's parts as they were loaded, the UNet from the fp32 masters; adapters merged.
+
+    masters: what `whole_masters` gave, needed where the weights are split over processes.
+    """
+    config = models.config
+    if config.precision == "fp32" and not models.adapters:
+        pipeline = copy.copy(models.pipeline)
+        pipeline.unet = models.policy
+        return pipeline
+    # the running pipeline holds rounded weights: the parts that were not trained are opened again
+    if config.random:  # weights drawn in bf16 are not those drawn in fp32 and rounded
+        pipeline = open_pipeline(config).to(torch.float32)
+    else:
+        pipeline = open_pipeline(replace(config, precision="fp32"))
+    if models.adapters:
+        pipeline.unet = merged(models, pipeline.unet, masters)
+    else:
+        masters = masters or whole_masters(models)
+        pipeline.unet.load_state_dict({name: master.cpu() for name, master in masters.items()}, strict=False)
+    return pipeline
+
+
+def merged(models: Models, unet: torch.nn.Module, masters: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
+    """The base `unet` in fp32 with the trained adapter added into its weights, in place."""
+    from inpo_fast.models.models import add_adapter
+
+    add_adapter(unet, models.config.lora)
+    own = dict(unet.named_parameters())
+    for name, master in (masters or whole_masters(models)).items():
+        own[name].data.copy_(master)
+    unet.fuse_lora()
+    unet.unload_lora()
+    return unet
+
+
+def untouched_parts(config: ModelsConfig) -> dict[str, Path]:
+    """Part of the pipeline -> the folder that it was loaded from, where there is one. Everything but the UNet."""
+    base = None if config.random else base_folder(config.base)
+    parts = {path.name: path for path in base.iterdir() if path.is_dir()} if base else {}
+    parts.pop("unet", None)
+    if config.vae:
+        vae = Path(config.vae).expanduser()
+        parts["vae"] = vae / "vae" if (vae / "vae").is_dir() else vae
+        if not _names_its_scale(parts["vae"]):
+            del parts["vae"]
+    return {name: path for name, path in parts.items() if path.is_dir()}
+
+
+def _names_its_scale(vae: Path) -> bool:
+    """Whether a VAE's folder says what its latents are multiplied by: without a word it is the base's here, but 1.x's
+    to whoever opens a copy of it."""
+    try:
+        return "scaling_factor" in json.loads((vae / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def trained_lora(models: Models, masters: dict[str, torch.Tensor] | None = None) -> Lora:
+    """The adapter in fp32, alpha / rank inside; with the LoRA that the run started from, so that it fits the base."""
+    settings = models.policy.peft_config["default"]
+    scale, layers = settings.lora_alpha / settings.r, {}
+    masters = {name: x.detach().cpu() for name, x in (masters or whole_masters(models)).items()}
+    for name, a in masters.items():
+        if ".lora_A." in name:
+            layers[name.partition(".lora_A.")[0]] = a, scale * masters[name.replace(".lora_A.", ".lora_B.")]
+    lora = Lora(layers)
+    return lora if models.init_lora is None else models.init_lora.plus(lora)
+
+
+def save_adapter(models: Models, folder: Path, masters: dict[str, torch.Tensor] | None = None) -> None:
+    """The LoRA in fp32, once for each kind of reader: diffusers' names without metadata, which `load_lora_weights`
+    takes, and kohya's, which ComfyUI, A1111, Forge, InvokeAI and sd-scripts read whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lora, config = trained_lora(models, masters), models.policy.config
+    write_tensors(tensors(lora, "unet."), {}, folder / LORA_WEIGHT_NAME_SAFE)
+    about = About(config, folder.parent.name, models.resolution, models.predicts_v, hub_id(models.config.base))
+    try:
+        write_tensors(kohya_tensors(lora, config), kohya_metadata(about, lora.rank), folder / KOHYA_NAME)
+    except KeyError as problem:
+        warn_once(log, "lora/: no kohya file, the original UNet has no name for the layer %s", problem.args[0])
+
+
+def detach_policy(models: Models) -> torch.nn.Module:
+    """The aligned UNet as a module of its own, in the working precision; models.pipeline keeps the untouched base."""
+    if not models.adapters:
+        return models.policy
+    aligned = copy.deepcopy(models.policy)
+    aligned.fuse_lora()
+    aligned.unload_lora()
+    models.policy.unload_lora()
+    return aligned

@@ -1,0 +1,1 @@
+"""The paper in pure tensors: noise path, inversion, objectives. No model, no data."""

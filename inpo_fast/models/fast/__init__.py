@@ -1,0 +1,1 @@
+"""The same networks, faster: fused kernels, compiled blocks, fp8, attention back ends."""

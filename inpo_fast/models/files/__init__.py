@@ -1,0 +1,1 @@
+"""Model files of every kind: recognised, checked, read and written."""

@@ -1,0 +1,1 @@
+"""Processes, files, errors, signals, random numbers, progress: what every floor above uses."""

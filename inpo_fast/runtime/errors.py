@@ -1,0 +1,49 @@
+"""The one exception for what a user can mend: bad configuration, data, folders, a full disk; and what a command line
+says to its user."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Says what is wrong, where, and how to mend it, in one line."""
+
+
+class Hang(UserError):
+    """Another process does not answer: this one must end without waiting for anything that needs it."""
+
+
+def command_line(program: str, about: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose --help is the file's docstring as it is written. Names are given in full: a short form could be
+    the beginning of one of the trainer's keys."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=program, description=about, epilog=epilog, formatter_class=kind, allow_abbrev=False
+    )
+
+
+def run_command(program: str, main: Callable[[], None]) -> None:
+    """Runs a command line; a UserError becomes one line on stderr and exit status 2, never a traceback. So does a GPU
+    that is full where nobody knew a smaller batch."""
+    try:
+        main()
+    except Hang as problem:
+        print(f"{program}: {problem}", file=sys.stderr, flush=True)
+        os._exit(2)  # threads and messages under way would wait for the other process
+    except UserError as problem:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(
+                2
+            )  # if the first process refuses for the same reason, torchrun ends this one before it repeats it
+        print(f"{program}: {problem}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except RuntimeError as problem:
+        if type(problem).__name__ != "OutOfMemoryError":  # torch's; importing it would slow down every refusal
+            raise
+        said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
+        remedy = "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
+        print(f"{program}: {said}; {remedy}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,62 @@
+"""How much is computed at once: sizes from counted bytes, and less of it where memory does not suffice after all."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from inpo_fast.runtime.errors import UserError
+
+T = TypeVar("T")
+GIB = 2**30
+LIMIT = 3 * GIB
+MOST = {"cpu": 8, "cuda": 32}
+
+
+def largest_batch(each: int, kind: str) -> int:
+    """Images that a VAE encodes at once on a device of this kind; each: bytes that one of them takes.
+
+    The largest power of two that stays below 3 GiB, at most 32 and on a CPU 8, at least 1. The size decides how an
+    image's last bits are rounded, so it is a function of the model and the resolution alone: what happens to be free on
+    a card would give another run, or the same one resumed, other bits. 3 GiB is small beside what training takes
+    anyway, and should be enough for speed (SD1.5 at 512 px: 8 images in bf16; SDXL at 1024 px: 2): the convolutions of
+    a few images have work for a whole GPU.
+    """
+    most = MOST.get(kind, MOST["cuda"])
+    return max(size for size in (1, 2, 4, 8, 16, 32) if size == 1 or (size <= most and size * each <= LIMIT))
+
+
+class TooLarge(UserError):
+    """Out of memory; `key` is the setting to lower from `size`. Nothing was reduced over processes yet."""
+
+    def __init__(self, key: str, size: int):
+        less = f"{key}={size // 2}, " if size > 1 else ""
+        super().__init__(
+            f"out of memory at {key}={size}; take {less}models.gradient_checkpointing=true, models.lora.rank=16, "
+            "optim.kind=adamw-8bit or a smaller data.resolution"
+        )
+        self.key, self.size = key, size
+
+
+@contextmanager
+def fits(key: str, size: int) -> Iterator[None]:
+    """TooLarge where what is done inside, `size` at once, runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise TooLarge(key, size) from None
+
+
+def with_less(work: Callable[[], T], lower: Callable[[str, int], None]) -> T:
+    """work(), again after lower(key, half of what was too much) where memory does not suffice. TooLarge at 1."""
+    while True:
+        try:
+            return work()
+        except TooLarge as problem:
+            if problem.size == 1:
+                raise
+            key, size = problem.key, problem.size
+        if torch.cuda.is_available():  # only out here: until now the traceback kept all alive that did not fit
+            torch.cuda.empty_cache()
+        lower(key, size // 2)

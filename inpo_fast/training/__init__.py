@@ -1,0 +1,1 @@
+"""One run: loader, step batch, step, optimizer, metrics, checkpoints, validation."""

@@ -1,0 +1,139 @@
+"""Sums of what a step observes, kept on the device; one reduction and one copy to the host per step."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from inpo_fast.runtime import distributed
+from inpo_fast.runtime.files import write_text
+
+BUCKETS = 5  # of timesteps, equal in width
+
+
+class MetricAccumulator:
+    """Named (sum, count) cells. `reduce` adds them up over processes; `values` reads the means."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cells: dict[str, torch.Tensor] = {}  # (2,) float64: sum and count
+        for name in NAMES:
+            self.cells[name] = torch.zeros(2, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, name: str, value: torch.Tensor | float, total: bool = False) -> None:
+        """Adds all elements of a tensor, or one number, to a mean; total=True adds a number to a total instead."""
+        cell = self.cells[name]
+        if total:
+            cell[0] += float(value)
+        elif not isinstance(value, torch.Tensor):
+            cell += torch.tensor([value, 1.0], dtype=torch.float64).to(cell.device, non_blocking=True)
+        else:
+            cell[0] += value.detach().double().sum()
+            cell[1] += value.numel()
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """A value that is already the same on all processes."""
+        self.cells[name] = torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.float64)])
+
+    def count(self, name: str) -> torch.Tensor:
+        return self.cells[name][1]
+
+    @torch.no_grad()
+    def observe(self, *, loss, logit, image, tau_rms, t, T, sides, contrast) -> None:
+        """Everything worth watching of a micro-batch of B pairs; images are (S B), winners first.
+
+        image: (S B, 7), the means over elements that `inpo_kernels.inpo_loss.COLUMNS` names. tau_rms: (S B,). t: (B,).
+        eps_scale is <eps_theta, eps_ref> / <eps_ref, eps_ref>; tau_residual is the same of tau - eps_ref, for
+        winners and losers apart: where they differ the loss rewards changing the amplitude of the noise.
+        """
+        self.add("loss", loss)
+        if contrast:
+            self.add("implicit_accuracy", (logit > 0).double() + 0.5 * (logit == 0).double())
+            self.add("margin", logit)
+            self._by_level("margin", logit.detach(), t, T)
+        e, r, _, energy, pred_ref, tau_ref, _ = image.unbind(1)
+        along = (tau_ref - energy) / energy
+        for number, side in enumerate(("winner", "loser")[:sides]):
+            part = slice(number * len(loss), (number + 1) * len(loss))
+            self.add(f"{side}_delta", e[part] - r[part])
+            self._by_level(f"{side}_delta", e[part] - r[part], t, T)
+            self.add(f"{side}_error", e[part])
+            self.add(f"tau_rms_{side}", tau_rms[part])
+            self.add(f"tau_residual_{side}", along[part])
+        self.add("eps_scale", pred_ref / energy)
+
+    def _by_level(self, name: str, value: torch.Tensor, t: torch.Tensor, T: int) -> None:
+        """value, t: (B,). Masks: picking elements out would make the host wait."""
+        bucket, value = t * BUCKETS // T, value.double()
+        for b in range(BUCKETS):
+            chosen = bucket == b
+            self.cells[f"{name}_t{b}"] += torch.stack([torch.where(chosen, value, 0.0).sum(), chosen.double().sum()])
+
+    def reduce(self) -> None:
+        names = sorted(self.cells)
+        flat = torch.stack([self.cells[name] for name in names])
+        distributed.sum_([flat])
+        self.cells = dict(zip(names, flat, strict=True))
+
+    def values(self) -> dict[str, float]:
+        """The means and totals that were observed. Copies to the host: the step's one sync."""
+        names = sorted(self.cells)
+        table = torch.stack([self.cells[name] for name in names]).tolist()
+        out = {}
+        for name, (total, count) in zip(names, table, strict=True):
+            if name in TOTALS:
+                out[name] = total
+            elif count:
+                out[name] = total / count
+        return out
+
+
+TOTALS = ("unet_evaluations",)
+NAMES = (
+    "loss",
+    "implicit_accuracy",
+    "margin",
+    *(f"{name}_t{b}" for name in ("margin", "winner_delta", "loser_delta") for b in range(BUCKETS)),
+    "winner_delta",
+    "loser_delta",
+    "winner_error",
+    "loser_error",
+    "tau_rms_winner",
+    "tau_rms_loser",
+    "tau_residual_winner",
+    "tau_residual_loser",
+    "eps_scale",
+    "loser_gate",
+    "reference_point",
+    "slot_utilisation",
+    "grad_norm",
+    "trajectories_hit",
+    *TOTALS,
+)  # fixed, so that processes without a usable pair reduce the same table
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a step. A resumed run drops the lines past its checkpoint."""
+
+    def __init__(self, path: Path, keep_steps: int = 0):
+        kept, before = [], path.read_text(encoding="utf-8") if path.exists() else ""
+        if before:
+            for line in before.splitlines():
+                try:
+                    if json.loads(line)["step"] <= keep_steps:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError):
+                    pass  # a line cut short by a crash
+        if "".join(kept) != before:
+            write_text(path, "".join(kept))  # in one go: a kill in between must not lose the lines of earlier steps
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,142 @@
+"""What a run shows of itself while it trains: pictures of fixed prompts, and how it does on pairs it never sees.
+
+Both are functions of the weights alone: the same prompts from the same noise, the same pairs at the same timesteps with
+the same noise, so that values of different steps can be compared. Nothing of the training is touched by looking.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from inpo_fast.comparison.drawing import draw, drawing_with
+from inpo_fast.comparison.prompts import read_prompt_set
+from inpo_fast.config import RunConfig
+from inpo_fast.data.images import png
+from inpo_fast.data.loader import Item, PairLoader
+from inpo_fast.data.order import step_positions
+from inpo_fast.data.pair import BadPair, Source
+from inpo_fast.data.sources import open_source
+from inpo_fast.models.models import Models, Text
+from inpo_fast.runtime import distributed
+from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import write_bytes
+from inpo_fast.runtime.memory import fits
+from inpo_fast.training.metrics import BUCKETS, MetricAccumulator
+from inpo_fast.training.step import micro_step, noise_window
+from inpo_fast.training.step_batch import StepConfig, make_step_batch
+from inpo_fast.training.trackers import Tracker
+
+FOLDER = "images"  # of the run: a strip of pictures for each time
+SEEN = ("implicit_accuracy", "margin", "winner_delta", "loser_delta")
+SEEN += tuple(f"{name}_t{b}" for name in ("margin", "winner_delta", "loser_delta") for b in range(BUCKETS))
+
+
+class Validation:
+    """`step(done, tracker, recipe)` after each optimizer step, on every process; gives more metrics of that step.
+
+    TooLarge where the recipe's batches do not fit: nothing was shown yet."""
+
+    def __init__(self, config: RunConfig, models: Models, empty: Text, folder: Path, done: int):
+        self.config, self.models, self.empty, self.folder = config, models, empty, folder / FOLDER
+        self.rank, self.world = distributed.rank_and_world()
+        how = config.observe
+        self.prompts = prompts_of(config)
+        # what others may have written before: an earlier run that this one replaces, or steps past the checkpoint
+        if self.rank == 0:
+            for path in self.folder.glob("*.png"):
+                if not path.stem.isdigit() or int(path.stem) > done:
+                    path.unlink()
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
+                shutil.rmtree(self.folder)
+        self.items = [] if how.held_out is None else self._held_out(open_held_out(config))
+
+    def step(self, done: int, tracker: Tracker | None, recipe: StepConfig) -> dict[str, float]:
+        how, last = self.config.observe, done == self.config.train.steps
+        values: dict[str, float] = {}
+        if how.held_out is not None and (done % how.held_out_every == 0 or done == 1 or last):
+            values = self.held_out_metrics(recipe)
+        if self.prompts and (done % how.images_every == 0 or last):
+            strip = self.draw_strip()
+            if self.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_bytes(self.folder / f"{done:06d}.png", png(strip))
+                if tracker is not None:
+                    tracker.picture(done, strip)
+        return values
+
+    @torch.no_grad()
+    def held_out_metrics(self, recipe: StepConfig) -> dict[str, float]:
+        tally = MetricAccumulator(self.models.device)
+        plain = replace(recipe.inversion, cache=None, frozen=False)
+        recipe = replace(recipe, trajectories=None, latents=None, inversion=plain)
+        if self.items:
+            window = make_step_batch(self.items, self.models, recipe, self.empty)
+            with fits("inversion.batch", recipe.inversion.batch):
+                x_t, _ = noise_window(window, self.models, recipe)
+            for lo in range(0, len(self.items), recipe.micro_batch):
+                pairs = slice(lo, min(lo + recipe.micro_batch, len(self.items)))
+                with fits("train.micro_batch", recipe.micro_batch):
+                    micro_step(window, x_t, pairs, self.models, recipe, tally)
+        tally.reduce()
+        found = tally.values()
+        return {f"held_out_{name}": found[name] for name in SEEN if name in found}
+
+    @torch.no_grad()
+    def draw_strip(self) -> np.ndarray:
+        """(H, images * W, 3) uint8 by the policy as it is; every process draws its share."""
+        how, pipeline = self.config.evaluate, self.models.pipeline
+        mine = self.prompts[self.rank :: self.world]
+        settings = {"steps": how.sampler_steps, "guidance": how.guidance, "batch": how.batch}
+        with drawing_with(pipeline, self.models.policy):
+            drawn = draw(pipeline, mine, [("evaluate", how.seed, prompt, 0) for prompt in mine], **settings)
+        pictures: list = [None] * len(self.prompts)
+        for other, part in enumerate(distributed.gather(drawn)):
+            pictures[other :: self.world] = part
+        return np.concatenate(pictures, axis=1)
+
+    def _held_out(self, source: Source) -> list[Item]:
+        config = self.config
+        resolution = config.data.resolution or self.models.resolution
+        data = replace(config.data, prompt_dropout=0.0)
+        windows = PairLoader(source, data, resolution=resolution, seed=0, rank=self.rank, world=self.world)
+        count = min(config.observe.held_out_pairs, len(source))
+        count -= count % self.world if count >= self.world else 0
+        items = []
+        for position in step_positions(0, count, self.rank, self.world):
+            try:
+                items.append(windows.load(position))
+            except BadPair:
+                continue
+        return items
+
+
+def check_validation(config: RunConfig) -> None:
+    """UserError, before a model is loaded, of what could not be shown later."""
+    prompts_of(config)
+    if config.observe.held_out is not None:
+        open_held_out(config)
+
+
+def open_held_out(config: RunConfig) -> Source:
+    """UserError where it is the training source itself."""
+    how = config.observe
+    if how.held_out == config.data.source:
+        raise UserError("observe.held_out is data.source: pairs that are trained on tell nothing; name others")
+    try:
+        return open_source(how.held_out)
+    except UserError as problem:
+        raise UserError(f"observe.held_out: {str(problem).removeprefix('data.source: ')}") from problem
+
+
+def prompts_of(config: RunConfig) -> list[str]:
+    """The fixed prompts of the pictures, none where none are asked for. UserError where they cannot be had."""
+    how = config.observe
+    if not how.images_every:
+        return []
+    path = how.prompts or config.evaluate.prompts
+    if path is None:
+        raise UserError("observe.images_every needs prompts; give observe.prompts or evaluate.prompts")
+    return read_prompt_set(path, how.images).prompts

@@ -1,0 +1,76 @@
+"""Looks at preference pairs before anybody spends GPU-hours on them.
+
+    python -m inpo_fast.data.validate --source PATH [--sheet pairs.png] [--json FILE] [--limit N]
+    python -m inpo_fast.data.validate --config configs/sd15.yaml --source PATH [--data.filters.min_side=512 …]
+
+Reads and decodes pairs as the trainer would: counts, ties, what each filter leaves out, broken images, sizes, duplicate
+prompts and images, pairs whose images are the same, how sure the labels are; a contact sheet of sample pairs; how fast
+they can be read. What is judged is what the filters leave.
+Exit status: 0 fit to train on, 1 not fit, 2 the source cannot be opened, or the filters leave nothing.
+"""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from inpo_fast.config import parse
+from inpo_fast.data.examine import PROGRAM
+from inpo_fast.runtime.errors import UserError, command_line, run_command
+
+
+def main() -> None:
+    parser = command_line(
+        PROGRAM,
+        __doc__,
+        epilog="All keys of the trainer's configuration may follow, data.filters too: python -m inpo_fast.train --help",
+    )
+    parser.add_argument("--source", help="as data.source of the trainer, and in its place")
+    parser.add_argument("--format", help="as data.format of the trainer")
+    parser.add_argument("--images", help="as data.images of the trainer")
+    parser.add_argument("--resolution", type=int, help="the training resolution (default: data.resolution, or 512)")
+    parser.add_argument("--pairs-per-step", type=int, help="for the estimate (default: train.pairs_per_step)")
+    parser.add_argument("--limit", type=int, help="look at so many pairs, in training order; default: at all")
+    parser.add_argument("--workers", type=int, help="threads that decode (default: data.workers)")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet of sample pairs there (PNG)")
+    parser.add_argument("--json", type=Path, help="write the findings there")
+    own, rest = parser.parse_known_args()
+    if own.limit is not None and own.limit < 1:
+        raise UserError(f"--limit {own.limit}: must be at least 1")
+    run = parse(PROGRAM, rest)
+    given = {name: getattr(own, name) for name in ("source", "format", "images", "workers")}
+    config = replace(run.data, **{name: value for name, value in given.items() if value is not None})
+    if not config.source:
+        raise UserError("no source: give --source PATH, or a --config that names data.source")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from inpo_fast.data.contact_sheet import contact_sheet
+    from inpo_fast.data.examine import examine, show
+    from inpo_fast.data.loader import open_data
+    from inpo_fast.runtime.files import write_bytes, write_text
+
+    source = open_data(config)
+    console = Console()
+    with Progress(disable=not console.is_terminal) as bar:
+        task = bar.add_task("look at pairs", total=min(own.limit or len(source), len(source)))
+        found, samples = examine(
+            source,
+            config.source,
+            config,
+            resolution=own.resolution or config.resolution or 512,
+            limit=own.limit,
+            advance=lambda: bar.update(task, advance=1),
+        )
+    show(found, console, own.pairs_per_step or run.train.pairs_per_step)
+    if own.sheet and samples:
+        own.sheet.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(own.sheet, contact_sheet(samples, config.max_pixels))
+        console.print(f"sample pairs: {own.sheet}", highlight=False, markup=False)
+    if own.json:
+        write_text(own.json, json.dumps(asdict(found), indent=1))
+    sys.exit(1 if found.problems else 0)
+
+
+if __name__ == "__main__":
+    run_command(PROGRAM, main)

@@ -1,0 +1,195 @@
+"""Every combination of model, full or LoRA, optimizer and precision: starts at ln 2, moves, and resumes exactly."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_world import save_pairs, tiny_pipeline, tiny_xl
+
+from inpo_fast.config.run import OptimConfig
+from inpo_fast.data.loader import DataConfig, PairLoader
+from inpo_fast.data.sources import open_source
+from inpo_fast.method.inversion import InversionConfig
+from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.models.config import LoraSettings, ModelsConfig
+from inpo_fast.models.loading import open_pipeline
+from inpo_fast.models.models import DTYPES, Models
+from inpo_fast.runtime.memory import TooLarge
+from inpo_fast.training import checkpoint
+from inpo_fast.training.checkpoint import State
+from inpo_fast.training.optim import Average, LossScale, make_optimizer
+from inpo_fast.training.step import train_step
+from inpo_fast.training.step_batch import StepConfig, make_step_batch
+
+RECIPE = StepConfig("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=3), 2, True, 0)
+KINDS = ["adamw", "adamw-bf16", "adamw-8bit", "adafactor"]
+MODES = [(kind, precision) for kind in KINDS for precision in ("fp32", "bf16")] + [("adamw", "fp16")]
+PAIRS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_pipeline().save_pretrained(folder / "sd")
+    tiny_xl().save_pretrained(folder / "xl")
+    source = open_source(save_pairs(folder / "pairs.parquet"))
+    windows = PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1)
+    return folder, list(windows.steps(0, 3, PAIRS))
+
+
+class Training:
+    """A model and its optimizer; step(k) is the same function of k in every process."""
+
+    def __init__(self, folder, items, base: str, rank: int, kind: str, precision: str):
+        torch.manual_seed(0)
+        config = ModelsConfig(base=str(folder / base), precision=precision, lora=LoraSettings(rank))
+        self.models, self.items = Models(open_pipeline(config), torch.device("cpu"), config), items
+        optim = OptimConfig(kind=kind, lr=1e-4, average="ema")
+        self.optimizer = make_optimizer(self.models.parameters(), optim, seed=3)
+        self.average = Average(self.models.parameters(), optim, 3)
+        self.scale = 64.0 if precision == "fp16" else 1.0
+
+    def step(self, number: int):
+        window = make_step_batch(self.items[number], self.models, RECIPE, self.models.encode_empty())
+        tally, logits = train_step(window, self.models, RECIPE, PAIRS, 1.0, self.scale)
+        self.optimizer.step()
+        self.models.weights.refresh()
+        self.average.update(number)
+        return tally.values(), logits
+
+    def everything(self) -> list[torch.Tensor]:
+        return [*self.models.weights.masters, *self.models.weights.working, *self.average.mean]
+
+
+@pytest.mark.parametrize(("kind", "precision"), MODES)
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize("base", ["sd", "xl"])
+def test_trains_and_resumes(world, tmp_path, base, rank, kind, precision):
+    mode = (*world, base, rank, kind, precision)
+    whole = Training(*mode)
+    begin = [master.clone() for master in whole.models.weights.masters]
+    base_weights = {n: p.clone() for n, p in whole.models.reference.named_parameters() if "lora" not in n}
+    values, logits = whole.step(0)
+    # fp16 on a CPU: matrix products round by how their operands lie in memory, one of beta / 2 times 1e-3
+    assert logits.abs().max() <= (0.03 if precision == "fp16" else 0.0), logits
+    assert values["loss"] == pytest.approx(math.log(2), abs=1e-6 if precision != "fp16" else 1e-2)
+    assert math.isfinite(values["grad_norm"]) and values["grad_norm"] > 0
+    moved = [not torch.equal(a, b) for a, b in zip(begin, whole.models.weights.masters, strict=True)]
+    assert sum(moved) > (0.9 if rank == 0 else 0.4) * len(moved)  # LoRA: at first only B has a gradient
+    assert all(w.dtype == DTYPES[precision] for w in whole.models.weights.working)
+
+    everything = (whole.models.weights, whole.optimizer, whole.average)
+    folder = checkpoint.Checkpoints(tmp_path, keep=1).save(State(1, 0.0, []), *everything, wait=True)
+    other = Training(*mode)
+    other.step(2)  # other weights and moments: all must be replaced
+    checkpoint.load(folder, other.models.weights, other.optimizer, other.average)
+    for training in (whole, other):
+        assert math.isfinite(training.step(1)[0]["loss"])
+    for one, two in zip(whole.everything(), other.everything(), strict=True):
+        assert torch.equal(one, two)
+    for name, p in whole.models.reference.named_parameters():
+        assert "lora" in name or torch.equal(p, base_weights[name]), name  # the reference never moves
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("base", ["sd", "xl"])
+def test_the_reference_of_lora_is_the_untouched_base(world, base, precision):
+    """Bit for bit, before and after the adapter has been trained; the policy with its adapter differs then."""
+    training = Training(*world, base, 4, "adamw", precision)
+    models = training.models
+    untouched = open_pipeline(models.config).unet.eval()
+    window = make_step_batch(world[1][0], models, RECIPE, models.encode_empty())
+    x, t = torch.randn(4, 4, 8, 8), torch.tensor([1, 300, 700, 999])
+    arguments = window.conditional.arguments(torch.arange(4))
+
+    def same(who: str) -> bool:
+        with torch.no_grad():
+            want = untouched(x.to(models.dtype), t, **arguments).sample
+            return torch.equal(models.predict(who, x, t, arguments), want)
+
+    assert same("reference") and same("policy")
+    training.step(0)
+    training.step(1)
+    assert same("reference") and not same("policy")
+    assert all(p.requires_grad for n, p in models.policy.named_parameters() if "lora" in n)
+
+
+def test_bf16_keeps_what_bf16_would_lose(world):
+    """Updates far below a bf16 weight's last place add up in the masters, and reach the working copies rounded."""
+    training = Training(*world, "sd", 0, "adamw", "bf16")
+    weights = training.models.weights
+    before = [m.clone() for m in weights.masters]
+    for group in training.optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 1e-6, 0.0
+    training.step(0)
+    for old, new, working in zip(before, weights.masters, weights.working, strict=True):
+        assert (new - old).abs().max() <= 1.1e-6
+        assert torch.equal(working, new.to(torch.bfloat16))
+    large = [(o.abs() > 0.1) & (n != o) for o, n in zip(before, weights.masters, strict=True)]
+    assert sum(int(x.sum()) for x in large) > 100  # in bf16 these would have stood still
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_narrow_gradients_are_the_wide_ones(world, precision):
+    """The summed fp32 gradient of a narrow model against fp32's own, relative in norm: bf16 has 8 bits, fp16 11."""
+
+    def gradient(precision: str, micro_batch: int = 2) -> torch.Tensor:
+        training = Training(*world, "sd", 0, "adamw", precision)
+        window = make_step_batch(world[1][0], training.models, RECIPE, training.models.encode_empty())
+        recipe = replace(RECIPE, micro_batch=micro_batch)
+        train_step(window, training.models, recipe, PAIRS, math.inf, training.scale)
+        assert all(g.dtype == torch.float32 for g in training.models.weights.gradients)
+        return torch.cat([g.flatten() for g in training.models.weights.gradients])
+
+    want, got = gradient("fp32"), gradient(precision)
+    assert (got - want).norm() / want.norm() < {"bf16": 0.1, "fp16": 0.02}[precision]
+    again = gradient(precision, micro_batch=1)  # summed in fp32: the number of micro-batches adds no error of its own
+    assert (got - again).norm() / want.norm() < {"bf16": 0.05, "fp16": 0.01}[precision]
+
+
+def test_loss_scale():
+    scale = LossScale(value=8.0, patience=3)
+    history = []
+    for finite in (True, True, False, True, True, True, True):
+        scale.update(finite)
+        history.append((scale.value, scale.good))
+    assert history == [(8, 1), (8, 2), (4, 0), (4, 1), (4, 2), (8, 0), (8, 1)]
+
+
+@pytest.mark.parametrize("phase", ["inversion.batch", "train.micro_batch"])
+def test_out_of_memory_names_what_to_lower_and_repeats_exactly(world, phase, monkeypatch):
+    """A UNet that refuses large batches, as a full GPU does: the repeated step gives the same gradient."""
+    limit = 3  # images
+    training = Training(*world, "sd", 0, "adamw", "fp32")
+    models, window = (
+        training.models,
+        make_step_batch(world[1][0], training.models, RECIPE, training.models.encode_empty()),
+    )
+    recipe = replace(RECIPE, micro_batch=4, inversion=replace(RECIPE.inversion, batch=8))
+    train_step(window, models, recipe, PAIRS, 1.0)
+    want = [g.clone() for g in models.weights.gradients]
+
+    forward = models.policy.forward
+
+    def crowded(x, *args, **kwargs):
+        if len(x) > limit and torch.is_grad_enabled() == (phase == "train.micro_batch"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(x, *args, **kwargs)
+
+    monkeypatch.setattr(models.policy, "forward", crowded)
+    tried = []
+    while True:
+        try:
+            train_step(window, models, recipe, PAIRS, 1.0)
+            break
+        except TooLarge as problem:
+            assert problem.key == phase
+            tried.append(problem.size)
+            if phase == "train.micro_batch":
+                recipe = replace(recipe, micro_batch=problem.size // 2)
+            else:
+                recipe = replace(recipe, inversion=replace(recipe.inversion, batch=problem.size // 2))
+    assert tried == {"train.micro_batch": [4, 2], "inversion.batch": [8, 4]}[phase]
+    for got, wanted in zip(models.weights.gradients, want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
