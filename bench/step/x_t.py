@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.step.train_step import move_policy
+from bench.step.contenders import move_policy
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.inversion import InversionConfig

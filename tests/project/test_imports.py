@@ -34,6 +34,7 @@ def module_name(path: Path) -> str:
 PACKAGES = ("inpo_fast", "kernels", "bench")
 TREES = {module_name(p): ast.parse(p.read_text()) for folder in PACKAGES for p in sorted((ROOT / folder).rglob("*.py"))}
 HOUSE = [name for name in TREES if name.startswith("inpo_fast.") and name not in OLD_NAMES]
+BENCH = [name for name in TREES if name.startswith("bench.")]
 
 
 def room(name: str) -> str:
@@ -80,7 +81,7 @@ def test_imports_go_down(name):
     assert not up, f"{name} ({FLOORS[own]}) imports from above: {up}"
 
 
-@pytest.mark.parametrize("name", HOUSE)
+@pytest.mark.parametrize("name", [*HOUSE, *BENCH])
 def test_no_circle(name):
     """Imports inside functions count: they are as much a circle, only later."""
     seen, front = set(), [name]
@@ -109,6 +110,16 @@ def test_kernels_need_torch_and_triton_only(name):
 @pytest.mark.parametrize("name", [name for name in TREES if name.startswith("inpo_fast")])
 def test_package_never_imports_bench_or_tests(name):
     assert not top(NEEDS[name]) & {"bench", "tests", "kernels"}  # the kernels' name is inpo_kernels
+
+
+@pytest.mark.parametrize("name", [name for name in BENCH if name.count(".") > 1])
+def test_rooms_of_bench_keep_apart(name):
+    """Each imports what lies on top of bench/, but for what reads all of them, and no other room."""
+    room = name.rpartition(".")[0]
+    allowed = {"bench.results", "bench.report", "bench.interpreter"}
+    assert {need for need in NEEDS[name] & TREES.keys() if need.startswith("bench.")} <= allowed | {
+        other for other in BENCH if other.startswith(f"{room}.")
+    }
 
 
 def test_no_file_is_a_grab_bag():
