@@ -11,7 +11,7 @@ from inpo_fast.config import RunConfig, TrainConfig, parse, split_batch, to_dict
 from inpo_fast.config.rules import check
 from inpo_fast.config.run import OptimConfig
 from inpo_fast.data.loader import DataConfig
-from inpo_fast.method.objectives import ObjectiveConfig, Timesteps
+from inpo_fast.method.config import ObjectiveConfig, Timesteps
 from inpo_fast.runtime.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inpo_fast.method import objectives as obj
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import ObjectiveConfig
 from inpo_fast.method.reference_point import reference_point
 
 B, BETA = 5, 300.0
