@@ -1,7 +1,6 @@
 """Held: x_t replayed from records against x_t inverted, bit for bit, and what is computed for it."""
 
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 

@@ -88,9 +88,8 @@ def test_normalise():
     rest = y - (x * y).sum(1, keepdims=True) / (x * x).sum(1, keepdims=True) * x
     rest /= np.sqrt((rest**2).mean(1, keepdims=True))
     np.testing.assert_allclose(losses.normalise(tau, x_0).flatten(1).numpy(), rest, atol=1e-5)
-    assert losses.normalise(tau, torch.zeros_like(tau)).equal(
-        losses.normalise(tau)
-    )  # a latent of zeros has no direction
+    black = torch.zeros_like(tau)  # has no direction
+    assert losses.normalise(tau, black).equal(losses.normalise(tau))
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.25, 0.9, 1.0])
