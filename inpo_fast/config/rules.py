@@ -169,10 +169,10 @@ def _check_cache(config: RunConfig) -> None:
     rules = [
         (method_of(config.method).inverts, f"method={config.method}", "has no inversion; take method=inpo"),
         (how.estimator != "random", f"inversion.estimator={how.estimator}", "has no inversion; take ddim"),
-        (how.estimator == "ddim", f"inversion.estimator={how.estimator}", "asks more at each level; take ddim"),
+        (how.estimator == "ddim", f"inversion.estimator={how.estimator}", "takes more evaluations a level; take ddim"),
         (how.model == "reference", f"inversion.model={how.model}", "follows the trained weights; take reference"),
         (how.eta == 0, f"inversion.eta={how.eta:g}", "draws noise for each seed; take 0"),
-        (how.guidance in (0.0, 1.0), f"inversion.guidance={how.guidance:g}", "mixes two answers; take 0 or 1"),
+        (how.guidance in (0.0, 1.0), f"inversion.guidance={how.guidance:g}", "mixes two outputs; take 0 or 1"),
     ]
     if how.frozen and (several := config.objective.timesteps.per_pair) > 1:
         raise UserError(
@@ -180,7 +180,7 @@ def _check_cache(config: RunConfig) -> None:
         )
     for good, key, reason in rules:
         if not good:
-            raise UserError(f"{where} keeps what the reference answers on its way, and {key} {reason}")
+            raise UserError(f"{where} keeps the reference's outputs along its trajectories, and {key} {reason}")
     if not how.cache:
         raise UserError("inversion.cache is empty; name a folder, or null for none")
     if config.output is not None and Path(how.cache).resolve() == Path(config.output).resolve():

@@ -141,7 +141,7 @@ SENSELESS = {
     "inversion.refinements=2": "inversion.estimator=ddim refines nothing",
     "method=smpo inversion.estimator=renoise inversion.eta=0.1": "a step without noise; take inversion.eta=0",
     "inversion.estimator=gradient models.fast=fused": "take models.fast=off",
-    "inversion.estimator=renoise inversion.model=reference inversion.cache=x": "asks more at each level; take ddim",
+    "inversion.estimator=renoise inversion.model=reference inversion.cache=x": "takes more evaluations a level; take ddim",
 }
 
 
