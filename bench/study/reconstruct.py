@@ -72,6 +72,6 @@ def sample(eps, x_t: torch.Tensor, t: torch.Tensor, path: NoisePath) -> torch.Te
     rows = torch.arange(len(x))
     for k in range(levels.shape[1] - 1, 0, -1):
         a, s, down_a, down_s = map(per_image, (*path.a_s(levels[:, k]), *path.a_s(levels[:, k - 1])))
-        noise = eps(x, path.told(levels[:, k]), rows)
+        noise = eps(x, path.network_time(levels[:, k]), rows)
         x = down_a * (x - s * noise) / a + down_s * noise
     return x

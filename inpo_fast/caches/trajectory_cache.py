@@ -134,7 +134,7 @@ def open_trajectory_cache(
     resolution = data.resolution or models.resolution
     side = models.reference.config.sample_size * resolution // models.resolution
     latent = (models.reference.config.in_channels, side, side)
-    answers, top = 0, path.possible(objective.timesteps).amax()
+    answers, top = 0, path.possible_timesteps(objective.timesteps).amax()
     if not inversion.frozen:
         levels = path.all_levels(inversion.steps)
         needed, counts = (inversion_schedule(path, t, **how).evaluations for t in (top[None], levels))

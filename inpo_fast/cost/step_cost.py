@@ -88,7 +88,7 @@ def _evaluations(config: RunConfig) -> float:
         return 0.0
     how = config.inversion
     path = DDPMPath(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
-    steps = evaluations_of(how, path, path.possible(config.objective.timesteps)).double().mean().item()
+    steps = evaluations_of(how, path, path.possible_timesteps(config.objective.timesteps)).double().mean().item()
     return steps * evaluations_a_step(how.estimator, how.refinements)
 
 

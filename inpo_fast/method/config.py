@@ -18,7 +18,7 @@ class InversionConfig:
     """exact: global levels, the last step lands on t. spread: n levels round(t k / n) of each sample's own.
     snap: t itself is moved to a global level. diffusers-0.20 / -0.22: the published script's two behaviours."""
     evaluate_at: EvaluateAt = "source"
-    """Which time the UNet is told: the level it is at (Eq. 15), or the one it goes to (diffusers >= 0.22)."""
+    """Which level the UNet is conditioned on: the one x is at (Eq. 15), or the one it goes to (diffusers >= 0.22)."""
     model: Literal["policy", "reference"] = "policy"
     """Who inverts. The paper: the current policy. reference is a variant and labelled so."""
     guidance: float = 0.0

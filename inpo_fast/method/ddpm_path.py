@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from inpo_fast.method.config import Grid, Timesteps
-from inpo_fast.method.noise_path import NoisePath, per_image
+from inpo_fast.method.noise_path import Levels, NoisePath, per_image
 from inpo_fast.runtime import keyed_rng
 
 CLEAN = -1
@@ -65,8 +65,8 @@ class DDPMPath(NoisePath):
         abar = self._abar(t)
         return abar.sqrt().float(), (1 - abar).sqrt().float()
 
-    def told(self, t: torch.Tensor) -> torch.Tensor:
-        return t.clamp_min(0)  # the image is told as the first level
+    def network_time(self, t: torch.Tensor) -> torch.Tensor:
+        return t.clamp_min(0)  # the image has the first level's
 
     def global_levels(self, steps: int) -> torch.Tensor:
         """T/n, 2T/n, ... T, less one, because the clean image is number 0."""
@@ -81,24 +81,26 @@ class DDPMPath(NoisePath):
     def all_levels(self, steps: int) -> torch.Tensor:
         return torch.arange(self.T)
 
-    def walk(self, t: torch.Tensor, steps: int, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def visited_levels(
+        self, t: torch.Tensor, steps: int, grid: Grid
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The published script's grids walk scheduler.timesteps while they are < t; each step goes T // n up in
         diffusers 0.20 and comes from T // n below in >= 0.22. It never lands on t."""
         if grid not in ("diffusers-0.20", "diffusers-0.22"):
-            return super().walk(t, steps, grid)
+            return super().visited_levels(t, steps, grid)
         self.check(t, steps)
         stride = self.T // steps
         marks = torch.arange(steps) * stride + self.steps_offset
         levels = torch.cat([torch.tensor([CLEAN]), marks])
-        told = levels.clamp_min(0)
+        times = self.network_time(levels)
         if grid == "diffusers-0.20":
             walked = marks - stride  # -99, 1, ... 801
-            told[0] = walked[0]
+            times[0] = walked[0]
         else:
             walked = marks  # 1, 101, ... 901
-        return levels.expand(len(t), -1), (walked < t[:, None]).sum(1), told.expand(len(t), -1)
+        return levels.expand(len(t), -1), (walked < t[:, None]).sum(1), times.expand(len(t), -1)
 
-    def step(self, levels: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step_coefficients(self, levels: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         abar = self._abar(levels, self.first_abar if grid.startswith("diffusers-") else 1.0)
         source, target = abar[:, :-1], abar[:, 1:]
         p = (target / source).sqrt()
@@ -117,11 +119,11 @@ class DDPMPath(NoisePath):
     def part(self, t: torch.Tensor, parts: int) -> torch.Tensor:
         return t * parts // self.T
 
-    def draw(self, span: Timesteps, keys: Sequence[keyed_rng.Key]) -> torch.Tensor:
+    def draw_timesteps(self, span: Timesteps, keys: Sequence[keyed_rng.Key]) -> torch.Tensor:
         first = torch.tensor([keyed_rng.integer(span.min, span.max, *key) for key in keys], dtype=torch.int64)
         return systematic_timesteps(first, span.min, span.max, span.per_pair)
 
-    def possible(self, span: Timesteps) -> torch.Tensor:
+    def possible_timesteps(self, span: Timesteps) -> torch.Tensor:
         return systematic_timesteps(torch.arange(span.min, span.max + 1), span.min, span.max, span.per_pair)
 
     def _abar(self, levels: torch.Tensor, clean: float = 1.0) -> torch.Tensor:

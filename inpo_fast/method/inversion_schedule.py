@@ -21,10 +21,10 @@ class InversionTrajectory:
     p: torch.Tensor
     q: torch.Tensor
     sigma: torch.Tensor
-    times: torch.Tensor  # what the network is told
+    times: torch.Tensor  # what conditions the network
     evaluations: torch.Tensor
     levels: torch.Tensor  # (M, K + 1): visited, from the clean image to the last; for tests and tracing
-    target_times: torch.Tensor  # what it would be told at the level that the step goes to
+    target_times: torch.Tensor  # what would at the level that the step goes to; for inversion solvers
 
 
 def inversion_schedule(
@@ -41,17 +41,17 @@ def inversion_schedule(
     t: (M,) levels of the path. Eq. 14-16 of the paper; grids as in the configuration's documentation. ValueError for a
     t or a number of steps that the path does not have.
     """
-    levels, evaluations, told = path.walk(t, steps, grid)
-    p, q, sigma = path.step(levels, grid)
+    levels, evaluations, times = path.visited_levels(t, steps, grid)
+    p, q, sigma = path.step_coefficients(levels, grid)
     beyond = torch.arange(p.shape[1]) >= evaluations[:, None]
     return InversionTrajectory(
         p=p.masked_fill(beyond, 1.0).float(),
         q=q.masked_fill(beyond, 0.0).float(),
         sigma=(eta * sigma).masked_fill(beyond, 0.0).float(),
-        times=(told[:, :-1] if evaluate_at == "source" else told[:, 1:]).clone(),
+        times=(times[:, :-1] if evaluate_at == "source" else times[:, 1:]).clone(),
         evaluations=evaluations,
         levels=levels,
-        target_times=told[:, 1:],
+        target_times=times[:, 1:],
     )
 
 
@@ -59,7 +59,7 @@ def shares_prefix(path: NoisePath, *, steps: int, grid: Grid, evaluate_at: Evalu
     """Whether the trajectory to any t is the beginning of the one to the highest t, but for where its last step lands.
 
     Then the network gets the same inputs on the way to every t, and its outputs along the highest trajectory serve all.
-    Found out by comparing all trajectories: with a last step that is told its own t (exact, target) it does not hold.
+    Found out by comparing all trajectories: it does not hold where the last step is conditioned on t (exact, target).
     """
     every = inversion_schedule(path, path.all_levels(steps), steps=steps, grid=grid, evaluate_at=evaluate_at)
     column = torch.arange(every.p.shape[1])

@@ -2,8 +2,8 @@
 
 A level says where on the path a sample is, in the path's own coordinates: whole numbers of a DDPM schedule, or floating
 point (rectified flow: a = 1 - s, 0 < s <= 1). `clean` is the level of the image itself, where a = 1 and s = 0; noise
-grows with the level. Timesteps are the levels that are trained at. What the network is told of a level may be another
-number again.
+grows with the level. Timesteps are the levels that are trained at. The time that conditions the network may be
+another number again (1000 s, 1 - s).
 
 Pure tensors on the CPU, but for `noise_from_output`, `target` and `noised`, which follow their arguments.
 """
@@ -42,7 +42,7 @@ class NoisePath(ABC):
         """a_t and s_t, fp32, same shape as t."""
 
     @abstractmethod
-    def told(self, t: Levels) -> torch.Tensor:
+    def network_time(self, t: Levels) -> torch.Tensor:
         """What the network is conditioned on at these levels, `clean` among them; same shape, whole or floating."""
 
     @abstractmethod
@@ -58,7 +58,7 @@ class NoisePath(ABC):
         """(L,) rising to the highest: every level; of a continuous path, several within each step of the grids."""
 
     @abstractmethod
-    def step(self, levels: Levels, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step_coefficients(self, levels: Levels, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """p, q, sigma of each step along levels (M, K + 1), (M, K) float64: x <- p x + q output (+ sigma noise).
 
         DDIM's update from one level to the next, with the network's output at the first of them, whatever it predicts:
@@ -76,26 +76,26 @@ class NoisePath(ABC):
         """Which of so many equal parts of the path t lies in: int64 in 0..parts - 1, 0 next to the image."""
 
     @abstractmethod
-    def draw(self, span: Timesteps, keys: Sequence[Key]) -> Levels:
+    def draw_timesteps(self, span: Timesteps, keys: Sequence[Key]) -> Levels:
         """(K, N): the timesteps that N pairs are trained at in a step, K = span.per_pair of each, the first drawn from
         its key and the others evenly spaced around the range from there."""
 
     @abstractmethod
-    def possible(self, span: Timesteps) -> Levels:
-        """(K, L): all columns that `draw` may give, equally probable; of a continuous path, enough for their mean."""
+    def possible_timesteps(self, span: Timesteps) -> Levels:
+        """(K, L): all columns that `draw_timesteps` may give, equally probable; enough of them on a continuous path."""
 
-    def walk(self, t: Levels, steps: int, grid: Grid) -> tuple[Levels, torch.Tensor, torch.Tensor]:
+    def visited_levels(self, t: Levels, steps: int, grid: Grid) -> tuple[Levels, torch.Tensor, torch.Tensor]:
         """levels (M, K + 1) that samples visit on their way from `clean` to t (M,), how many steps each takes (M,), and
-        what the network is told at each level (M, K + 1). Levels past a sample's last step are padding."""
+        the network's time at each level (M, K + 1). Levels past a sample's last step are padding."""
         self.check(t, steps)
         if grid == "spread":
             levels = self.own_levels(t, steps)
-            return levels, torch.full((len(t),), steps), self.told(levels)
+            return levels, torch.full((len(t),), steps), self.network_time(levels)
         if grid in ("exact", "snap"):
             # the global levels below t, then t itself
             t = self.snap(t, steps) if grid == "snap" else t
             levels = torch.minimum(self.global_levels(steps), t[:, None])
-            return levels, (levels[:, :-1] < t[:, None]).sum(1), self.told(levels)
+            return levels, (levels[:, :-1] < t[:, None]).sum(1), self.network_time(levels)
         raise ValueError(f"unknown inversion grid {grid!r}; one of {', '.join(self.grids)}")
 
     def snap(self, t: Levels, steps: int) -> Levels:

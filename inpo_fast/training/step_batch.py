@@ -51,8 +51,8 @@ class StepConfig:
 class StepBatch:
     """The pairs of one optimizer step on this rank, on the device.
 
-    x_0: (N, S, C, H, W) latents, S sides (winner first). t: (N,) on the CPU. times, a, s: (N, S), what the
-    network is told of it and the path's a_t and s_t, on the device. label, weight: (N,) fp32, of the pairs. Images
+    x_0: (N, S, C, H, W) latents, S sides (winner first). t: (N,) on the CPU. times, a, s: (N, S), the
+    network's time and the path's a_t and s_t, on the device. label, weight: (N,) fp32, of the pairs. Images
     of the conditioning are numbered pair * S + side.
     """
 
@@ -104,10 +104,12 @@ def make_step_batch(items: list[Item], models: Models, recipe: StepConfig, empty
         time_ids = to_device(torch.tensor([(*sizes, *target) for sizes in told]).float(), models.device)
     drawn = [("t", recipe.seed, item.position) for item in items] if held is None else held.t_keys(recipe.seed, items)
     path = models.noise_path
-    t = path.draw(recipe.objective.timesteps, drawn)
+    t = path.draw_timesteps(recipe.objective.timesteps, drawn)
     if recipe.inversion.grid == "snap" and uses_inversion(recipe):
         t = path.snap(t, recipe.inversion.steps)
-    times, a, s = (to_device(c[..., None].repeat(1, 1, sides), models.device) for c in (path.told(t), *path.a_s(t)))
+    times, a, s = (
+        to_device(c[..., None].repeat(1, 1, sides), models.device) for c in (path.network_time(t), *path.a_s(t))
+    )
     first = StepBatch(
         items=items,
         x_0=x_0.unflatten(0, (len(items), sides)),
@@ -137,7 +139,7 @@ def _with_cached(encoded: list[torch.Tensor], items: list[Item], sides: int, dev
 def inversion_costs(positions: Sequence[int], recipe: StepConfig, models: Models) -> list[int]:
     """UNet evaluations that the inversion of one side of each pair of the step will take, before it is read."""
     keys = [("t", recipe.seed, position) for position in positions]
-    t = models.noise_path.draw(recipe.objective.timesteps, keys)
+    t = models.noise_path.draw_timesteps(recipe.objective.timesteps, keys)
     return evaluations_of(recipe.inversion, models.noise_path, t).tolist()
 
 

@@ -35,8 +35,8 @@ class Flow(NoisePath):
 
     clean, output, implicit_steps, identity = 0.0, "velocity", True, "rectified flow"
 
-    def __init__(self, told=lambda s: 1000 * s, sign: float = 1.0, shift: float = 1.0):
-        self.told_of, self.sign, self.shift = told, sign, shift
+    def __init__(self, time_of=lambda s: 1000 * s, sign: float = 1.0, shift: float = 1.0):
+        self.time_of, self.sign, self.shift = time_of, sign, shift
 
     def check(self, t, steps):
         if not (t.is_floating_point() and t.ndim == 1 and ((t > 0) & (t <= 1)).all() and steps >= 1):
@@ -45,8 +45,8 @@ class Flow(NoisePath):
     def a_s(self, t):
         return (1 - t).float(), t.float()
 
-    def told(self, t):
-        return self.told_of(t).float()
+    def network_time(self, t):
+        return self.time_of(t).float()
 
     def global_levels(self, steps):
         s = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -58,7 +58,7 @@ class Flow(NoisePath):
     def all_levels(self, steps):
         return self.global_levels(4 * steps)[1:]
 
-    def step(self, levels, grid):
+    def step_coefficients(self, levels, grid):
         q = self.sign * levels.diff(dim=1)
         return torch.ones_like(q), q, torch.zeros_like(q)
 
@@ -68,10 +68,10 @@ class Flow(NoisePath):
     def part(self, t, parts):
         return (t * parts).long().clamp_max(parts - 1)
 
-    def draw(self, span, keys):
+    def draw_timesteps(self, span, keys):
         return self._timesteps(span, torch.tensor([keyed_rng.uniform(*key) for key in keys], dtype=torch.float64))
 
-    def possible(self, span):
+    def possible_timesteps(self, span):
         return self._timesteps(span, (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
 
     def _timesteps(self, span, first):
@@ -90,7 +90,7 @@ def test_ddpm_steps_against_numpy(output):
     abar = np.append(path.abar.numpy().astype(np.float64), 1.0)
     a, s = np.sqrt(abar), np.sqrt(1 - abar)
     levels = np.array([[CLEAN, 0, 1, 500, 999], [CLEAN, 99, 99, 998, 999]])
-    p, q, sigma = (c.numpy() for c in path.step(torch.from_numpy(levels), "exact"))
+    p, q, sigma = (c.numpy() for c in path.step_coefficients(torch.from_numpy(levels), "exact"))
     old, new = levels[:, :-1], levels[:, 1:]
     rng = np.random.default_rng(0)
     x, v = rng.normal(size=(2, 2, 4))
@@ -109,7 +109,7 @@ def test_ddpm_levels():
     abar = np.append(1.0, path.abar[[0, 999]].numpy().astype(np.float64))
     np.testing.assert_allclose(a.numpy(), np.sqrt(abar), rtol=ROUNDED)
     np.testing.assert_allclose(s.numpy(), np.sqrt(1 - abar), rtol=ROUNDED)
-    assert path.clean == CLEAN and path.told(torch.tensor([CLEAN, 0, 7])).tolist() == [0, 0, 7]
+    assert path.clean == CLEAN and path.network_time(torch.tensor([CLEAN, 0, 7])).tolist() == [0, 0, 7]
     assert path.global_levels(4).tolist() == [CLEAN, 249, 499, 749, 999]
     assert path.own_levels(torch.tensor([0, 10]), 4).tolist() == [[CLEAN, 0, 0, 0, 0], [CLEAN, 3, 5, 8, 10]]
     assert path.all_levels(3).tolist() == list(range(1000))
@@ -137,12 +137,15 @@ def test_ddpm_reads_what_the_network_predicts():
 
 
 def test_ddpm_draws_timesteps():
-    """The first from its key alone, uniform on the range; `possible` has every draw once."""
+    """The first from its key alone, uniform on the range; `possible_timesteps` has every draw once."""
     path, span = DDPMPath.of(DDIMScheduler(**SD15)), Timesteps(100, 899, 4)
-    t = path.draw(span, KEYS)
+    t = path.draw_timesteps(span, KEYS)
     assert t.shape == (4, 400) and t[0].tolist() == [keyed_rng.integer(100, 899, *key) for key in KEYS]
-    assert torch.equal(path.draw(span, KEYS[7:9]), t[:, 7:9]) and path.draw(span, []).shape == (4, 0)
-    every = path.possible(span)
+    assert torch.equal(path.draw_timesteps(span, KEYS[7:9]), t[:, 7:9]) and path.draw_timesteps(span, []).shape == (
+        4,
+        0,
+    )
+    every = path.possible_timesteps(span)
     assert every.shape == (4, 800) and torch.equal(every[:, t[0] - 100], t)
     assert torch.equal(every[0], torch.arange(100, 900))
 
@@ -203,7 +206,7 @@ def exact(x_0, s):
 
 
 def field(path: Flow, level_of):
-    """The exact field as a network that is told what the path says: v = (s - (1 - s) d^2) / ((1 - s)^2 d^2 + s^2) x."""
+    """The exact field as a network, conditioned on the path's time: v = (s - (1 - s) d^2) / ((1 - s)^2 d^2 + s^2) x."""
 
     def predict(x, time, rows):
         s = per_image(level_of(time.double()))
@@ -268,7 +271,7 @@ def test_objective_of_a_flow(fused, sign):
     path, B = Flow(sign=sign), 2
     s = torch.tensor([0.3, 0.9]).repeat(2).double()
     x_0, x = IMAGES[:4], exact(IMAGES[:4], s)
-    exact_v = field(path, lambda time: time / 1000)(x, path.told(s), None)
+    exact_v = field(path, lambda time: time / 1000)(x, path.network_time(s), None)
     rng = torch.Generator().manual_seed(2)
     policy, reference = exact_v + 0.1 * torch.randn(2, 4, 3, 4, 4, dtype=torch.float64, generator=rng)
     a, weight, config = 1 - s, torch.ones(B, dtype=torch.float64), ObjectiveConfig(beta=5.0)
@@ -295,14 +298,14 @@ def test_objective_of_a_flow(fused, sign):
 def test_flow_draws_timesteps():
     """Logit-normal, K of a pair evenly spaced in probability, whatever else is in the step."""
     path, span = Flow(), Timesteps(per_pair=4)
-    s = path.draw(span, KEYS)
+    s = path.draw_timesteps(span, KEYS)
     assert s.shape == (4, 400) and s.dtype == torch.float64 and (s > 0).all() and (s <= 1).all()
-    assert torch.equal(path.draw(span, KEYS[7:9]), s[:, 7:9])
+    assert torch.equal(path.draw_timesteps(span, KEYS[7:9]), s[:, 7:9])
     quarters = torch.tensor([-0.6744897501960817, 0.0, 0.6744897501960817], dtype=torch.float64).sigmoid()
     assert (torch.bucketize(s, quarters).sort(0).values == torch.arange(4)[:, None]).all()
-    every = path.possible(span).logit()
+    every = path.possible_timesteps(span).logit()
     assert every.mean().abs() < 1e-6 and every.std() == pytest.approx(1.0, abs=0.01)
-    assert path.possible(Timesteps(500, 999)).min() > 0.5
+    assert path.possible_timesteps(Timesteps(500, 999)).min() > 0.5
     assert path.part(torch.tensor([1e-6, 0.19, 0.2, 0.99, 1.0]), 5).tolist() == [0, 0, 1, 4, 4]
 
 
