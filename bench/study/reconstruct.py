@@ -1,8 +1,8 @@
 """How well an inversion is undone by sampling: no training, the base model, images of the preference pairs.
 
 x_0 is inverted to x_t, then sampled back by DDIM with the same (empty) prompt: down the levels of a much finer grid, so
-that the error is the inversion's own, whatever levels it took. Grids that do not land on t are told t all the same,
-as the loss is.
+that the error is the inversion's own, whatever levels it took. Grids that do not land on t are conditioned on t all
+the same, as the loss is.
 """
 
 import time
