@@ -22,8 +22,8 @@ from bench.study_presets import CHEAP, METHODS, PRESETS, methods
 from inpo_fast.comparison.evaluation import read_prompts
 from inpo_fast.config import parse
 from inpo_fast.data.loader import PairLoader
-from inpo_fast.judges.pocket_scenes import Finish, render, split_scenes
 from inpo_fast.pocket import ASSETS
+from inpo_fast.pocket.scenes import Finish, render, split_scenes
 from inpo_fast.runtime.errors import UserError
 
 SMALL = Study("small", grid({"method": ["inpo", "dpo"], "objective.beta": ["100", "200"]}), (0, 1))

@@ -19,7 +19,7 @@ from inpo_fast.comparison.prompts import PromptSet
 from inpo_fast.comparison.win_rates import disagreement
 from inpo_fast.config import EvaluateConfig
 from inpo_fast.judges import Scores
-from inpo_fast.judges.pocket_scenes import split_scenes
+from inpo_fast.pocket.scenes import split_scenes
 from inpo_fast.report import comparison as page
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError

@@ -15,7 +15,7 @@ from inpo_fast.comparison import evaluation as ev
 from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
 from inpo_fast.config import EvaluateConfig, parse
 from inpo_fast.judges import Scores
-from inpo_fast.judges.pocket_scenes import split_scenes
+from inpo_fast.pocket.scenes import split_scenes
 from inpo_fast.report.results import guards
 from inpo_fast.runtime.errors import UserError
 
