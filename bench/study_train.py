@@ -20,7 +20,8 @@ from bench.results import ROOT, provenance
 from bench.study_cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
 from bench.study_measures import MEASURES
 from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
-from inpo_fast.comparison.evaluation import Gallery, diversity, read_prompts
+from inpo_fast.comparison.evaluation import Gallery, diversity
+from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.comparison.win_rates import points
 from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.judges.registry import make_judge

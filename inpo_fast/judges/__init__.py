@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+SUMMARIES = ("alignment", "looks")  # parts that are means of other parts, where there are others
+
 
 @dataclass(frozen=True)
 class Scores:

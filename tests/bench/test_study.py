@@ -19,7 +19,7 @@ from bench.study import wanted_of
 from bench.study_cells import RECIPE, SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
 from bench.study_measures import MEASURES
 from bench.study_presets import CHEAP, METHODS, PRESETS, methods
-from inpo_fast.comparison.evaluation import read_prompts
+from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.config import parse
 from inpo_fast.data.loader import PairLoader
 from inpo_fast.pocket import ASSETS
