@@ -1,6 +1,6 @@
 """One cell and training seed of a study: train, draw the prompts of the split, judge them against the base's.
 
-The base and the control (its noise prediction times 1.01) are drawn once for all cells, from the same noise.
+The base and the negative control (its noise prediction times 1.01) are drawn once for all cells, from the same noise.
 """
 
 import functools
@@ -96,7 +96,7 @@ def trained(config: RunConfig, console: Console | None = None) -> Trained:
 
 
 def run_base(study: Study, scale: float) -> dict:
-    """The base with its noise prediction scaled, against the base itself: 1.01 is the control."""
+    """The base with its noise prediction scaled, against the base itself: 1.01 is the negative control."""
     quiet_libraries()
     torch.set_num_threads(1)
     name = f"control-{scale:g}-{study.split}-{study.pictures}"

@@ -110,7 +110,7 @@ def test_a_person_votes_and_the_trainer_accepts(evaluation, serve, tmp_path):
             assert (row["label_0"] == 1) == (levels[0] > levels[1])
     assert sorted(table["label_0"].to_pylist()).count(0.5) == 1
     assert len({(a > b) for _, a, b in seen}) == 2  # sides are drawn
-    command = [sys.executable, "-m", "inpo_fast.data.validate", "--source", str(votes.output), "--resolution", "16"]
+    command = [sys.executable, "-m", "inpo_fast.validate", "--source", str(votes.output), "--resolution", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "fit to train on" in done.stdout, done.stdout + done.stderr
 
