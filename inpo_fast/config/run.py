@@ -6,7 +6,7 @@ from typing import Literal
 import yaml
 
 from inpo_fast.comparison.config import EvaluateConfig
-from inpo_fast.data.loader import DataConfig
+from inpo_fast.data.config import DataConfig
 from inpo_fast.method import objectives
 from inpo_fast.method.inversion import InversionConfig
 from inpo_fast.method.objectives import Method, ObjectiveConfig

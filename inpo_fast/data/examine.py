@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+from inpo_fast.data.config import DataConfig
 from inpo_fast.data.images import decode
-from inpo_fast.data.loader import DataConfig
 from inpo_fast.data.order import make_order
 from inpo_fast.data.pair import BadPair, Pair, Source
 

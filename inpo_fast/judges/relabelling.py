@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from inpo_fast.data.config import DataConfig
 from inpo_fast.data.images import decode
-from inpo_fast.data.loader import DataConfig
 from inpo_fast.data.pair import BadPair, Source
 from inpo_fast.data.relabelled import METADATA, source_identity
 from inpo_fast.judges import Judge, judge_id
