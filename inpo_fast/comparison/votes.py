@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from inpo_fast.comparison.model_comparison import NEGATIVE_CONTROL
 from inpo_fast.data import records
 from inpo_fast.data.pair import BadPair, Source
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
@@ -52,7 +53,7 @@ def cases_of_evaluation(folder: Path, models: Sequence[str], seed: int) -> list[
             where[record["prompt"], record["seed"]] = folder / record["file"], record["image"]
         except (KeyError, TypeError) as problem:
             raise UserError(f"{listing}:{number}: no {problem}; run the evaluation again") from problem
-    models = list(models) or [name for name in by_model if name != "control"][:2]
+    models = list(models) or [name for name in by_model if name != NEGATIVE_CONTROL][:2]
     if len(models) != 2 or len({*models}) != 2 or not {*models} <= by_model.keys():
         raise UserError(f"--models {' '.join(models)}: give two of {', '.join(by_model)}")
     cases = []

@@ -151,10 +151,10 @@ def markdown(result: dict) -> str:
             for label in pair["groups"][kind]:
                 each = [result["win_rates"][judge][number]["groups"][kind][label] for judge in judges]
                 lines.append(_line(label, [_rate(values) for values in each]))
-    return "\n".join([*lines, *_paper(result)]) + "\n"
+    return "\n".join([*lines, *_published(result)]) + "\n"
 
 
-def _paper(result: dict) -> list[str]:
+def _published(result: dict) -> list[str]:
     """The paper's numbers, where base, prompts and guidance are the paper's."""
     paper = result["paper"]
     if paper is None:

@@ -310,9 +310,9 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
         (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"2 of 2, the first unet\.a\.lora_A\.weight"),
     ]
     for arguments, words in cases:
-        with pytest.raises(UserError, match=words) as refusal:
+        with pytest.raises(UserError, match=words) as error:
             run(monkeypatch, *arguments)
-        assert "\n" not in str(refusal.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"not a supported layout: StableDiffusionPipeline with KDownBlock2D"):
         single_file_export.single_file(odd)
     odd = tiny_pipeline()

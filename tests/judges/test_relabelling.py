@@ -1,4 +1,4 @@
-"""Relabelled pairs against labels computed by hand; the sidecar's refusals; the whole chain on the pocket's pairs."""
+"""Relabelled pairs against labels computed by hand; the sidecar's errors; the whole chain on the pocket's pairs."""
 
 import json
 import sys
@@ -151,7 +151,7 @@ def test_ids_are_known_before_pairs_are_read(tmp_path, kind):
     assert relabelled.pair_ids(source) == [source.read(0).id]
 
 
-def test_refusals_of_a_sidecar(tmp_path):
+def test_errors_of_a_sidecar(tmp_path):
     path = write(tmp_path / "set", LEVELS)
     run(path, [Mean()], tmp_path / "l.parquet")
     other = write(tmp_path / "other", [(1, 2), *LEVELS[1:]])
