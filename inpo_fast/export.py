@@ -10,9 +10,13 @@ in any program's names is written in kohya's or diffusers', alpha / rank inside,
 import argparse
 from pathlib import Path
 
-from inpo_fast.handover.single_file_export import FORMAT_HELP, FORMATS
-from inpo_fast.models.models import DTYPES
 from inpo_fast.runtime.errors import UserError, run_command
+
+FORMATS = ("kohya", "kohya-diffusers", "diffusers")
+FORMAT_HELP = (
+    "names of a LoRA: kohya (default; ComfyUI, A1111, Forge, InvokeAI, sd-scripts, OneTrainer); kohya-diffusers, the "
+    "same with diffusers' layers (ai-toolkit; InvokeAI and OneTrainer for an XL with other blocks); diffusers"
+)
 
 
 def main() -> None:
@@ -22,7 +26,7 @@ def main() -> None:
     parser.add_argument("--lora", type=Path, help="a LoRA: its folder or file, in the names of any program")
     parser.add_argument("--output", type=Path, required=True, help="FILE.safetensors")
     parser.add_argument("--format", choices=FORMATS, default="kohya", help=FORMAT_HELP)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp16 for a model, fp32 for a LoRA")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp16 for a model, fp32 for a LoRA")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     own = parser.parse_args()
     if own.model is None and own.lora is None:
@@ -34,6 +38,7 @@ def main() -> None:
     from inpo_fast.handover.single_file_export import about_model, convert, lora_tensors, provenance, save, single_file
     from inpo_fast.models.files.safetensors_metadata import modelspec
     from inpo_fast.models.loading import load_pipeline, quiet_libraries
+    from inpo_fast.models.models import DTYPES
 
     quiet_libraries()
     dtype = DTYPES[own.dtype or ("fp16" if own.lora is None else "fp32")]

@@ -1,6 +1,6 @@
 """One cell and training seed of a study: train, draw the prompts of the split, judge them against the base's.
 
-The base and the control (its noise prediction times 1.01) are drawn once for all cells, from the same noise.
+The base and the negative control (its noise prediction times 1.01) are drawn once for all cells, from the same noise.
 """
 
 import functools
@@ -20,7 +20,8 @@ from bench.results import ROOT, provenance
 from bench.study.cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
 from bench.study.measures import MEASURES
 from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
-from inpo_fast.comparison.evaluation import Gallery, diversity, read_prompts
+from inpo_fast.comparison.evaluation import Gallery, diversity
+from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.comparison.win_rates import points
 from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.judges.registry import make_judge
@@ -95,7 +96,7 @@ def trained(config: RunConfig, console: Console | None = None) -> Trained:
 
 
 def run_base(study: Study, scale: float) -> dict:
-    """The base with its noise prediction scaled, against the base itself: 1.01 is the control."""
+    """The base with its noise prediction scaled, against the base itself: 1.01 is the negative control."""
     quiet_libraries()
     torch.set_num_threads(1)
     name = f"control-{scale:g}-{study.split}-{study.pictures}"

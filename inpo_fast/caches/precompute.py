@@ -1,8 +1,5 @@
 """Latents and text embeddings of a run, before it: the VAE and the text encoders then need not run while training.
 
-    torchrun --nproc-per-node 8 -m inpo_fast.cache --config configs/sd15.yaml --data.cache CACHE [--group.key=value …]
-    torchrun --nproc-per-node 8 -m inpo_fast.train --config configs/sd15.yaml --data.cache CACHE
-
 Makes what this very configuration will draw in its train.steps x train.pairs_per_step positions. Interrupted, it goes
 on where it stopped; shards are written whole or not at all.
 """

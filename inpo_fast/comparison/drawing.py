@@ -1,9 +1,4 @@
-"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only.
-
-    python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --output sheet.png
-
-A contact sheet: the base's pictures above the aligned model's, same prompts and same noise.
-"""
+"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,11 +9,12 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from inpo_fast.models.loading import open_unet
+from inpo_fast.models.loading import load_pipeline, load_vae, open_unet
 from inpo_fast.models.peak_memory import one_by_one
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import TooLarge, fits, with_less
+from inpo_fast.runtime.progress import picture_progress
 
 log = logging.getLogger(__name__)
 FITTED: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # pictures at once, where fewer than asked fit
@@ -92,6 +88,16 @@ def _decoding(vae: torch.nn.Module):
             vae.to(dtype)
 
 
+def open_base(
+    key: str, place: str, dtype: torch.dtype, single_file_config: str | None, vae_key: str, vae: str | None
+) -> DiffusionPipeline:
+    """The pipeline that models are compared in. key, vae_key: the settings that named it and another VAE."""
+    pipeline = load_pipeline(place, dtype, single_file_config, key=key)
+    if vae:
+        pipeline.vae = load_vae(vae, pipeline, key=vae_key).to(dtype)
+    return pipeline
+
+
 def use_ddim(pipeline: DiffusionPipeline) -> None:
     """Swap in the deterministic DDIM sampler with the model's own noise schedule."""
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -109,9 +115,20 @@ def drawing_with(pipeline: DiffusionPipeline, unet: torch.nn.Module):
         pipeline.unet, pipeline.scheduler = own, scheduler
 
 
+def draw_both(
+    pipeline: DiffusionPipeline, unet: torch.nn.Module, prompts: Sequence[str], keys: Sequence[keyed_rng.Key], **how
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The pictures of the pipeline's own UNet and of another, from the same noise. how: as in `draw`."""
+    use_ddim(pipeline)
+    with picture_progress(2 * len(prompts), "draw") as advance:
+        before = draw(pipeline, prompts, keys, advance=lambda n: advance(n, "base"), **how)
+        with drawing_with(pipeline, unet):
+            return before, draw(pipeline, prompts, keys, advance=lambda n: advance(n, "aligned"), **how)
+
+
 @contextmanager
 def scaled_eps(pipeline: DiffusionPipeline, scale: float):
-    """Within the block the UNet's prediction is multiplied by `scale` (the control row of an evaluation)."""
+    """Within the block the UNet's prediction is multiplied by `scale` (the negative control of an evaluation)."""
 
     def multiply(_module, _inputs, output):
         output[0].mul_(scale)

@@ -4,70 +4,24 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from inpo_fast.data.balance import fair_shares
-from inpo_fast.data.filters import FilterConfig, filtered
+from inpo_fast.data.config import DataConfig
+from inpo_fast.data.filters import filtered
 from inpo_fast.data.images import View, decode, make_view
-from inpo_fast.data.order import FULL_BYTES, Shuffle, make_order, step_positions
+from inpo_fast.data.order import FULL_BYTES, make_order, step_positions
 from inpo_fast.data.pair import BadPair, Pair, Source
-from inpo_fast.data.relabelled import LabelsAs, RelabelledSource, source_identity
-from inpo_fast.data.sources import Format, open_source
+from inpo_fast.data.relabelled import RelabelledSource, source_identity
+from inpo_fast.data.sources import open_source
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the preference pairs come from and how an image becomes a training view."""
-
-    source: str = ""
-    """Parquet in the Pick-a-Pic v2 schema, webdataset .tar shards (a file, a folder, a pattern in quotes or an fsspec
-    URL such as hf://datasets/NAME), a folder with metadata.jsonl, or a JSON file in the manner of HPDv2 and HPDv3."""
-    format: Format = "auto"
-    """auto: by what lies there: metadata.jsonl, the endings .json, .jsonl, .parquet, .tar, in this order."""
-    images: str | None = None
-    """Folder that the image paths of a JSON listing start from. None: the listing's own."""
-    labels: str | None = None
-    """A sidecar of `python -m inpo_fast.relabel`: judges' labels in place of the source's own. None: the source's."""
-    labels_as: LabelsAs = "hard"
-    """hard: the better image by the judges (the paper's 5.3). soft: with the probability that it is the better one."""
-    shuffle: Shuffle = "auto"
-    """full: any pair may follow any other. blocks: parquet row groups are shuffled, and pairs among several of them, so
-    that each is read once an epoch. auto: full where pairs can be read alone or all take up to 256 MiB, else blocks."""
-    resolution: int | None = None
-    """Pixels per side. None: the model's own (UNet sample size times the VAE's factor)."""
-    crop: Literal["center", "random"] = "center"
-    """Where the square is cut out after the short side was resized."""
-    flip: bool = True
-    """Mirror each image with probability 1/2; the two images of a pair independently (as published)."""
-    prompt_dropout: float = 0.0
-    """Share of prompts replaced by the empty one. The published script: 0.2; the paper does not mention it."""
-    vae_sample: bool = True
-    """Draw latents from the VAE's posterior (as published), or take its mean."""
-    vae_batch: int | None = None
-    """Images that the VAE encodes at once. No effect beyond rounding. None: from the model and the resolution, so that
-    it takes at most 3 GiB."""
-    max_pixels: int = 50_000_000
-    """A larger image is dropped with its pair (decompression bombs)."""
-    bad_pair_limit: float = 0.001
-    """Stop when more than this share of the pairs read so far had to be dropped (never before the second)."""
-    workers: int = 2
-    """Threads that read and decode images."""
-    filters: FilterConfig = field(default_factory=FilterConfig)
-    cache: str | None = None
-    """Folder of latents and text embeddings that `python -m inpo_fast.cache` made for this very configuration."""
-    prefetch_mb: int = 1024
-    """MiB of decoded views per process that are kept ready for the next steps. No effect on the result."""
-    cache_mb: int | None = None
-    """MiB of parquet row groups per process that are kept in memory. None: what the order needs. No effect on the
-    result; with less, row groups are read again and again."""
 
 
 def open_data(config: DataConfig) -> Source:

@@ -7,13 +7,11 @@ webdataset  tar shards (webdataset.py)
 """
 
 from pathlib import Path
-from typing import Literal
 
+from inpo_fast.data.config import Format
 from inpo_fast.data.pair import Source
 from inpo_fast.data.places import File, find, is_url
 from inpo_fast.runtime.errors import UserError
-
-Format = Literal["auto", "parquet", "folder", "hpd", "webdataset"]
 
 
 def open_source(

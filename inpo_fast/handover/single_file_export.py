@@ -1,8 +1,4 @@
 """A trained model or LoRA as the single file that ComfyUI, A1111 and diffusers' `from_single_file` read.
-
-    python -m inpo_fast.export --model runs/sd15/model --output aligned.safetensors [--dtype fp16]
-    python -m inpo_fast.export --lora runs/sd15-lora/lora --output aligned-lora.safetensors [--format kohya]
-
 A model's file holds UNet, VAE and text encoders under the names of the original checkpoints (original_keys.py). A LoRA
 in any program's names is written in kohya's or diffusers', alpha / rank inside, for readers that know no alpha.
 """
@@ -25,11 +21,6 @@ from inpo_fast.models.lora import kohya_tensors
 from inpo_fast.models.lora import tensors as diffusers_tensors
 from inpo_fast.runtime.errors import UserError
 
-FORMATS = ("kohya", "kohya-diffusers", "diffusers")
-FORMAT_HELP = (
-    "names of a LoRA: kohya (default; ComfyUI, A1111, Forge, InvokeAI, sd-scripts, OneTrainer); kohya-diffusers, the "
-    "same with diffusers' layers (ai-toolkit; InvokeAI and OneTrainer for an XL with other blocks); diffusers"
-)
 BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 
 

@@ -1,6 +1,4 @@
-"""Align a diffusion model with preference pairs.
-
-    torchrun --nproc-per-node 8 -m inpo_fast.train --config configs/sd15.yaml [--group.key=value …]
+"""One run from its configuration to the finished model.
 
 The loop: the only file that knows time. What a step does is in step.py.
 """
@@ -19,7 +17,7 @@ from rich.console import Console
 
 from inpo_fast.caches.latent_cache import LatentCache, open_latent_cache
 from inpo_fast.caches.trajectory_cache import TrajectoryCache, open_trajectory_cache
-from inpo_fast.comparison.evaluation import open_inputs
+from inpo_fast.comparison.run_evaluation import open_inputs
 from inpo_fast.config import RunConfig, split_batch, to_dict, variant_of
 from inpo_fast.data.loader import Item, PairLoader, open_data
 from inpo_fast.data.pair import Source

@@ -18,9 +18,10 @@ from tiny_world import tiny_pipeline, tiny_xl
 from inpo_fast import export as export_command
 from inpo_fast.handover import single_file_export
 from inpo_fast.handover.output_model import output_pipeline, save_adapter
+from inpo_fast.models import random_weights
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.loading import load_pipeline, open_pipeline
-from inpo_fast.models.models import Models, random_weights
+from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -309,9 +310,9 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
         (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"2 of 2, the first unet\.a\.lora_A\.weight"),
     ]
     for arguments, words in cases:
-        with pytest.raises(UserError, match=words) as refusal:
+        with pytest.raises(UserError, match=words) as error:
             run(monkeypatch, *arguments)
-        assert "\n" not in str(refusal.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"not a supported layout: StableDiffusionPipeline with KDownBlock2D"):
         single_file_export.single_file(odd)
     odd = tiny_pipeline()

@@ -22,16 +22,17 @@ from tiny_world import save_pairs, tiny_pipeline, tiny_xl
 
 from inpo_fast import export as export_command
 from inpo_fast import train as train_command
-from inpo_fast.comparison.evaluation import verdict
 from inpo_fast.config import parse
 from inpo_fast.handover import single_file_export
 from inpo_fast.handover.model_card import write_cards
 from inpo_fast.handover.output_model import KOHYA_NAME, output_pipeline
+from inpo_fast.models import random_weights
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.files.lora_files import read_lora
 from inpo_fast.models.loading import load_pipeline, open_pipeline, quiet_libraries
 from inpo_fast.models.lora import with_lora
-from inpo_fast.models.models import DTYPES, Models, random_weights
+from inpo_fast.models.models import DTYPES, Models
+from inpo_fast.report.results import NAMES, verdict
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training import checkpoint, loop
 
@@ -372,23 +373,23 @@ def test_the_trainer_writes_the_card_with_its_evaluation(world, monkeypatch):
     train_command.main()
     card, result = (out / "model" / "README.md").read_text(), json.loads((out / "evaluation.json").read_text())
     assert verdict(result) in card and "Diffusion-DPO" in card
-    for name, guard in result["guards"].items():
-        assert f"- {name.replace('_', ' ')}: {'holds' if guard['ok'] else '**FAILS**'}" in card
+    for key, check in result["guards"].items():
+        assert f"- {NAMES.get(key, key)}: {'holds' if check['ok'] else '**FAILS**'}" in card
 
 
 @pytest.mark.parametrize(
     ("change", "words", "never"),
     [
-        ({}, ["is better than its base: it wins 62.0 %", "55.0 to 70.0", "a-judge", "all guards hold"], "FAILS"),
+        ({}, ["is better than its base: it wins 62.0 %", "55.0 to 70.0", "a-judge", "all sanity checks hold"], "FAILS"),
         (
             {"guards": {"control": CONTROL | {"ok": False}, "diversity_ratio": {"value": 0.9, "ok": True}}},
             [
                 "for this judge",
-                "BUT these guards fail: control",
-                "- control: **FAILS**",
+                "BUT these sanity checks fail: negative control",
+                "- negative control: **FAILS**",
                 "- diversity ratio: holds, 0.9",
             ],
-            "all guards hold",
+            "all sanity checks hold",
         ),
         ({"win_rate": 0.5, "win_rate_low": 0.45}, ["No difference from the base can be shown"], "is better than"),
         ({"win_rate_low": 0.3, "win_rate": 0.4, "win_rate_high": 0.45}, ["WORSE than its base"], "is better than"),
