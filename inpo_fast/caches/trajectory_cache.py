@@ -34,7 +34,6 @@ from inpo_fast.data.loader import DataConfig, Item
 from inpo_fast.method.inversion import InversionConfig
 from inpo_fast.method.inversion_schedule import EvaluateAt, Grid, plan, shares_prefix
 from inpo_fast.method.objectives import ObjectiveConfig
-from inpo_fast.models.fast.fast_unet import resolve
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
@@ -131,8 +130,7 @@ def open_trajectory_cache(
             f"{', '.join(good)}; with inversion.frozen=true any"
         )
     resolution = data.resolution or models.resolution
-    side = models.reference.config.sample_size * resolution // models.resolution
-    latent = (models.reference.config.in_channels, side, side)
+    latent = models.latent_shape(resolution)
     answers, top = 0, objective.timesteps.max
     if not inversion.frozen:
         counts = plan(models.schedule, torch.arange(models.schedule.T), **how).evaluations
@@ -146,7 +144,7 @@ def open_trajectory_cache(
         frozen=inversion.frozen,
         prompted=prompted,
         vae_sample=data.vae_sample,
-        told_sizes=models.is_xl and models.config.micro_conditioning == "image",
+        told_sizes=models.micro_conditioning == "image",
         top=top,
         latent=latent,
         answers=answers,
@@ -170,18 +168,17 @@ def _identity(
     """All that answers and latents depend on beside the image; the manifest."""
     schedule, settings = models.schedule, models.config
     levels = (schedule.abar.tolist(), schedule.first_abar, schedule.steps_offset)
-    fast = resolve(settings.fast, models.device)
+    fast = models.fast
     if fast == "compiled":
         fast += " as a CUDA graph" if settings.cuda_graphs else " by blocks"
-    encoders = [getattr(models.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
     identity = {
         "holds": "frozen steps" if inversion.frozen else "trajectories",
         "fp8": inversion.fp8,
         "layout": 1,
         "reference": fingerprint(models.reference),
         "vae": fingerprint(models.vae),
-        "text": digest(*(fingerprint(encoder).encode() for encoder in encoders if encoder is not None)),
-        "empty_prompt": "zeros" if models.pipeline.config.get("force_zeros_for_empty_prompt") else "encoded",
+        "text": digest(*(fingerprint(encoder).encode() for encoder in models.encoders)),
+        "empty_prompt": "zeros" if models.denoiser.zeros_for_empty(models.pipeline) else "encoded",
         "precision": settings.precision,
         # where the fused inversion meets an adapter it takes another kernel, which rounds otherwise
         "fast": f"{fast}, {'adapters' if models.adapters else 'no adapters'}" if fast != "off" else fast,
@@ -192,7 +189,7 @@ def _identity(
         "guidance": inversion.guidance,
         "schedule": digest(repr(levels).encode()),
         "prediction": "v" if models.predicts_v else "epsilon",
-        "micro_conditioning": settings.micro_conditioning if models.is_xl else None,
+        "micro_conditioning": models.micro_conditioning,
         "latent": latent,
         "resolution": resolution,
         "torch": version("torch"),

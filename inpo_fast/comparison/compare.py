@@ -22,6 +22,7 @@ from inpo_fast.comparison.published_scores import reference
 from inpo_fast.comparison.win_rates import interval, points
 from inpo_fast.judges import Judge, Scores, judge_id
 from inpo_fast.judges.cache import CHUNK, ScoreCache, image_hash
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.files.lora_files import lora_file, read_lora
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
@@ -71,7 +72,7 @@ def draw_all(contest: Contest, pipeline: DiffusionPipeline, config: EvaluateConf
     use_ddim(pipeline)
     for name, place in contest.models.items():  # a LoRA that does not fit is told before anything is drawn
         if name != BASE and lora_file(place, "--model"):
-            read_lora("--model", place, pipeline.unet)
+            read_lora("--model", place, denoiser_of(pipeline).module(pipeline))
     common = _identity(pipeline, config)
     rows = [(name, place, 1.0) for name, place in contest.models.items()]
     if config.control_eps_scale != 1.0:
@@ -100,17 +101,17 @@ def draw_all(contest: Contest, pipeline: DiffusionPipeline, config: EvaluateConf
 
 
 def _identity(pipeline: DiffusionPipeline, config: EvaluateConfig) -> dict:
-    """What decides a picture beside the UNet."""
-    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    """What decides a picture beside the network."""
+    denoiser = denoiser_of(pipeline)
     return {
         "vae": fingerprint(pipeline.vae),
-        "text": [fingerprint(encoder) for encoder in encoders if encoder is not None],
+        "text": [fingerprint(encoder) for encoder in denoiser.encoders(pipeline)],
         "sampler": "DDIM",
         "schedule": digest(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode()),
         "steps": config.sampler_steps,
         "guidance": config.guidance,
         "seed": config.seed,
-        "dtype": str(pipeline.unet.dtype),
+        "dtype": str(denoiser.module(pipeline).dtype),
     }
 
 
@@ -121,9 +122,9 @@ def _drawing_with(pipeline: DiffusionPipeline, name: str, place: str):
 
 
 def _weights(pipeline: DiffusionPipeline, name: str, place: str) -> str:
-    """Of the UNet that draws; the fingerprint leaves adapters out, so a LoRA's file is added."""
+    """Of the network that draws; the fingerprint leaves adapters out, so a LoRA's file is added."""
     adapter = None if name in (BASE, CONTROL) else lora_file(place)
-    return fingerprint(pipeline.unet) + (digest(adapter.read_bytes()) if adapter else "")
+    return fingerprint(denoiser_of(pipeline).module(pipeline)) + (digest(adapter.read_bytes()) if adapter else "")
 
 
 def judge_all(contest: Contest, folder: Path, say: Callable[[str], None]) -> None:

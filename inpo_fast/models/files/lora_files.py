@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from inpo_fast.models.files.original_keys import unet_name
 from inpo_fast.models.files.safetensors_header import read_header
 from inpo_fast.models.lora import Lora
-from inpo_fast.models.random_weights import UNETS, make_unet
+from inpo_fast.models.unet import UNETS, UNet
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.warn_once import warn_once
 
@@ -107,8 +107,8 @@ def read_lora(key: str, path: str | Path, unet: torch.nn.Module) -> Lora:
     return _lora(key, path, layer_names(unet), shapes)
 
 
-def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lora, dict]:
-    """The LoRA of a file or folder whose UNet is not at hand, and what it shows of the UNet's configuration.
+def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lora, UNet]:
+    """The LoRA of a file or folder whose UNet is not at hand, and what it shows of the UNet.
 
     layout: with what the names of its layers in the original UNet need. UserError where the LoRA does not show that.
     """
@@ -119,7 +119,7 @@ def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lo
         # XL has no attention at full resolution; a smaller XL has a part of XL's own layers, if they are diffusers'
         kind = "sd15" if any("down_blocks_0_attentions" in name for name in found) else "sdxl"
         with torch.device("meta"):
-            unet = make_unet(kind)
+            unet = UNet.make_network(kind)
         try:
             lora = _lora(key, path, layer_names(unet), None)
         except UserError as problem:
@@ -132,7 +132,7 @@ def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lo
         config["cross_attention_dim"] = width = widths.pop()
         if width == 2048:
             config.setdefault("addition_embed_type", "text_time")
-    return lora, config
+    return lora, UNet(config)
 
 
 def _find(key: str, path: str | Path) -> Path:

@@ -12,9 +12,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import CLIPTextConfig
 
+from inpo_fast.models.denoiser import Denoiser
+from inpo_fast.models.families import PIPELINES
 from inpo_fast.models.files import alignable, recognise, single_file
 from inpo_fast.models.files.hub import HubModel, path_or_id
 from inpo_fast.models.files.safetensors_header import FLOAT8, WeightsFile, read_header
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.warn_once import warn_once
@@ -56,8 +59,12 @@ class Found:
     hub: HubModel | None = None
 
     @property
+    def family(self) -> type[Denoiser]:
+        return PIPELINES[alignable.pipeline_class(self.index)]
+
+    @property
     def is_xl(self) -> bool:
-        return self.unet.get("addition_embed_type") == "text_time"
+        return UNet(self.unet).is_xl
 
 
 def find_model(key: str, place: str, single_file_config: str | None = None) -> Found:
@@ -164,7 +171,7 @@ def _configured(found: Found, said: Mapping = {}) -> Found:
     alignable.check_unet(key, place, unet)
     if alignable.is_refiner(unet):
         raise UserError(f"{key}: {place} is {REFINER}; {alignable.ALIGNED}")
-    is_xl = unet.get("addition_embed_type") == "text_time"
+    is_xl = UNet(unet).is_xl
     texts = []
     for name in ("text_encoder", "text_encoder_2")[: 1 + is_xl]:
         if found.file is None and alignable.class_of(found.index, name) is None:

@@ -72,16 +72,6 @@ PARTS = (  # parts of a model, and networks that are none
 )  # fmt: skip
 
 # ---- folders: classes that JSON files name --------------------------------------------------------------------------
-STOCK = {  # parts of Stable Diffusion 1.x, 2.x and XL, put together for one use or another
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionPAGPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLPAGPipeline",
-}
 CLASSES = (  # beginnings of classes of pipelines and models -> what they belong to
     ("StableDiffusion3", "Stable Diffusion 3"),
     ("SD3", "Stable Diffusion 3"),
