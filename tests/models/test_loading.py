@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel
 
-from bench.train_step import move_policy
+from bench.step.train_step import move_policy
 from inpo_fast.config import parse
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_world import save_pairs, tiny_models
 
-from bench.naive import naive_step
+from bench.step.naive import naive_step
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method import objectives as obj

@@ -21,8 +21,8 @@ import time
 import torch
 
 from bench.results import provenance
-from bench.study_cells import Cell, Study, config_of, settings_of
-from bench.study_train import trained
+from bench.study.cells import Cell, Study, config_of, settings_of
+from bench.study.train import trained
 from inpo_fast.config import RunConfig
 from inpo_fast.data.loader import Item, PairLoader, open_data
 from inpo_fast.models.loading import open_pipeline, quiet_libraries

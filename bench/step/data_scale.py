@@ -1,6 +1,6 @@
 """How opening and reading grow with the set: made sets of small pairs, each opened in a fresh process.
 
-    python -m bench.data_scale [--rows 1000 10000 100000] [--sources parquet folder hpd webdataset]
+    python -m bench.step.data_scale [--rows 1000 10000 100000] [--sources parquet folder hpd webdataset]
 
 A pair is two 32 x 32 PNGs of noise, a parquet row group has 1000 of them, a tar shard 10,000. Measured: seconds until
 the source is open, resident memory beyond that of the imports after opening and at most while 2000 pairs were read in
@@ -40,7 +40,7 @@ SOURCES = ("parquet", "folder", "hpd", "webdataset")
 
 
 def main() -> None:
-    parser = command_line("python -m bench.data_scale", __doc__)
+    parser = command_line("python -m bench.step.data_scale", __doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000], help="pairs of each set")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=["parquet"])
     parser.add_argument("--folder", help="where the sets are made and removed; default: the system's temporary folder")
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def in_fresh_process(source: str, path: Path) -> list[str]:
-    command = [sys.executable, "-m", "bench.data_scale", "--measure", source, str(path)]
+    command = [sys.executable, "-m", "bench.step.data_scale", "--measure", source, str(path)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     numbers = ("seconds", ".2f"), ("opened", ".0f"), ("reading", ".0f"), ("rate", ",.0f")
     return [*(format(found[name], form) for name, form in numbers), found["order"]]

@@ -1,8 +1,8 @@
 """Each op's error against float64, beside that of eager torch at the same dtypes: a table for docs/kernels.md.
 
-    python -m bench.accuracy [--file docs/kernels.md]
+    python -m bench.kernels.accuracy [--file docs/kernels.md]
 
-Over the tiny cases of bench/bench_*.py, on the CPU in Triton's interpreter or on the GPU there is.
+Over the tiny cases of bench/kernels/bench_*.py, on the CPU in Triton's interpreter or on the GPU there is.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench import interpreter, results  # interpreter first: before anything imports triton
-from bench.case import Case, all_cases, check, provide
+from bench.kernels.case import Case, all_cases, check, provide
 from bench.report import write_between
 
 CUDA = interpreter.CUDA
@@ -37,17 +37,17 @@ def table(cases: list[Case]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, default=results.ROOT / "docs" / "kernels.md")
     arguments = parser.parse_args()
     if interpreter.BROKEN:
-        parser.exit(2, f"bench.accuracy: {interpreter.BROKEN}\n")
+        parser.exit(2, f"bench.kernels.accuracy: {interpreter.BROKEN}\n")
     made = results.provenance()
     where = f"on {made['device']}" if CUDA else "in Triton's interpreter on the CPU"
     text = (
-        f"`python -m bench.accuracy`, {where}, torch {made['torch']}, triton {made['triton']}. An element's error is "
-        "relative to its own size or, where that is smaller, to the rms of its tensor; largest over elements, results "
-        f"and shapes.{'' if CUDA else TRUNCATED}\n\n" + table([case for case in all_cases() if not case.real])
+        f"`python -m bench.kernels.accuracy`, {where}, torch {made['torch']}, triton {made['triton']}. An element's "
+        "error is relative to its own size or, where that is smaller, to the rms of its tensor; largest over elements, "
+        f"results and shapes.{'' if CUDA else TRUNCATED}\n\n" + table([case for case in all_cases() if not case.real])
     )
     print(text)
     write_between(arguments.file, "accuracy", text)

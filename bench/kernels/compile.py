@@ -1,6 +1,6 @@
 """Compiles every kernel launch at its real shapes ahead of time, for GPUs that need not be there.
 
-    python -m bench.compile_kernels [--arch 80 90 100] [--kernel NAME ...] [--json FILE]
+    python -m bench.kernels.compile [--arch 80 90 100] [--kernel NAME ...] [--json FILE]
 
 Each op is called as in training, on uninitialised CPU tensors of the real shapes. Triton specialises the launch
 as always (types, divisibility by 16, equality with 1), compiles it, and is stopped before it would run: what is
@@ -204,17 +204,17 @@ def main() -> int:
     if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there changes nothing, and stays free
-    parser = argparse.ArgumentParser(prog="python -m bench.compile_kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.compile", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=SHARED_KIB, metavar="SM")
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these (default: all)")
-    parser.add_argument("--cases", metavar="FILE.py", help="its list CASES in place of those in bench/")
+    parser.add_argument("--cases", metavar="FILE.py", help="its list CASES in place of those in bench/kernels")
     parser.add_argument("--json", metavar="FILE", help="also write the table there")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
     if arguments.cases:
         cases = runpy.run_path(arguments.cases)["CASES"]
     else:
-        from bench.case import all_cases
+        from bench.kernels.case import all_cases
 
         cases = all_cases()
     cases = [case for case in cases if case.real]

@@ -1,6 +1,6 @@
 """How far each way to invert moves x_t, and the gradient with it, from the plain fp32 inversion.
 
-    python -m bench.x_t [--base FOLDER] [--source FILE] [--pairs 64]
+    python -m bench.step.x_t [--base FOLDER] [--source FILE] [--pairs 64]
 
 The gradient is always computed by the plain fp32 UNets: only x_t differs. Distances are relative, in norm.
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.train_step import move_policy
+from bench.step.train_step import move_policy
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.inversion import InversionConfig
@@ -34,7 +34,7 @@ WAYS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.x_t", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.step.x_t", description=__doc__.splitlines()[0])
     parser.add_argument("--base", default=str(ASSETS / "model"))
     parser.add_argument("--source", default=str(ASSETS / "pairs.parquet"))
     parser.add_argument("--pairs", type=int, default=64)
@@ -86,4 +86,4 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run_command("bench.x_t", main)
+    run_command("bench.step.x_t", main)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from inpo_kernels.group_norm_silu import _group_norm_silu, group_norm_silu, group_norm_silu_reference
 
-from bench.case import STORED, Case, Draw, Gradient
+from bench.kernels.case import STORED, Case, Draw, Gradient
 
 # N, C, H, W, groups. Without gradient 60 images go together, with it 32; SDXL 16 and 12
 FORWARD = {

@@ -1,5 +1,5 @@
 """How equal the processes' shares of a step are, dealt in turn and dealt by cost: evaluations of the busiest process
-over the mean. Counts only, no model: `python -m bench.shares`.
+over the mean. Counts only, no model: `python -m bench.step.shares`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.shares", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.step.shares", description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=1024, help="per step")
     parser.add_argument("--levels", type=int, default=10, help="n of the exact grid")

@@ -3,7 +3,7 @@
 import torch
 from inpo_kernels.errors import _errors, errors, errors_reference
 
-from bench.case import Case, Draw, Gradient
+from bench.kernels.case import Case, Draw, Gradient
 
 SHAPES = {  # two images a pair
     "tiny": (3, 3, 19, 23),  # a full block and a masked tail

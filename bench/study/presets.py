@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from bench.study_cells import Cell, Study, grid
+from bench.study.cells import Cell, Study, grid
 
 SEEDS, TUNING_SEED = tuple(range(5)), 10  # what was tuned on is not reported
 BETA, LR, RMS, N = "objective.beta", "optim.lr", "objective.tau_norm", "inversion.steps"

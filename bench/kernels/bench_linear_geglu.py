@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from inpo_kernels.linear_geglu import _linear_geglu, linear_geglu, linear_geglu_reference
 
-from bench.case import STORED, Case, Draw
+from bench.kernels.case import STORED, Case, Draw
 
 SHAPES = {  # tokens of 60 (SD1.5) and 16 (SDXL) images, K, D
     "tiny": (75, 40, 36),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from inpo_kernels.layer_norm import _layer_norm, layer_norm, layer_norm_reference
 
-from bench.case import STORED, Case, Draw, Gradient
+from bench.kernels.case import STORED, Case, Draw, Gradient
 
 SHAPES = {  # tokens of 32 (SD1.5) and 12 (SDXL) images, D
     "tiny": (37, 40),

@@ -8,7 +8,7 @@ sqrt((k - 1) / k) of the true one on average, and with one seed none of it is in
 
 import numpy as np
 
-from bench.study_measures import MEASURES
+from bench.study.measures import MEASURES
 
 RESAMPLES = 2000
 

@@ -3,7 +3,7 @@
 import torch
 from inpo_kernels.ddim_step import _ddim_step, ddim_step_, ddim_step_reference
 
-from bench.case import STORED, Case, Draw
+from bench.kernels.case import STORED, Case, Draw
 
 # images in the window, images in the batch, C, H, W
 SHAPES = {

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from bench.study_table import by_cell, matrix, two_level
+from bench.study.table import by_cell, matrix, two_level
 
 MARKERS = "os^"
 LEVELS = re.compile(r"\b(n|steps)=\d+")  # in a cell's name

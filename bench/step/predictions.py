@@ -1,10 +1,10 @@
 """What a step of SD1.5 should take on a GPU, written down before there was one. A model, not a measurement.
 
-n = 10, grid diffusers-0.22, fused, bf16, micro-batch 16, VAE and text in the loop (as bench.train_step runs it). The
+n = 10, grid diffusers-0.22, fused, bf16, micro-batch 16, VAE and text in the loop (as bench.step runs it). The
 time of a phase is its matrix work at the rate such shapes are expected to reach, plus the bytes that the fused path
 moves beside it at a share of the card's copy rate, plus a part of what half-filled last waves cost. COUNTED is
-inpo_fast/cost/step_cost.py's own count (a test holds it); the rates are guesses. `python -m bench.predictions` prints
-the table of docs/performance.md.
+inpo_fast/cost/step_cost.py's own count (a test holds it); the rates are guesses. `python -m bench.step.predictions`
+prints the table of docs/performance.md.
 """
 
 from bench import report

@@ -6,8 +6,8 @@ Not the same work: ours keeps half the state, which is what it is for. Parameter
 import torch
 from inpo_kernels.adamw import _adamw, adamw_, adamw_reference
 
-from bench.case import Case, Draw
-from bench.unet_shapes import SD15
+from bench.kernels.case import Case, Draw
+from bench.kernels.unet_shapes import SD15
 
 SHAPES = {
     "tiny": {(3, 7): 2, (2500,): 1},

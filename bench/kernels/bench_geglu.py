@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from inpo_kernels.geglu import _geglu, geglu, geglu_reference
 
-from bench.case import STORED, Case, Draw, Gradient
+from bench.kernels.case import STORED, Case, Draw, Gradient
 
 SHAPES = {  # tokens of all images, 2 D; 32 images of SD1.5, 12 of SDXL
     "tiny": (37, 2 * 80),

@@ -1,6 +1,6 @@
 """Which attention back end is fastest for each head size of SD1.5 and SDXL, forward and with its gradient.
 
-    python -m bench.attention [--results FOLDER] [--images 16] [--tiny]
+    python -m bench.kernels.attention [--results FOLDER] [--images 16] [--tiny]
 
 Every back end is compared with float64 first. Prints the table that inpo_fast/models/fast/attention.py keeps as
 FASTEST: the one with the least total time over a UNet's shapes, where it beats torch's own choice by more than the
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench import results
-from bench.clock import median_ms
+from bench.kernels.clock import median_ms
 from inpo_fast.models.fast.attention import attend
 
 BACKENDS = ("torch", "flash", "cudnn", "efficient", "xformers")
@@ -40,14 +40,14 @@ GAIN = 0.98  # a back end must take at most this share of torch's time to be wri
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.attention", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--results", type=Path, help="folder for a JSON line per shape and back end")
     parser.add_argument("--tiny", action="store_true", help="small shapes; without a GPU torch's back end alone")
     asked = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not (cuda or asked.tiny):
-        print("bench.attention: there is no CUDA device; --tiny tries the script")
+        print("bench.kernels.attention: there is no CUDA device; --tiny tries the script")
         return 2
     device, totals = "cuda" if cuda else "cpu", defaultdict(float)
     major = torch.cuda.get_device_capability()[0] if cuda else 0

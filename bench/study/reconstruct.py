@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bench.results import provenance
-from bench.study_cells import Cell, Study, config_of, settings_of
+from bench.study.cells import Cell, Study, config_of, settings_of
 from inpo_fast.data.loader import PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.inversion import InversionConfig, invert

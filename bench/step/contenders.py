@@ -1,4 +1,4 @@
-"""What bench.train_step times: ways to compute the gradient of some pairs, on one set of weights."""
+"""What bench.step times: ways to compute the gradient of some pairs, on one set of weights."""
 
 import argparse
 import copy
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench.naive import lockstep_step, naive_step
+from bench.step.naive import lockstep_step, naive_step
 from inpo_fast.data.loader import Item
 from inpo_fast.method.inversion import InversionConfig
 from inpo_fast.method.objectives import ObjectiveConfig
@@ -56,7 +56,7 @@ def move_policy(models: Models) -> None:
 
 
 def build(name: str, models: Models, items: list[Item], asked: argparse.Namespace) -> Contender:
-    """asked: precision and sizes, as bench.train_step was called with."""
+    """asked: precision and sizes, as bench.step was called with."""
     how = {"beta": BETA[asked.precision], "inversion_steps": STEPS, "seed": SEED}
     sizes = {size: getattr(asked, size) for size in SIZES.get(name, OURS)}
     if name not in SIZES:

@@ -1,7 +1,8 @@
 """What one benchmark of a kernel compares: one op, one shape, one dtype, several ways to compute it, and the truth.
 
-A file bench/bench_KERNEL.py lists its cases in CASES and has one test, `def test_KERNEL(measure, case, provider):
-measure(case, provider)`; bench/conftest.py supplies the three. Needs torch only, beside what the cases import.
+A file bench_KERNEL.py beside this one lists its cases in CASES and has one test, `def test_KERNEL(measure, case,
+provider): measure(case, provider)`; bench/conftest.py supplies the three. Needs torch only, beside what the cases
+import.
 """
 
 import importlib
@@ -191,6 +192,6 @@ def poisoned(really: bool = True):
 
 
 def all_cases() -> list[Case]:
-    """The cases of every bench/bench_*.py."""
+    """The cases of every bench_*.py."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
-    return [case for name in names for case in importlib.import_module(f"bench.{name}").CASES]
+    return [case for name in names for case in importlib.import_module(f"bench.kernels.{name}").CASES]

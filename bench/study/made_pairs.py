@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from bench.study_cells import Cell, Study, config_of
+from bench.study.cells import Cell, Study, config_of
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 from inpo_fast.judges.pocket_rules import RuleJudge
 from inpo_fast.judges.pocket_scenes import Finish, Scene, random_finish, render, split_scenes
@@ -103,7 +103,7 @@ def drawn_by_other(name: str, winners: str) -> pa.Table:
     Sampler, judge and label noise are draw_pairs' own; the closest rows are ties. Mean score of the first 96 pictures
     by the rule judge: better 0.942, base 0.863, worse 0.680 (looks 0.884, 0.725, 0.400).
     """
-    from bench import study_train  # the trainer's imports, only where something is trained
+    from bench.study import train  # the trainer's imports, only where something is trained
 
     source = FOLDER / f"{winners}.parquet"
     make({str(source)})
@@ -112,7 +112,7 @@ def drawn_by_other(name: str, winners: str) -> pa.Table:
     settings = OTHER | {"data.source": str(source)}
     with tempfile.TemporaryDirectory(prefix="study-") as folder:
         config = config_of(Study(name, ()), Cell(name, tuple(settings.items())), SEED, f"{folder}/run")
-        unet = study_train.trained(config, Console()).unet
+        unet = train.trained(config, Console()).unet
     pipeline = load_pipeline(config.models.base)
     pipeline.unet = unet
     table = draw_pairs(pipeline, split_scenes()[0], DRAWN, SEED)

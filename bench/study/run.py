@@ -21,20 +21,20 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
-from bench import study_data, study_plot, study_table
 from bench.results import ROOT
-from bench.study_cells import SPLITS, Cell, Study, config_of, grid, result_name
-from bench.study_presets import PRESETS
-from inpo_fast.runtime.errors import UserError, command_line, run_command
+from bench.study import made_pairs, plot, table
+from bench.study.cells import SPLITS, Cell, Study, config_of, grid, result_name
+from bench.study.presets import PRESETS
+from inpo_fast.runtime.errors import UserError, command_line
 from inpo_fast.runtime.files import write_text
 
 FOLDER = ROOT / "build" / "study"
 CONTROL = 1.01
 KINDS = {
-    "train": "bench.study_train",
-    "reconstruct": "bench.study_reconstruct",
-    "landscape": "bench.study_landscape",
-    "leak": "bench.study_leak",
+    "train": "bench.study.train",
+    "reconstruct": "bench.study.reconstruct",
+    "landscape": "bench.study.landscape",
+    "leak": "bench.study.leak",
 }
 
 
@@ -69,9 +69,9 @@ def main() -> None:
 def write(folder: Path, results: list[dict], study: Study, title: str) -> str:
     """table.md and plot.svg into the folder; the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = study_table.table(results, study.kind, study.against)
+    text = table.table(results, study.kind, study.against)
     write_text(folder / "table.md", f"{title}\n\n{text}")
-    study_plot.plot(results, study.kind, folder / "plot.svg")
+    plot.plot(results, study.kind, folder / "plot.svg")
     return text
 
 
@@ -97,9 +97,9 @@ def study_of(asked) -> Study:
     study = study if asked.seeds is None else replace(study, seeds=tuple(range(asked.seeds)))
     sources = {config_of(study, cell, 0).data.source for cell in study.cells}
     if study.kind == "leak":
-        sources.add(str(study_data.ABOVE))
+        sources.add(str(made_pairs.ABOVE))
     if not asked.show:
-        study_data.make({source for source in sources if source})
+        made_pairs.make({source for source in sources if source})
     return study
 
 
@@ -188,7 +188,3 @@ def _read(path: Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-if __name__ == "__main__":
-    run_command("python -m bench.study", main)

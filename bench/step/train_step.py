@@ -1,12 +1,12 @@
 """Our optimizer step against what others run, in turns in one run, and how far the gradients are apart.
 
-    python -m bench.train_step [--model pocket|sd15|sdxl] [--precision fp32|bf16] [--contenders naive,lockstep,plain,…]
+    python -m bench.step [--model pocket|sd15|sdxl] [--precision fp32|bf16] [--contenders naive,lockstep,plain,…]
 
-naive: the published script's shape (bench/naive.py), one pair at a time, fp32 weights under autocast. lockstep: the
-same with working-precision weights, batches and torch.compile on a GPU. plain, fused, compiled: inpo_fast with
-models.fast so set. All draw the same pairs (their work depends on their timesteps) and noise at equal settings: grid
-diffusers-0.22, told the target, conditional inversion, n = 10, VAE and text encoders in the loop. sd15 and sdxl have
-the exact architecture with random weights, drawn on the device. All but naive share one set of weights, which lies in
+naive: the published script's shape (naive.py), one pair at a time, fp32 weights under autocast. lockstep: the same with
+working-precision weights, batches and torch.compile on a GPU. plain, fused, compiled: inpo_fast with models.fast so
+set. All draw the same pairs (their work depends on their timesteps) and noise at equal settings: grid diffusers-0.22,
+told the target, conditional inversion, n = 10, VAE and text encoders in the loop. sd15 and sdxl have the exact
+architecture with random weights, drawn on the device. All but naive share one set of weights, which lies in
 channels_last as soon as fused or compiled is among them.
 
 One contender after the other is built, run once (warm-up, compilation; the gradient of this run is compared with the
@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 from bench import report, results
-from bench.contenders import BETA, CHANNELS_LAST, NAMES, OURS, SEED, STEPS, Contender, build, move_policy
-from bench.predictions import RECIPE_PAIRS
+from bench.step.contenders import BETA, CHANNELS_LAST, NAMES, OURS, SEED, STEPS, Contender, build, move_policy
+from bench.step.predictions import RECIPE_PAIRS
 from inpo_fast.config import RunConfig
 from inpo_fast.cost.plan import RESERVE, make_plan
 from inpo_fast.data.loader import DataConfig, Item, PairLoader
@@ -42,7 +42,7 @@ from inpo_fast.models.loading import open_pipeline, quiet_libraries
 from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.pocket import ASSETS
 from inpo_fast.runtime import keyed_rng
-from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.errors import UserError, command_line
 from inpo_fast.runtime.memory import GIB, TooLarge
 from inpo_fast.runtime.phases import Stopwatch
 
@@ -53,7 +53,7 @@ KEYS = {"train.micro_batch": "micro_batch", "inversion.batch": "inversion_batch"
 
 
 def main() -> None:
-    parser = command_line("python -m bench.train_step", __doc__)
+    parser = command_line("python -m bench.step", __doc__)
     parser.add_argument("--model", default="pocket", help="pocket, sd15, sdxl, or a diffusers folder")
     parser.add_argument("--source", default=str(ASSETS / "pairs.parquet"), help="preference pairs")
     parser.add_argument("--precision", choices=tuple(BETA), default="fp32")
@@ -363,7 +363,3 @@ def text_of(x: dict) -> str:
         text += "\n" + " " * 10 + "  ".join(f"{name} {ms:.1f}" for name, ms in x["ms_per_pair"].items())
         text += "  ms per pair"
     return _loud(f"{text}\n          GRADIENT OFF: not a result") if report.is_off(x) else text
-
-
-if __name__ == "__main__":
-    run_command("bench.train_step", main)

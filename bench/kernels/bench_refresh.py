@@ -3,8 +3,8 @@
 import torch
 from inpo_kernels.refresh import _refresh, refresh_, refresh_reference
 
-from bench.case import Case, Draw
-from bench.unet_shapes import SD15
+from bench.kernels.case import Case, Draw
+from bench.kernels.unet_shapes import SD15
 
 SHAPES = {"tiny": {(3, 7): 2, (2500,): 1}, "sd15 all parameters": SD15}
 

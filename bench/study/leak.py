@@ -5,7 +5,7 @@ de/dk = 2 mean(eps^2 - tau eps) = 2 c, the loss of a pair by dloss/dk = beta / 2
 targets say nothing about the amplitude has no such pull. `pull` is c_worse - c_better over the mean of eps^2: above 0
 the loss falls as predictions grow. Nothing is trained here; t, inversion and targets are the trainer's own.
 
-Pairs: drawn by the base (the shipped ones), rendered (study_data.above), and crops of the photograph that comes with
+Pairs: drawn by the base (the shipped ones), rendered (made_pairs.above), and crops of the photograph that comes with
 matplotlib against copies of them with one fault each. Labels: the stored ones, or whoever else is asked.
 """
 
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from bench import study_data
 from bench.results import provenance
-from bench.study_cells import Cell, Study, config_of, settings_of
-from bench.study_measures import MEASURES
+from bench.study import made_pairs
+from bench.study.cells import Cell, Study, config_of, settings_of
+from bench.study.measures import MEASURES
 from inpo_fast.config import RunConfig
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import Item, PairLoader
@@ -46,7 +46,7 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     config, begun = config_of(study, cell, seed), time.perf_counter()
     models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
     rows = []
-    for name, source in (("drawn by the base", config.data.source), ("rendered", str(study_data.ABOVE))):
+    for name, source in (("drawn by the base", config.data.source), ("rendered", str(made_pairs.ABOVE))):
         items = stored(config, source, models)
         found = amplitudes(items, models, config)
         for label, better in labels(items).items():

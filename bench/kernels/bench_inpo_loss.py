@@ -3,7 +3,7 @@
 import torch
 from inpo_kernels.inpo_loss import _inpo_loss, inpo_loss, inpo_loss_reference
 
-from bench.case import STORED, Case, Draw, Gradient
+from bench.kernels.case import STORED, Case, Draw, Gradient
 
 SHAPES = {  # two images a pair, winners first
     "tiny": (6, 3, 19, 23),  # a masked tail

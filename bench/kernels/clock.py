@@ -12,7 +12,7 @@ from timeit import timeit
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench.case import Case, Function, copy, judge, outputs, truth
+from bench.kernels.case import Case, Function, copy, judge, outputs, truth
 
 ROTATION = 4  # the buffers together are this many times the L2, so that a call finds none of its own in it
 MOST_COPIES = 512

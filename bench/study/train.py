@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from bench.results import ROOT, provenance
-from bench.study_cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
-from bench.study_measures import MEASURES
+from bench.study.cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
+from bench.study.measures import MEASURES
 from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
 from inpo_fast.comparison.evaluation import Gallery, diversity, read_prompts
 from inpo_fast.comparison.win_rates import points
