@@ -27,11 +27,11 @@ KOHYA_NAME = "kohya-for-comfyui-a1111-forge.safetensors"
 @torch.no_grad()
 def whole_masters(models: Models, keep: bool = True) -> dict[str, torch.Tensor]:
     """The fp32 masters by name, on the CPU where they come from several processes. Every process must call it where
-    the weights are split; one that does not `keep` them gets none."""
+    the weights are partitioned; one that does not `keep` them gets none."""
     weights, kept = models.weights, {}
     for name, master in weights.whole():
         if keep:
-            kept[name] = master if weights.split is None else master.cpu()
+            kept[name] = master if weights.partition is None else master.cpu()
     return kept
 
 
@@ -39,7 +39,7 @@ def whole_masters(models: Models, keep: bool = True) -> dict[str, torch.Tensor]:
 def output_pipeline(models: Models, masters: dict[str, torch.Tensor] | None = None) -> DiffusionPipeline:
     """The pipeline to save: the base's parts as they were loaded, the network from the fp32 masters; adapters merged.
 
-    masters: what `whole_masters` gave, needed where the weights are split over processes.
+    masters: what `whole_masters` gave, needed where the weights are partitioned over processes.
     """
     config, denoiser = models.config, models.denoiser
     if config.precision == "fp32" and not models.adapters:

@@ -39,9 +39,9 @@ class Models:
         pipeline: DiffusionPipeline,
         device: torch.device,
         config: ModelsConfig | None = None,
-        split: Zero1Partition | None = None,
+        partition: Zero1Partition | None = None,
     ):
-        """split: each process keeps only its part of the fp32 masters (and so of the optimizer's state)."""
+        """partition: each process keeps only its part of the fp32 masters (and so of the optimizer's state)."""
         config = ModelsConfig() if config is None else config
         self.pipeline, self.device, self.config = pipeline, device, config
         self.dtype, self.vae_dtype = DTYPES[config.precision], vae_dtype(config)
@@ -71,7 +71,7 @@ class Models:
         # only now, as they lie in memory as the weights do
         self.zeros = zero_factors(self.adapters) if self.fast == "compiled" else None
         trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
-        self.weights = Weights(trained, masters, split)
+        self.weights = Weights(trained, masters, partition)
         if config.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.vae = pipeline.vae.to(device, self.vae_dtype)
@@ -187,4 +187,4 @@ class Models:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimizer of this process updates: fp32 masters."""
-        return [master for master in self.weights.masters if master.numel()]  # a split leaves small ones empty
+        return [master for master in self.weights.masters if master.numel()]  # a partition leaves small ones empty

@@ -88,8 +88,8 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     check_validation(config)
     online = open_online(config, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
-    split = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
-    models = Models(open_pipeline(config.models), device, config.models, split)
+    partition = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
+    models = Models(open_pipeline(config.models), device, config.models, partition)
     check_estimator(config.inversion, models.predicts_v)
     trajectories, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), ()
     if trajectories is not None:
