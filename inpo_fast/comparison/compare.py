@@ -23,7 +23,8 @@ from inpo_fast.comparison.win_rates import interval, points
 from inpo_fast.judges import Judge, Scores, judge_id
 from inpo_fast.judges.cache import CHUNK, ScoreCache, image_hash
 from inpo_fast.models.families import denoiser_of
-from inpo_fast.models.files.lora_files import lora_file, read_lora
+from inpo_fast.models.files.lora_files import read_lora
+from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text

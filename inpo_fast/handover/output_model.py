@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.families import PARTS
-from inpo_fast.models.files.diffusers_folder import base_folder, hub_id
+from inpo_fast.models.files.hub import base_folder, hub_id
 from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, write_tensors
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.lora import Lora, add_adapter, kohya_tensors, tensors

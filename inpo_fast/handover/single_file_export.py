@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from inpo_fast.models.denoiser import Denoiser
 from inpo_fast.models.families import PARTS, denoiser_in
-from inpo_fast.models.files.diffusers_folder import hub_id
+from inpo_fast.models.files.hub import hub_id
 from inpo_fast.models.files.lora_files import read_lora, read_lora_alone
 from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, write_tensors
 from inpo_fast.models.lora import kohya_tensors

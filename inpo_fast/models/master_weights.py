@@ -5,8 +5,8 @@ gradients. Masters and sums are therefore fp32, and the working copies are round
 in place, so that whatever holds them (a captured graph, an inversion) sees the new values. In fp32 masters and copies
 are the same tensors.
 
-With a Zero1Partition several processes keep one part each of the masters, and so of the optimizer's state (ZeRO stage 1, arXiv
-1910.02054). The model computes with whole copies: an evaluation needs no message, however many of them a process makes.
+With a Zero1Partition several processes keep one part each of the masters, and so of the optimizer's state (zero1.py).
+The model computes with whole copies: an evaluation needs no message, however many of them a process makes.
 """
 
 from collections.abc import Iterable, Iterator

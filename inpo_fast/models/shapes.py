@@ -10,7 +10,8 @@ from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.denoiser import Denoiser
 from inpo_fast.models.families import ARCHITECTURES, PUBLISHED, denoiser_of
 from inpo_fast.models.files.hub import path_or_id
-from inpo_fast.models.files.lora_files import lora_file, read_lora
+from inpo_fast.models.files.lora_files import read_lora
+from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.models.files.model_files import find_model, opening
 
 

@@ -336,7 +336,7 @@ class _AlreadyOnHost:
 
 
 def _targets(shapes: dict[str, tuple], weights: Weights) -> dict[str, torch.Tensor]:
-    """Host memory for each saved tensor: of partitioned weights for this process's part of what has a parameter's shape."""
+    """Host memory for each saved tensor: of partitioned weights, this process's part of what has their shapes."""
     pairs = dict(zip(weights.names, zip(weights.masters, weights.working, strict=True), strict=True))
     out = {}
     for key, (shape, dtype) in shapes.items():

@@ -8,7 +8,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny_world import tiny_pipeline, tiny_unet, tiny_xl
 
-from inpo_fast.models.files.lora_files import _layer, is_lora, layer_names, lora_file, read_lora
+from inpo_fast.models.files.lora_files import _layer, layer_names, read_lora
+from inpo_fast.models.files.lora_place import is_lora, lora_file
 from inpo_fast.models.files.original_keys import unet_name
 from inpo_fast.models.lora import Lora, kohya_tensors, merge_, tensors, with_lora
 from inpo_fast.models.unet import UNETS, UNet

@@ -1,4 +1,4 @@
-"""One .safetensors file with tensors and what programs want to know of them.
+"""Writes one .safetensors file: tensors, and the metadata that programs look for in it.
 
 Metadata follow Stability's model specification (modelspec.*), and for LoRAs the names of sd-scripts (ss_*, sshs_*)
 that user interfaces sort and filter by.
