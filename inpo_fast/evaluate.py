@@ -95,7 +95,7 @@ def main() -> None:
     import torch
 
     from inpo_fast.comparison.evaluation import evaluate, verdict
-    from inpo_fast.models.loading import open_unet, quiet_libraries
+    from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.runtime import distributed
     from inpo_fast.runtime.files import write_text
 
@@ -108,7 +108,7 @@ def main() -> None:
         rank, _, device = distributed.start()
         base = open_base(own, config, torch.float32).to(device)
         place = own.model[0].partition("=")[2] or own.model[0]
-        unet = open_unet("--model", place, base)
+        unet = open_network("--model", place, base)
         evaluation = evaluate(base, unet, config.evaluate, variant=place)
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)

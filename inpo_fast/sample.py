@@ -40,7 +40,7 @@ def main() -> None:
     if not prompts:
         raise UserError("no prompts: give --prompts FILE or --prompt TEXT")
     from inpo_fast.comparison.drawing import draw, drawing_with, use_ddim
-    from inpo_fast.models.loading import load_pipeline, load_vae, open_unet, quiet_libraries
+    from inpo_fast.models.loading import load_pipeline, load_vae, open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
     from inpo_fast.runtime import distributed
     from inpo_fast.runtime.files import write_bytes
@@ -50,10 +50,10 @@ def main() -> None:
     _, _, device = distributed.start()
     pipeline = load_pipeline(own.base, DTYPES[own.precision], own.single_file_config, key="--base")
     if own.vae:
-        pipeline.vae = load_vae(own.vae, pipeline, key="--vae").to(pipeline.unet.dtype)
+        pipeline.vae = load_vae(own.vae, pipeline, key="--vae").to(DTYPES[own.precision])
     pipeline.to(device)
     use_ddim(pipeline)
-    unet = open_unet("--model", own.model, pipeline)  # before anything is drawn
+    unet = open_network("--model", own.model, pipeline)  # before anything is drawn
     captions = [prompt for prompt in prompts for _ in range(own.seeds)]
     keys = [("sample", own.seed, i, seed) for i in range(len(prompts)) for seed in range(own.seeds)]
     how = {"steps": own.steps, "guidance": own.guidance, "batch": own.batch}

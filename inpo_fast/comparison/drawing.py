@@ -15,7 +15,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from inpo_fast.models.families import denoiser_of
-from inpo_fast.models.loading import open_unet
+from inpo_fast.models.loading import open_network
 from inpo_fast.models.peak_memory import one_by_one
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
@@ -132,7 +132,7 @@ def aligned(pipeline: DiffusionPipeline, model: str):
     """Within the block the pipeline draws with another model: a LoRA, or anything whose network fits."""
     denoiser = denoiser_of(pipeline)
     own = denoiser.module(pipeline)
-    denoiser.put(pipeline, open_unet("--model", model, pipeline))
+    denoiser.put(pipeline, open_network("--model", model, pipeline))
     try:
         yield pipeline
     finally:

@@ -23,6 +23,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.files import alignable, recognise, single_file
 from inpo_fast.models.files.folder_weights import NARROW, choose_files, choose_in_folder
 from inpo_fast.models.files.hub import HubModel, path_or_id
@@ -63,12 +64,14 @@ def open_pipeline(config: ModelsConfig, device: torch.device | None = None) -> D
         pipeline = random_pipeline(config.random, dtype, device=device)
     else:
         pipeline = load_pipeline(config.base, dtype, config.single_file_config)
+    denoiser = denoiser_of(pipeline)
+    network = denoiser.module(pipeline)
     if config.init and lora_file(config.init, "models.init"):
-        pipeline.init_lora = read_lora("models.init", config.init, pipeline.unet)
-        merge_(pipeline.unet, pipeline.init_lora)
+        pipeline.init_lora = read_lora("models.init", config.init, network)
+        merge_(network, pipeline.init_lora)
     elif config.init:
         own = pipeline.scheduler.config
-        pipeline.unet = load_unet("models.init", config.init, pipeline.unet, scheduler=own)
+        denoiser.put(pipeline, load_unet("models.init", config.init, network, scheduler=own))
     if config.vae:
         pipeline.vae = load_vae(config.vae, pipeline)
     return pipeline
@@ -182,12 +185,12 @@ def _tokenizer(key: str, folder: Path, text: CLIPTextConfig) -> CLIPTokenizer:
     return tokenizer
 
 
-def open_unet(key: str, path: str, pipeline: DiffusionPipeline) -> UNet2DConditionModel:
-    """The UNet that `path` stands for beside the pipeline's: a copy of it with the LoRA there, or another model's.
+def open_network(key: str, path: str, pipeline: DiffusionPipeline) -> torch.nn.Module:
+    """The network that `path` stands for beside the pipeline's: a copy of it with the LoRA there, or another model's.
 
     On the pipeline's device. key: the setting that named it, for the refusal.
     """
-    base = pipeline.unet
+    base = denoiser_of(pipeline).module(pipeline)
     if lora_file(path, key):
         return with_lora(base, read_lora(key, path, base))
     return load_unet(key, path, base, scheduler=pipeline.scheduler.config).to(base.device)

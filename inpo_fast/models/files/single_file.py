@@ -1,5 +1,5 @@
-"""Reads parts of a model out of a single .safetensors file, under the names of the original checkpoints (original_keys.py,
-which is that mapping's other direction), or under diffusers' own.
+"""Reads parts of a model out of a single .safetensors file, under the names of the original checkpoints
+(original_keys.py, which is that mapping's other direction), or under diffusers' own.
 
 A part is built from its configuration without weights, every one of its tensors is looked up in the file's header, and
 only when all are there, in the right shape and none is left over, the weights are read. UNets are found as ComfyUI,
