@@ -196,7 +196,7 @@ class UNet(Denoiser):
         return Text(torch.cat(hidden, -1), pooled)
 
     def zeros_for_empty(self, pipeline: DiffusionPipeline) -> bool:
-        return bool(self.is_xl and pipeline.config.get("force_zeros_for_empty_prompt"))
+        return bool(pipeline.config.get("force_zeros_for_empty_prompt"))  # a setting of SDXL's pipeline
 
     @property
     def takes_sizes(self) -> bool:

@@ -161,11 +161,13 @@ def test_an_image_does_not_depend_on_how_many_come_with_it(small, monkeypatch, b
 @pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
 def test_prompts_are_encoded_in_batches_of_one_size(pipeline, monkeypatch):
     one = Models(pipeline(), torch.device("cpu"), ModelsConfig(base="x"))
-    prompts, seen, encode = [f"a circle, number {i}" for i in range(11)], [], Models._encode
-    monkeypatch.setattr(Models, "_encode", lambda self, some: (seen.append(len(some)), encode(self, some))[1])
+    prompts, seen, encode = [f"a circle, number {i}" for i in range(11)], [], UNet.encode
+    monkeypatch.setattr(
+        UNet, "encode", lambda self, pipe, some, device: (seen.append(len(some)), encode(self, pipe, some, device))[1]
+    )
     got = one.encode_prompts(prompts)
     assert seen == [8, 8]
-    want = [encode(one, [prompt]) for prompt in prompts]
+    want = [encode(one.denoiser, one.pipeline, [prompt], one.device) for prompt in prompts]
     torch.testing.assert_close(got.hidden, torch.cat([text.hidden for text in want]))
     assert (got.pooled is None) == (pipeline is tiny_pipeline)
     if got.pooled is not None:
