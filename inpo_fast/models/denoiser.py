@@ -3,20 +3,23 @@
 A Denoiser is a family at one configuration of its network; it holds no weights. unet.py fills the slots for Stable
 Diffusion 1.x, 2.x and XL and is the file to copy for another family; families.py has the table of families.
 
-What diffusers' other families need, and the slot that carries it (checked against their pipelines, not written yet):
+What diffusers' other families need, and the slot that carries it (checked on paper, none is written):
 
-- network under another name (`transformer`): `part`. Latents of 16 or 32 channels at 1/8 or 1/32: `latent_shape`,
-  `downscale`. Shift, or mean and deviation of each channel (FLUX, SD3, klein's batch norm, Qwen): `scaled`.
-- packed tokens and their positions (FLUX, klein, Qwen-Image), lists (Z-Image), an answer with a minus sign (Lumina2,
-  Z-Image), a time that is told as s, 1 - s or s times a scale: `predict`. Outside of it x and the model output are
-  (B, C, h, w), the output is what the noise path says, and `time` is what the noise path tells.
-  A pipeline that wants its noise packed: `pipeline_latents`.
-- text masks, prompts without padding: a field of Text, which caches and batches carry by name (`text_names`); two or
-  three encoders, an instruction before the prompt: `encoders`, `encode`. Zeros in the place of "": `zeros_for_empty`.
+- another name of the network (`transformer`): `part`. Latents of 16 or 32 channels at 1/8 or 1/32: `latent_shape`,
+  `downscale`. A shift, statistics of each channel (Qwen-Image's configuration, klein's batch norm), a VAE that takes
+  frames: `encode_images`, which is given the VAE itself.
+- latents as packed tokens with positions (FLUX, klein, Qwen-Image) or lists (Z-Image): `predict` packs and unpacks;
+  everywhere else they are (B, C, h, w). A pipeline that wants its noise packed: `pipeline_latents`.
+- an output with a minus sign (Lumina2, Z-Image): `predict` turns it round. The time that the network is told (s, 1 - s,
+  1000 s, a scale of the model's own) is the noise path's.
+- text masks, prompts of any length: one more field of Text, padded to one length, which caches and batches carry by
+  name (`text_names`), `arguments` gives it to the network or cuts by it. Two or three encoders, an instruction before
+  the prompt: `encoders`, `encode`. Zeros in the place of "": `zeros_for_empty`.
 - embedded guidance (FLUX.1-dev): a constant in `arguments`.
 - LoRA layers (add_*_proj, to_qkv_mlp_proj …): `lora_targets`; names in files: `kohya_name`, `single_file`.
 
-Opening is not behind a slot yet: loading.py, files/alignable.py and files/model_files.py know this one family's parts.
+Not behind a slot yet: opening (loading.py, files/alignable.py and files/model_files.py know this family's parts alone)
+and what counts a VAE (peak_memory.py and cost/flops.py call AutoencoderKL).
 """
 
 from abc import ABC, abstractmethod
@@ -118,10 +121,11 @@ class Denoiser(ABC):
     def downscale(vae: Mapping) -> int:
         """Pixels along the edge of one latent. vae: the VAE's configuration."""
 
-    @staticmethod
     @abstractmethod
-    def scaled(latents: torch.Tensor, vae: Mapping) -> torch.Tensor:
-        """What the VAE encoded (B, C, h, w) as the network knows it; a pipeline undoes exactly this before decoding."""
+    def encode_images(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """pixels (B, 3, H, W) in [-1, 1], in the VAE's dtype, to fp32 latents (B, C, h, w) as the network knows them: a
+        pipeline undoes exactly this. noise: standard normal like the latents for a posterior sample, None for its mean.
+        """
 
     def pipeline_latents(self, noise: torch.Tensor) -> torch.Tensor:
         """Noise (B, C, h, w) as the family's pipeline takes it for `latents`."""

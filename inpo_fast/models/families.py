@@ -38,9 +38,11 @@ def denoiser_of(model: DiffusionPipeline | nn.Module) -> Denoiser:
 
 
 def denoiser_in(folder: Path) -> Denoiser | None:
-    """Of a pipeline's folder, by its network's configuration; None where there is none."""
+    """Of a pipeline's folder, by its network's configuration; None where there is none of the table."""
     for family in FAMILIES:
         file = folder / family.part / "config.json"
         if file.is_file():
-            return family(json.loads(file.read_text(encoding="utf-8")))
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if config.get("_class_name", UNet.network_class) == family.network_class:
+                return family(config)
     return None

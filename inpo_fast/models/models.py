@@ -157,12 +157,9 @@ class Models:
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w). noise: standard normal like the latents
-        for a posterior sample, None for its mean."""
-        posterior = self.vae.encode(pixels.to(self.vae_dtype)).latent_dist
-        mean = posterior.mean.float()
-        latents = mean if noise is None else mean + posterior.std.float() * noise.to(mean)
-        return self.denoiser.scaled(latents, self.vae.config)
+        """pixels (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) as the network knows them. noise: standard normal like
+        the latents for a posterior sample, None for its mean."""
+        return self.denoiser.encode_images(self.vae, pixels.to(self.vae_dtype), noise)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:

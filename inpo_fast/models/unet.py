@@ -139,6 +139,12 @@ class UNet(Denoiser):
     def downscale(vae: Mapping) -> int:
         return 2 ** (len(vae["block_out_channels"]) - 1)  # each level but the last halves
 
+    def encode_images(self, vae: torch.nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        posterior = vae.encode(pixels).latent_dist
+        mean = posterior.mean.float()
+        latents = mean if noise is None else mean + posterior.std.float() * noise.to(mean)
+        return self.scaled(latents, vae.config)
+
     @staticmethod
     def scaled(latents: torch.Tensor, vae: Mapping) -> torch.Tensor:
         """latents_mean and latents_std are SDXL's pipeline's (alignable.py refuses them elsewhere)."""
