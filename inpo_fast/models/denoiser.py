@@ -10,8 +10,8 @@ What diffusers' other families need, and the slot that carries it (checked on pa
   frames: `encode_images`, which is given the VAE itself.
 - latents as packed tokens with positions (FLUX, klein, Qwen-Image) or lists (Z-Image): `predict` packs and unpacks;
   everywhere else they are (B, C, h, w). A pipeline that wants its noise packed: `pipeline_latents`.
-- an output with a minus sign (Lumina2, Z-Image): `predict` turns it round. The time that the network is told (s, 1 - s,
-  1000 s, a scale of the model's own) is the path's: `noise_path`.
+- an output with a minus sign (Lumina2, Z-Image): `predict` turns it round. The time that conditions the network (s,
+  1 - s, 1000 s, a scale of the model's own) is the path's: `noise_path`.
 - text masks, prompts of any length: one more field of Text, padded to one length, which caches and batches carry by
   name (`text_names`), `arguments` gives it to the network or cuts by it. Two or three encoders, an instruction before
   the prompt: `encoders`, `encode`. Zeros in the place of "": `zeros_for_empty`.
@@ -62,7 +62,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the network is told about each image of a step batch.
+    """What the network is conditioned on beside the time, for each image of a step batch.
 
     row: (M,) int64 into text. sizes: (M, k) micro-conditioning, None for a network that takes none.
     """
@@ -169,7 +169,7 @@ class Denoiser(ABC):
     @property
     @abstractmethod
     def takes_sizes(self) -> bool:
-        """Whether the network is told a picture's size and crop (models.micro_conditioning)."""
+        """Whether a picture's size and crop condition the network (models.micro_conditioning)."""
 
     @abstractmethod
     def sizes(self, views: Sequence[tuple], pixels: int, published: bool) -> torch.Tensor:

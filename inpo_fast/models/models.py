@@ -88,7 +88,7 @@ class Models:
 
     @property
     def micro_conditioning(self) -> Literal["image", "published"] | None:
-        """What the network is told of a picture's size and crop; None: it takes none."""
+        """Which size and crop of a picture condition the network; None: it takes none."""
         return self.config.micro_conditioning if self.denoiser.takes_sizes else None
 
     def sizes(self, views: Sequence[tuple], side: int) -> torch.Tensor | None:

@@ -1,8 +1,8 @@
 """UNets of Stable Diffusion 1.x, 2.x, XL and their relatives by shape: the family's slots (denoiser.py says what each
 is), and its shapes with seeded random weights, which need no network.
 
-SDXL's network is told a second encoder's pooled state and six sizes (original height, width, crop top, left, target
-height, width) beside the time and the hidden states; nothing outside of this family asks which one it is.
+SDXL's network is conditioned on a second encoder's pooled state and six sizes (original height, width, crop top, left,
+target height, width) beside the time and the hidden states; nothing outside of models/ asks which one it is.
 
 The numbers are those of the published configurations (stable-diffusion-v1-5, stable-diffusion-xl-base-1.0). The
 tokenizer knows single letters only: prompts become longer token sequences than with the real one, padded to the same
@@ -215,8 +215,8 @@ class UNet(Denoiser):
 
     def sizes(self, views: Sequence[tuple], pixels: int, published: bool) -> torch.Tensor:
         target = (pixels, pixels)
-        told = [(*target, 0, 0) if published else (*original, *crop) for original, crop in views]
-        return torch.tensor([(*sizes, *target) for sizes in told]).float()
+        own = [(*target, 0, 0) if published else (*original, *crop) for original, crop in views]
+        return torch.tensor([(*sizes, *target) for sizes in own]).float()
 
     def arguments(self, text: Text, rows: torch.Tensor, sizes: torch.Tensor | None, shared: bool = False) -> dict:
         shared = shared and len(text.hidden) == 1

@@ -219,7 +219,7 @@ def noise_levels(key: str, place: str, config: Mapping) -> DDIMScheduler:
     if kind == "epsilon" and float(abar[-1]) == 0:
         raise UserError(
             f"{key}: {place} predicts noise and has zero terminal SNR (rescale_betas_zero_snr): at the last level "
-            "there is nothing but noise, so the answer says nothing of the image and sampling divides by 0 (arXiv "
+            "there is nothing but noise, so the output says nothing of the image and sampling divides by 0 (arXiv "
             "2305.08891, section 3.2); if it was trained with v, write prediction_type=v_prediction into its "
             "scheduler_config.json, otherwise remove rescale_betas_zero_snr there"
         )
