@@ -10,8 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from bench.step.naive import lockstep_step, naive_step
 from inpo_fast.data.loader import Item
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.fast.fast_unet import make_fast
 from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.runtime.phases import phase

@@ -7,7 +7,8 @@ import argparse
 import torch
 
 from inpo_fast.data.balance import fair_shares
-from inpo_fast.method.inversion_schedule import Schedule, plan
+from inpo_fast.method.ddpm_path import DDPMPath
+from inpo_fast.method.inversion_schedule import inversion_schedule
 from inpo_fast.runtime import keyed_rng
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # of SD1.5 and SDXL
@@ -19,13 +20,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1024, help="per step")
     parser.add_argument("--levels", type=int, default=10, help="n of the exact grid")
     own = parser.parse_args()
-    schedule = Schedule(torch.cumprod(1 - BETAS, 0).float())
+    path = DDPMPath(torch.cumprod(1 - BETAS, 0).float())
     print("processes | in turn: mean, worst | by cost: mean, worst")
     for world in (8, 16, 64):
         turn, cost = [], []
         for step in range(own.steps):
             t = [keyed_rng.integer(0, 999, "t", 0, step * own.pairs + i) for i in range(own.pairs)]
-            evaluations = plan(schedule, torch.tensor(t), steps=own.levels).evaluations.tolist()
+            evaluations = inversion_schedule(path, torch.tensor(t), steps=own.levels).evaluations.tolist()
             mean = sum(evaluations) / world
             turn.append(max(sum(evaluations[rank::world]) for rank in range(world)) / mean)
             cost.append(max(sum(evaluations[i] for i in s) for s in fair_shares(evaluations, world)) / mean)

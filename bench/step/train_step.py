@@ -36,7 +36,8 @@ from inpo_fast.config import RunConfig
 from inpo_fast.cost.plan import RESERVE, make_plan
 from inpo_fast.data.loader import DataConfig, Item, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig, evaluations_of
+from inpo_fast.method.config import InversionConfig
+from inpo_fast.method.inversion import evaluations_of
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.loading import open_pipeline, quiet_libraries
 from inpo_fast.models.models import DTYPES, Models
@@ -288,7 +289,7 @@ class Run:
         """Of the inversion, mean per image: they depend on the timesteps that were drawn."""
         t = torch.tensor([[keyed_rng.integer(0, 999, "t", SEED, item.position) for item in items]])
         how = InversionConfig(steps=STEPS, grid="diffusers-0.22", evaluate_at="target")
-        return evaluations_of(how, self.models.schedule, t).double().mean().item()
+        return evaluations_of(how, self.models.noise_path, t).double().mean().item()
 
 
 def distance(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

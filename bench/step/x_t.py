@@ -13,8 +13,8 @@ import torch
 from bench.step.train_step import move_policy
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig, target
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.noise_path import target
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.loading import open_pipeline, quiet_libraries
 from inpo_fast.models.models import Models

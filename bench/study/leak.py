@@ -27,7 +27,8 @@ from inpo_fast.data.images import View
 from inpo_fast.data.loader import Item, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.judges.registry import make_judge
-from inpo_fast.method.objectives import noised, normalise, rms, target
+from inpo_fast.method.losses import normalise, rms
+from inpo_fast.method.noise_path import noised, target
 from inpo_fast.models.loading import open_pipeline, quiet_libraries
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng

@@ -138,7 +138,7 @@ def _batches() -> tuple[Cell, ...]:
 
 def _cheaper() -> tuple[Cell, ...]:
     """50 steps of inpo at about 480 UNet evaluations each, half of what they take: pairs of a step, levels n, timesteps
-    that share a climb."""
+    that share a trajectory."""
     found = {}
     for pairs, micro, n, each in (
         (32, 16, 10, 1),

@@ -14,9 +14,11 @@ from bench.results import provenance
 from bench.study.cells import Cell, Study, config_of, settings_of
 from inpo_fast.data.loader import PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig, invert
-from inpo_fast.method.inversion_schedule import plan, snap
-from inpo_fast.method.objectives import ObjectiveConfig, rms, target
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.inversion import invert
+from inpo_fast.method.inversion_schedule import inversion_schedule
+from inpo_fast.method.losses import rms
+from inpo_fast.method.noise_path import NoisePath, per_image, target
 from inpo_fast.models.loading import open_pipeline, quiet_libraries
 from inpo_fast.models.models import Models
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
@@ -41,15 +43,16 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     def eps(x, time, rows):
         return models.predict("reference", x, time, window.unconditional.arguments(rows))
 
+    path, grid = models.noise_path, {"steps": how.steps, "grid": how.grid, "evaluate_at": how.evaluate_at}
     for t in TIMES:
         there = torch.full((len(x_0),), t)
-        there = snap(there, how.steps, models.schedule.T) if how.grid == "snap" else there
-        climb = plan(models.schedule, there, steps=how.steps, grid=how.grid, evaluate_at=how.evaluate_at, eta=how.eta)
-        x_t, asked = invert(eps, x_0, climb, batch=64, estimator=how.estimator, refinements=how.refinements)
-        spent += asked
-        a, s = models.schedule.a_s(there)
+        there = path.snap(there, how.steps) if how.grid == "snap" else there
+        trajectory = inversion_schedule(path, there, eta=how.eta, **grid)
+        x_t, evaluations = invert(eps, x_0, trajectory, batch=64, estimator=how.estimator, refinements=how.refinements)
+        spent += evaluations
+        a, s = path.a_s(there)
         sizes[t] = rms(target(x_t, x_0, a, s)).mean().item()
-        errors[t] = (rms(sample(eps, x_t, there, models.schedule) - x_0) / rms(x_0)).numpy()
+        errors[t] = (rms(sample(eps, x_t, there, path) - x_0) / rms(x_0)).numpy()
     return {
         "settings": settings_of(config),
         "seed": seed,
@@ -63,16 +66,12 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
 
 
 @torch.no_grad()
-def sample(eps, x_t: torch.Tensor, t: torch.Tensor, schedule) -> torch.Tensor:
+def sample(eps, x_t: torch.Tensor, t: torch.Tensor, path: NoisePath) -> torch.Tensor:
     """DDIM from level t (M,) to the clean image, FINE steps of the sample's own."""
-    levels = plan(schedule, t, steps=min(FINE, int(t.min()) + 1), grid="spread").levels
-    abar, x = torch.cat([schedule.abar.double(), torch.ones(1, dtype=torch.float64)])[levels], x_t
+    levels, x = inversion_schedule(path, t, steps=min(FINE, int(t.min()) + 1), grid="spread").levels, x_t
     rows = torch.arange(len(x))
     for k in range(levels.shape[1] - 1, 0, -1):
-        a, s, down_a, down_s = (
-            c.float()[:, None, None, None]
-            for c in (abar[:, k].sqrt(), (1 - abar[:, k]).sqrt(), abar[:, k - 1].sqrt(), (1 - abar[:, k - 1]).sqrt())
-        )
-        answer = eps(x, levels[:, k], rows)
-        x = down_a * (x - s * answer) / a + down_s * answer
+        a, s, down_a, down_s = map(per_image, (*path.a_s(levels[:, k]), *path.a_s(levels[:, k - 1])))
+        noise = eps(x, path.network_time(levels[:, k]), rows)
+        x = down_a * (x - s * noise) / a + down_s * noise
     return x

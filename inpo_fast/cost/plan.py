@@ -15,7 +15,7 @@ from rich.table import Table
 from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.cost.flops import Passes, network_passes
 from inpo_fast.cost.step_cost import PairCost, cost_of_a_pair
-from inpo_fast.method.objectives import SIDES
+from inpo_fast.method.methods import method_of
 from inpo_fast.models.denoiser import Denoiser
 from inpo_fast.models.lora import add_adapter
 from inpo_fast.models.models import DTYPES, TEXT_BATCH, vae_dtype
@@ -84,7 +84,7 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
     passes = network_passes(network, pixels // factor, shapes.tokens, config.models.gradient_checkpointing)
     trained = [p for p in network.parameters() if p.requires_grad]
     kept = _kept(config, shapes, passes, trained, gpus)
-    activations = SIDES[config.method] * passes.activations
+    activations = method_of(config.method).sides * passes.activations
     image = denoiser.forward_bytes(network, pixels // factor, shapes.tokens)
     if (
         config.models.fast == "compiled"
@@ -150,7 +150,7 @@ def _kept(
 def _windows(config: RunConfig, shapes: Shapes, side: int, gpus: int) -> int:
     """Latents (fp32) and text (no prompt twice) of this window and of the next, or x_t in the place of the latter's."""
     pairs, denoiser = config.train.pairs_per_step // gpus, shapes.denoiser
-    latents = 4 * SIDES[config.method] * pairs * prod(denoiser.latent_shape(side))
+    latents = 4 * method_of(config.method).sides * pairs * prod(denoiser.latent_shape(side))
     text = pairs * shapes.tokens * denoiser.text_width * DTYPES[config.models.precision].itemsize
     return latents * (1 + config.objective.timesteps.per_pair) + 2 * text
 
@@ -208,7 +208,7 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     each = config.objective.timesteps.per_pair
     times = "" if each == 1 else f", at {each} timesteps"
     window.add_row("pairs", f"{plan.pairs_per_gpu} = {plan.micro_batches} micro-batches x {train.micro_batch}{times}")
-    images = SIDES[config.method] * plan.pairs_per_gpu
+    images = method_of(config.method).sides * plan.pairs_per_gpu
     window.add_row(
         "inversion",
         f"{images} images x {plan.work.evaluations:.2f} evaluations on average, {config.inversion.batch} at a time",

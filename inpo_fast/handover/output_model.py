@@ -113,7 +113,8 @@ def save_adapter(models: Models, folder: Path, masters: dict[str, torch.Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     lora, denoiser = trained_lora(models, masters), models.denoiser
     write_tensors(tensors(lora, f"{denoiser.part}."), {}, folder / LORA_WEIGHT_NAME_SAFE)
-    about = About(denoiser, folder.parent.name, models.resolution, models.predicts_v, hub_id(models.config.base))
+    predicts, base = models.noise_path.output, hub_id(models.config.base)
+    about = About(denoiser, folder.parent.name, models.resolution, predicts, base)
     try:
         write_tensors(kohya_tensors(lora, denoiser), kohya_metadata(about, lora.rank), folder / KOHYA_NAME)
     except KeyError as problem:

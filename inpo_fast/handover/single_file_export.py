@@ -71,7 +71,7 @@ def about_model(folder: Path | None, denoiser: Denoiser, title: str) -> About:
         denoiser,
         title,
         side if "vae" in known else None,
-        None if kind is None else kind == "v_prediction",
+        None if kind is None else "v" if kind == "v_prediction" else "epsilon",
         hub_id(base) if base else None,
     )
 

@@ -11,7 +11,7 @@ What diffusers' other families need, and the slot that carries it (checked on pa
 - latents as packed tokens with positions (FLUX, klein, Qwen-Image) or lists (Z-Image): `predict` packs and unpacks;
   everywhere else they are (B, C, h, w). A pipeline that wants its noise packed: `pipeline_latents`.
 - an output with a minus sign (Lumina2, Z-Image): `predict` turns it round. The time that conditions the network (s,
-  1 - s, 1000 s, a scale of the model's own) is the noise path's.
+  1 - s, 1000 s, a scale of the model's own) is the path's: `noise_path`.
 - text masks, prompts of any length: one more field of Text, padded to one length, which caches and batches carry by
   name (`text_names`), `arguments` gives it to the network or cuts by it. Two or three encoders, an instruction before
   the prompt: `encoders`, `encode`. Zeros in the place of "": `zeros_for_empty`.
@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from inpo_fast.method.noise_path import NoisePath
 from inpo_fast.models.config import AttentionBackend, Fast
 
 
@@ -105,6 +106,10 @@ class Denoiser(ABC):
     @abstractmethod
     def predict(self, module: nn.Module, x: torch.Tensor, time: torch.Tensor, arguments: dict) -> torch.Tensor:
         """The model output (B, C, h, w) for x (B, C, h, w), conditioned on time (B,) and on `arguments`."""
+
+    @abstractmethod
+    def noise_path(self, pipeline) -> NoisePath:
+        """What x, time and output are there: of the pipeline's own scheduler."""
 
     # ---- latents ----------------------------------------------------------------------------------------------------
     @property
@@ -233,7 +238,7 @@ class Denoiser(ABC):
         """
 
     @abstractmethod
-    def modelspec(self, predicts_v: bool | None, lora: bool) -> dict[str, str]:
+    def modelspec(self, prediction: str | None, lora: bool) -> dict[str, str]:
         """Fields of Stability's model specification that depend on the family."""
 
     @abstractmethod

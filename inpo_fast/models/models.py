@@ -7,9 +7,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from inpo_fast.method.inversion_schedule import Schedule
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.denoiser import Conditioning, Text
 from inpo_fast.models.families import denoiser_of
@@ -79,9 +78,7 @@ class Models:
         self.encoders = self.denoiser.encoders(pipeline)
         for encoder in self.encoders:
             encoder.to(device, self.dtype)
-        # as DDIM has the noise levels: with zero terminal SNR some samplers' classes keep a little signal at the last
-        self.schedule = Schedule.of(DDIMScheduler.from_config(pipeline.scheduler.config))
-        self.predicts_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
+        self.noise_path = self.denoiser.noise_path(pipeline)
         self.downscale = self.denoiser.downscale(self.vae.config)
         self.resolution = self.denoiser.native_side * self.downscale
 
@@ -117,8 +114,8 @@ class Models:
         return self._vae_batch[pixels]
 
     def predict(self, who: Who, x: torch.Tensor, time: torch.Tensor, arguments: dict) -> torch.Tensor:
-        """The model output for x (B, C, H, W) of any float dtype, conditioned on time (B,): noise, or v. In its own
-        dtype."""
+        """The model output for x (B, C, H, W) of any float dtype, conditioned on time (B,), in its own dtype: what
+        `noise_path.output` names."""
         with self._base_only() if who == "reference" and self.adapters else nullcontext():
             return self.denoiser.predict(self.network(who), x.to(self.dtype), time, arguments)
 
@@ -148,12 +145,6 @@ class Models:
             else:
                 for layer in self.adapters:
                     layer.enable_adapters(True)
-
-    def eps(self, answer: torch.Tensor, x_t: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
-        """The predicted noise: the answer itself, or a v + s x_t in fp32 (arXiv 2202.00512, appendix D)."""
-        if not self.predicts_v:
-            return answer
-        return a_t[:, None, None, None] * answer.float() + s_t[:, None, None, None] * x_t
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

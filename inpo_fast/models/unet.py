@@ -24,6 +24,7 @@ from diffusers import (
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from inpo_fast.method.ddpm_path import DDPMPath
 from inpo_fast.models.config import Architecture
 from inpo_fast.models.denoiser import Denoiser, Text
 from inpo_fast.models.fast import fast_unet
@@ -125,6 +126,10 @@ class UNet(Denoiser):
 
     def predict(self, module: torch.nn.Module, x: torch.Tensor, time: torch.Tensor, arguments: dict) -> torch.Tensor:
         return module(x, time, **arguments).sample
+
+    def noise_path(self, pipeline: DiffusionPipeline) -> DDPMPath:
+        # as DDIM has the noise levels: with zero terminal SNR some samplers' classes keep a little signal at the last
+        return DDPMPath.of(DDIMScheduler.from_config(pipeline.scheduler.config))
 
     # ---- latents ----------------------------------------------------------------------------------------------------
     @property
@@ -322,10 +327,10 @@ class UNet(Denoiser):
         own = unet_name(layer, self.config) if self.is_xl and not diffusers_layers else layer
         return "lora_unet_" + own.replace(".", "_")
 
-    def modelspec(self, predicts_v: bool | None, lora: bool) -> dict[str, str]:
+    def modelspec(self, prediction: str | None, lora: bool) -> dict[str, str]:
         architecture = {
             "sd1": "stable-diffusion-v1",
-            "sd2": "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512",
+            "sd2": "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512",
             "xl": "stable-diffusion-xl-v1-base",
         }[self.kind]
         original = "https://github.com/Stability-AI/generative-models"

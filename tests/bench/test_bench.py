@@ -19,7 +19,7 @@ from inpo_fast.cost.plan import make_plan
 from inpo_fast.cost.profiling import WORK
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig
+from inpo_fast.method.config import InversionConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError

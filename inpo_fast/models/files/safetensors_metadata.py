@@ -42,13 +42,13 @@ def _fill_hash(path: Path) -> None:
 
 @dataclass(frozen=True)
 class About:
-    """What is written into a file; None: not known. side: pixels of the pictures that the model draws. base: the model
-    that it was trained from, as a hub id."""
+    """What is written into a file; None: not known. side: pixels of the pictures that the model draws. prediction:
+    epsilon or v, as NoisePath.output. base: the model that it was trained from, as a hub id."""
 
     denoiser: Denoiser
     title: str
     side: int | None = None
-    predicts_v: bool | None = None
+    prediction: str | None = None
     base: str | None = None
 
 
@@ -56,7 +56,7 @@ def modelspec(about: About, lora: bool = False) -> dict[str, str]:
     """The model specification's fields."""
     fields = {
         "sai_model_spec": "1.0.1",
-        **about.denoiser.modelspec(about.predicts_v, lora),
+        **about.denoiser.modelspec(about.prediction, lora),
         "title": about.title,
         "date": datetime.now(UTC).replace(microsecond=0, tzinfo=None).isoformat(),
         "hash_sha256": f"0x{HASH}",
@@ -64,8 +64,8 @@ def modelspec(about: About, lora: bool = False) -> dict[str, str]:
     }
     if about.side:
         fields["resolution"] = f"{about.side}x{about.side}"
-    if about.predicts_v is not None:
-        fields["prediction_type"] = "v" if about.predicts_v else "epsilon"
+    if about.prediction is not None:
+        fields["prediction_type"] = about.prediction
     if about.base:
         fields["merged_from"] = about.base
     return {f"modelspec.{name}": value for name, value in fields.items()}
