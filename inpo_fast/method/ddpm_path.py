@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from inpo_fast.method.config import Grid, Timesteps
-from inpo_fast.method.noise_path import Levels, NoisePath, per_image
+from inpo_fast.method.noise_path import NoisePath, per_image
 from inpo_fast.runtime import keyed_rng
 
 CLEAN = -1
