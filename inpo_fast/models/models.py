@@ -63,6 +63,7 @@ class Models:
             # at that flag to choose between mm and bmm, and the two round differently (SDXL's proj_in, in bf16).
             self.reference = copy.deepcopy(self.policy)
             self.denoiser.put(pipeline, self.reference)
+            del base  # what is needed of it is among the masters
             self.adapters = []
         self.fast = resolve(config.fast, device)
         for network in {id(network): network for network in (self.policy, self.reference)}.values():
