@@ -50,7 +50,7 @@ def main() -> None:
     from inpo_fast.comparison.drawing import open_base
     from inpo_fast.comparison.run_comparison import compare, named_models, open_comparison
     from inpo_fast.comparison.run_evaluation import evaluate
-    from inpo_fast.models.loading import open_unet, quiet_libraries
+    from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
     from inpo_fast.report.comparison import write_comparison
     from inpo_fast.report.results import verdict
@@ -75,7 +75,7 @@ def main() -> None:
         else:
             base = open_base(key, place, torch.float32, single_file_config, "models.vae", models.vae).to(device)
             model = own.model[0].partition("=")[2] or own.model[0]
-            evaluation = evaluate(base, open_unet("--model", model, base), how, variant=model)
+            evaluation = evaluate(base, open_network("--model", model, base), how, variant=model)
             if rank == 0:
                 evaluation.write(folder)
                 report = write_report(folder, evaluation)

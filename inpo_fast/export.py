@@ -35,7 +35,8 @@ def main() -> None:
         raise UserError(f"--output {own.output}: must end with .safetensors")
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} exists; replace it with --overwrite, or name another")
-    from inpo_fast.handover.single_file_export import about_model, convert, lora_tensors, provenance, save, single_file
+    from inpo_fast.handover.single_file_export import about_model, convert, lora_tensors, provenance, save
+    from inpo_fast.models.families import denoiser_of
     from inpo_fast.models.files.safetensors_metadata import modelspec
     from inpo_fast.models.loading import load_pipeline, quiet_libraries
     from inpo_fast.models.models import DTYPES
@@ -49,8 +50,9 @@ def main() -> None:
         if not own.model.is_dir():
             raise UserError(f"--model: no such folder: {own.model}")
         pipeline = load_pipeline(str(own.model), dtype, key="--model")
-        tensors = single_file(pipeline)
-        metadata = modelspec(about_model(own.model, pipeline.unet.config, own.output.stem))
+        denoiser = denoiser_of(pipeline)
+        tensors = denoiser.single_file(pipeline)
+        metadata = modelspec(about_model(own.model, denoiser, own.output.stem))
         folder = own.model
     # a LoRA in diffusers' names has none, like the one that a run leaves
     metadata = metadata | provenance(folder) if metadata else {}

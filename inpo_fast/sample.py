@@ -38,7 +38,7 @@ def main() -> None:
     if not prompts:
         raise UserError("no prompts: give --prompts FILE or --prompt TEXT")
     from inpo_fast.comparison.drawing import draw_both, open_base
-    from inpo_fast.models.loading import open_unet, quiet_libraries
+    from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
     from inpo_fast.report.pictures import Comparison, contact_sheet
     from inpo_fast.runtime import distributed
@@ -47,7 +47,7 @@ def main() -> None:
     quiet_libraries()
     _, _, device = distributed.start()
     pipeline = open_base("--base", own.base, DTYPES[own.precision], own.single_file_config, "--vae", own.vae).to(device)
-    unet = open_unet("--model", own.model, pipeline)  # before anything is drawn
+    unet = open_network("--model", own.model, pipeline)  # before anything is drawn
     captions = [prompt for prompt in prompts for _ in range(own.seeds)]
     keys = [("sample", own.seed, i, seed) for i in range(len(prompts)) for seed in range(own.seeds)]
     how = {"steps": own.steps, "guidance": own.guidance, "batch": own.batch}

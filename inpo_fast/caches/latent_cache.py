@@ -17,7 +17,8 @@ import torch
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import DataConfig, Item
 from inpo_fast.data.pair import BadPair
-from inpo_fast.models.models import Models, Text
+from inpo_fast.models.denoiser import Text
+from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.fingerprint import fingerprint, source_fingerprint
 from inpo_fast.runtime.record_store import RecordStore, digest
@@ -33,7 +34,6 @@ class LatentCache:
         """Reads the index; writes nothing. UserError, naming what differs, where it was made for something else."""
         self.folder, self.resolution = folder, resolution
         self.vae_batch = config.vae_batch or models.vae_batch(resolution)
-        encoders = [getattr(models.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
         common = {"layout": 1, "device": models.device.type, "torch": version("torch")}
         data = asdict(config)
         latents = common | {
@@ -50,7 +50,7 @@ class LatentCache:
         }
         text = common | {
             "holds": "text",
-            "text": [fingerprint(encoder) for encoder in encoders if encoder is not None],
+            "text": [fingerprint(encoder) for encoder in models.encoders],
             "text_dtype": str(models.dtype),
             "transformers": version("transformers"),
         }
@@ -89,24 +89,19 @@ class LatentCache:
         return [prompt for prompt in dict.fromkeys(prompts) if self.prompts.key(prompt.encode()) not in self.prompts]
 
     def add_prompts(self, prompts: list[str], text: Text) -> None:
-        parts = {"hidden": text.hidden[:, None]}
-        if text.pooled is not None:
-            parts["pooled"] = text.pooled[:, None]
+        parts = {name: x[:, None] for name, x in text.tensors.items()}
         self.prompts.write([self.prompts.key(prompt.encode()) for prompt in prompts], parts)
 
     def encode_prompts(self, prompts: list[str], models: Models) -> Text:
         """As `Models.encode_prompts`; what is not there is encoded."""
         keys = [self.prompts.key(prompt.encode()) for prompt in prompts]
-        names = ("hidden", "pooled") if models.is_xl else ("hidden",)
-        known = [self.prompts.read(name, keys) for name in names]
-        new = [i for i, parts in enumerate(zip(*known, strict=True)) if any(part is None for part in parts)]
+        known = {name: self.prompts.read(name, keys) for name in models.denoiser.text_names}
+        new = [i for i, parts in enumerate(zip(*known.values(), strict=True)) if any(part is None for part in parts)]
         made = models.encode_prompts([prompts[i] for i in new]) if new else None
-        out = []
-        for name, rows in zip(names, known, strict=True):
+        for name, rows in known.items():
             for place, i in enumerate(new):
-                rows[i] = getattr(made, name)[place : place + 1].cpu()
-            out.append(torch.cat(rows).to(models.device, non_blocking=True))
-        return Text(*out)
+                rows[i] = made.tensors[name][place : place + 1].cpu()
+        return Text(**{name: torch.cat(rows).to(models.device, non_blocking=True) for name, rows in known.items()})
 
     def _key(self, position: int) -> str:
         return self.pairs.key(str(position).encode())

@@ -73,13 +73,12 @@ def fill(
     distributed.barrier()
     groups = [range(lo, min(lo + ROWS, pairs)) for lo in range(0, pairs, ROWS)]
     todo = [[p for p in group if not latents.has(p)] for group in groups]
-    side = models.reference.config.sample_size * resolution // models.resolution
-    shape = (2, models.reference.config.in_channels, side, side)
+    shape = (2, *models.latent_shape(resolution))
     if rank == 0:
         missing = sum(map(len, todo))
         prompts = max(0, different_prompts(source) + 1 - len(latents.prompts)) if missing else 0  # and the empty one
         empty = models.encode_empty()
-        text = sum(part.nbytes for part in (empty.hidden, empty.pooled) if part is not None)
+        text = sum(x.nbytes for x in empty.tensors.values())
         check_room(latents, missing, 4 * prod(shape), min(missing, prompts), text, console)
     windows = PairLoader(source, config, resolution=resolution, seed=seed, rank=rank, world=world)
     count = TextColumn("{task.completed}/{task.total} pairs")

@@ -34,7 +34,6 @@ from inpo_fast.data.images import View
 from inpo_fast.data.loader import DataConfig, Item
 from inpo_fast.method.config import EvaluateAt, InversionConfig, ObjectiveConfig
 from inpo_fast.method.inversion_schedule import inversion_schedule, shares_prefix
-from inpo_fast.models.fast.fast_unet import resolve
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
@@ -132,8 +131,7 @@ def open_trajectory_cache(
             f"{', '.join(good)}; with inversion.frozen=true any"
         )
     resolution = data.resolution or models.resolution
-    side = models.reference.config.sample_size * resolution // models.resolution
-    latent = (models.reference.config.in_channels, side, side)
+    latent = models.latent_shape(resolution)
     answers, top = 0, path.possible_timesteps(objective.timesteps).amax()
     if not inversion.frozen:
         levels = path.all_levels(inversion.steps)
@@ -148,7 +146,7 @@ def open_trajectory_cache(
         frozen=inversion.frozen,
         prompted=prompted,
         vae_sample=data.vae_sample,
-        told_sizes=models.is_xl and models.config.micro_conditioning == "image",
+        told_sizes=models.micro_conditioning == "image",
         top=top.item(),
         latent=latent,
         answers=answers,
@@ -170,19 +168,17 @@ def _identity(
     models: Models, inversion: InversionConfig, objective: ObjectiveConfig, resolution: int, latent: tuple, answers: int
 ) -> dict:
     """All that answers and latents depend on beside the image; the manifest."""
-    settings = models.config
-    fast = resolve(settings.fast, models.device)
+    fast, settings = models.fast, models.config
     if fast == "compiled":
         fast += " as a CUDA graph" if settings.cuda_graphs else " by blocks"
-    encoders = [getattr(models.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
     identity = {
         "holds": "frozen steps" if inversion.frozen else "trajectories",
         "fp8": inversion.fp8,
         "layout": 1,
         "reference": fingerprint(models.reference),
         "vae": fingerprint(models.vae),
-        "text": digest(*(fingerprint(encoder).encode() for encoder in encoders if encoder is not None)),
-        "empty_prompt": "zeros" if models.pipeline.config.get("force_zeros_for_empty_prompt") else "encoded",
+        "text": digest(*(fingerprint(encoder).encode() for encoder in models.encoders)),
+        "empty_prompt": "zeros" if models.denoiser.zeros_for_empty(models.pipeline) else "encoded",
         "precision": settings.precision,
         # where the fused inversion meets an adapter it takes another kernel, which rounds otherwise
         "fast": f"{fast}, {'adapters' if models.adapters else 'no adapters'}" if fast != "off" else fast,
@@ -193,7 +189,7 @@ def _identity(
         "guidance": inversion.guidance,
         "schedule": digest(models.noise_path.identity.encode()),
         "prediction": models.noise_path.output,
-        "micro_conditioning": settings.micro_conditioning if models.is_xl else None,
+        "micro_conditioning": models.micro_conditioning,
         "latent": latent,
         "resolution": resolution,
         "torch": version("torch"),

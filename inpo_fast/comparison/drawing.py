@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from inpo_fast.models.loading import load_pipeline, load_vae, open_unet
+from inpo_fast.models.families import denoiser_of
+from inpo_fast.models.loading import load_pipeline, load_vae, open_network
 from inpo_fast.models.peak_memory import one_by_one
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
@@ -37,21 +38,21 @@ def draw(
     advance: called with the number of pictures after each batch (for a progress bar).
 
     The VAE decodes one picture at a time: 16 of SDXL's would take 24 GiB in bf16, 48 in fp32, and one is little work
-    beside the UNet's. Where memory does not suffice, the batch is halved, for this pipeline once and for all.
+    beside the network's. Where memory does not suffice, the batch is halved, for this pipeline once and for all.
     """
-    unet = pipeline.unet
-    side = unet.config.sample_size
+    denoiser = denoiser_of(pipeline)
+    network, shape = denoiser.module(pipeline), denoiser.latent_shape(denoiser.native_side)
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[np.ndarray] = []
 
     def some() -> np.ndarray:
         size = min(batch, FITTED.get(pipeline, batch))
         part = slice(len(pictures), len(pictures) + size)
-        noise = keyed_rng.normals((unet.config.in_channels, side, side), list(keys[part]))
+        noise = keyed_rng.normals(shape, list(keys[part]))
         with fits("batch", size), _decoding(pipeline.vae):
             return pipeline(
                 list(prompts[part]),
-                latents=noise.to(unet.device, unet.dtype),
+                latents=denoiser.pipeline_latents(noise.to(network.device, network.dtype)),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="np",
@@ -104,37 +105,39 @@ def use_ddim(pipeline: DiffusionPipeline) -> None:
 
 
 @contextmanager
-def drawing_with(pipeline: DiffusionPipeline, unet: torch.nn.Module):
-    """Within the block the pipeline draws with this UNet and the deterministic DDIM sampler."""
-    own, scheduler = pipeline.unet, pipeline.scheduler
+def drawing_with(pipeline: DiffusionPipeline, network: torch.nn.Module):
+    """Within the block the pipeline draws with this network and the deterministic DDIM sampler."""
+    denoiser, scheduler = denoiser_of(pipeline), pipeline.scheduler
+    own = denoiser.module(pipeline)
     try:
-        pipeline.unet = unet
+        denoiser.put(pipeline, network)
         use_ddim(pipeline)
         yield pipeline
     finally:
-        pipeline.unet, pipeline.scheduler = own, scheduler
+        denoiser.put(pipeline, own)
+        pipeline.scheduler = scheduler
 
 
 def draw_both(
-    pipeline: DiffusionPipeline, unet: torch.nn.Module, prompts: Sequence[str], keys: Sequence[keyed_rng.Key], **how
+    pipeline: DiffusionPipeline, network: torch.nn.Module, prompts: Sequence[str], keys: Sequence[keyed_rng.Key], **how
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The pictures of the pipeline's own UNet and of another, from the same noise. how: as in `draw`."""
+    """The pictures of the pipeline's own network and of another, from the same noise. how: as in `draw`."""
     use_ddim(pipeline)
     with picture_progress(2 * len(prompts), "draw") as advance:
         before = draw(pipeline, prompts, keys, advance=lambda n: advance(n, "base"), **how)
-        with drawing_with(pipeline, unet):
+        with drawing_with(pipeline, network):
             return before, draw(pipeline, prompts, keys, advance=lambda n: advance(n, "aligned"), **how)
 
 
 @contextmanager
 def scaled_eps(pipeline: DiffusionPipeline, scale: float):
-    """Within the block the UNet's prediction is multiplied by `scale` (the negative control of an evaluation)."""
+    """Within the block the network's prediction is multiplied by `scale` (the negative control of an evaluation)."""
 
     def multiply(_module, _inputs, output):
         output[0].mul_(scale)
         return output
 
-    handle = pipeline.unet.register_forward_hook(multiply)
+    handle = denoiser_of(pipeline).module(pipeline).register_forward_hook(multiply)
     try:
         yield pipeline
     finally:
@@ -143,10 +146,11 @@ def scaled_eps(pipeline: DiffusionPipeline, scale: float):
 
 @contextmanager
 def aligned(pipeline: DiffusionPipeline, model: str):
-    """Within the block the pipeline draws with another model: a LoRA, or anything whose UNet fits."""
-    own = pipeline.unet
-    pipeline.unet = open_unet("--model", model, pipeline)
+    """Within the block the pipeline draws with another model: a LoRA, or anything whose network fits."""
+    denoiser = denoiser_of(pipeline)
+    own = denoiser.module(pipeline)
+    denoiser.put(pipeline, open_network("--model", model, pipeline))
     try:
         yield pipeline
     finally:
-        pipeline.unet = own
+        denoiser.put(pipeline, own)

@@ -23,7 +23,9 @@ from inpo_fast.comparison.prompts import read_prompt_set
 from inpo_fast.judges import Scores
 from inpo_fast.judges.cache import CHUNK, ScoreCache, image_hash
 from inpo_fast.judges.registry import make_judges
-from inpo_fast.models.files.lora_files import lora_file, read_lora
+from inpo_fast.models.families import denoiser_of
+from inpo_fast.models.files.lora_files import read_lora
+from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
@@ -79,7 +81,7 @@ def draw_all(comparison: ModelComparison, pipeline: DiffusionPipeline, config: E
     use_ddim(pipeline)
     for name, place in comparison.models.items():  # a LoRA that does not fit is told before anything is drawn
         if name != BASE and lora_file(place, "--model"):
-            read_lora("--model", place, pipeline.unet)
+            read_lora("--model", place, denoiser_of(pipeline).module(pipeline))
     common = _identity(pipeline, config)
     rows = [(name, place, 1.0) for name, place in comparison.models.items()]
     if config.control_eps_scale != 1.0:
@@ -108,17 +110,17 @@ def draw_all(comparison: ModelComparison, pipeline: DiffusionPipeline, config: E
 
 
 def _identity(pipeline: DiffusionPipeline, config: EvaluateConfig) -> dict:
-    """What decides a picture beside the UNet."""
-    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    """What decides a picture beside the network."""
+    denoiser = denoiser_of(pipeline)
     return {
         "vae": fingerprint(pipeline.vae),
-        "text": [fingerprint(encoder) for encoder in encoders if encoder is not None],
+        "text": [fingerprint(encoder) for encoder in denoiser.encoders(pipeline)],
         "sampler": "DDIM",
         "schedule": digest(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode()),
         "steps": config.sampler_steps,
         "guidance": config.guidance,
         "seed": config.seed,
-        "dtype": str(pipeline.unet.dtype),
+        "dtype": str(denoiser.module(pipeline).dtype),
     }
 
 
@@ -127,9 +129,9 @@ def _drawing_with(pipeline: DiffusionPipeline, name: str, place: str):
 
 
 def _weights(pipeline: DiffusionPipeline, name: str, place: str) -> str:
-    """Of the UNet that draws; the fingerprint leaves adapters out, so a LoRA's file is added."""
+    """Of the network that draws; the fingerprint leaves adapters out, so a LoRA's file is added."""
     adapter = None if name in (BASE, NEGATIVE_CONTROL) else lora_file(place)
-    return fingerprint(pipeline.unet) + (digest(adapter.read_bytes()) if adapter else "")
+    return fingerprint(denoiser_of(pipeline).module(pipeline)) + (digest(adapter.read_bytes()) if adapter else "")
 
 
 def judge_all(comparison: ModelComparison, folder: Path, say: Callable[[str], None]) -> None:

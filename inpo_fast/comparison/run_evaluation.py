@@ -10,6 +10,7 @@ from inpo_fast.comparison.evaluation import Evaluation, Gallery, summarise
 from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.judges import Judge
 from inpo_fast.judges.registry import make_judge
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.progress import picture_progress
 
@@ -27,12 +28,13 @@ def open_inputs(config: EvaluateConfig, device: torch.device) -> tuple[list[str]
     return prompts, seen, judge, independent
 
 
-def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateConfig, variant: str) -> Evaluation:
-    """Compares `unet` with the base's own. Work is split over processes; every process gets the result."""
+def evaluate(base: DiffusionPipeline, network: torch.nn.Module, config: EvaluateConfig, variant: str) -> Evaluation:
+    """Compares `network` with the base's own. Work is split over processes; every process gets the result."""
     rank, world = distributed.rank_and_world()
     prompts, seen, judge, independent = open_inputs(config, base.device)
     use_ddim(base)
-    base_unet = base.unet
+    denoiser = denoiser_of(base)
+    own = denoiser.module(base)
     total = (3 * len(prompts) + 2 * len(seen)) * config.seeds // world
     for each, pictures in ((judge, 3 * len(prompts) + 2 * len(seen)), (independent, 3 * len(prompts))):
         if rank == 0 and hasattr(each, "cost"):
@@ -41,7 +43,7 @@ def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateCon
 
         def gallery(name: str, model: torch.nn.Module, wanted: list[str], scale: float = 1.0) -> Gallery:
             advance(0, name)
-            base.unet = model
+            denoiser.put(base, model)
             jobs = [(prompt, ("evaluate", config.seed, prompt, s)) for prompt in wanted for s in range(config.seeds)]
             mine = jobs[rank::world]
             with scaled_eps(base, scale):
@@ -60,13 +62,13 @@ def evaluate(base: DiffusionPipeline, unet: torch.nn.Module, config: EvaluateCon
             return Gallery(wanted, config.seeds, pictures)
 
         galleries = {
-            "base": gallery("base", base_unet, prompts),
-            "aligned": gallery("aligned", unet, prompts),
-            "control": gallery("negative control", base_unet, prompts, config.control_eps_scale),
+            "base": gallery("base", own, prompts),
+            "aligned": gallery("aligned", network, prompts),
+            "control": gallery("negative control", own, prompts, config.control_eps_scale),
         }
         if seen:
-            galleries["base_seen"] = gallery("base, seen prompts", base_unet, seen)
-            galleries["aligned_seen"] = gallery("aligned, seen prompts", unet, seen)
-    base.unet = base_unet
+            galleries["base_seen"] = gallery("base, seen prompts", own, seen)
+            galleries["aligned_seen"] = gallery("aligned, seen prompts", network, seen)
+    denoiser.put(base, own)
     scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
     return Evaluation(summarise(galleries, scores, judge, independent, config, variant), galleries, scores)

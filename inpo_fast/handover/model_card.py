@@ -11,9 +11,8 @@ import yaml
 from inpo_fast.config import flat
 from inpo_fast.handover.output_model import KOHYA_NAME
 from inpo_fast.method.methods import METHODS, Method
-from inpo_fast.models.files.diffusers_folder import base_folder, hub_id
-from inpo_fast.models.files.hub import ID
-from inpo_fast.models.files.lora_files import lora_file
+from inpo_fast.models.files.hub import ID, base_folder, hub_id
+from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.report.results import sanity_checks, verdict
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text

@@ -88,9 +88,9 @@ class Checkpoints:
         self.wait()
         self._path = final = self.folder / f"step-{state.step:04d}"
         tensors, numbers = _collect(weights, optimizer, average)
-        owners = _owners(tensors, self.world if weights.split is None else 1)
+        owners = _owners(tensors, self.world if weights.partition is None else 1)
         files = _files(tensors, owners)
-        if weights.split is None:
+        if weights.partition is None:
             tensors = {name: tensor for name, tensor in tensors.items() if owners[name] == self.rank}
         state = replace(state, numbers={k: v for part in distributed.gather(numbers) for k, v in part.items()})
         aside = self.folder / f".tmp-{final.name}"
@@ -292,10 +292,10 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _parts(tensors: dict[str, torch.Tensor], weights: Weights) -> dict[str, torch.Tensor]:
-    """Of split weights: what is a part of a parameter told as that, so that others can cut it otherwise."""
-    if weights.split is None:
+    """Of partitioned weights: what is a part of a parameter told as that, so that others can cut it otherwise."""
+    if weights.partition is None:
         return tensors
-    mesh = init_device_mesh("cpu", (weights.split.world,))
+    mesh = init_device_mesh("cpu", (weights.partition.world,))
     triples = zip(weights.names, weights.masters, weights.working, strict=True)
     of = {name: (master, working) for name, master, working in triples}
     out = {}
@@ -336,7 +336,7 @@ class _AlreadyOnHost:
 
 
 def _targets(shapes: dict[str, tuple], weights: Weights) -> dict[str, torch.Tensor]:
-    """Host memory for each saved tensor: of split weights for this process's part of what has a parameter's shape."""
+    """Host memory for each saved tensor: of partitioned weights, this process's part of what has their shapes."""
     pairs = dict(zip(weights.names, zip(weights.masters, weights.working, strict=True), strict=True))
     out = {}
     for key, (shape, dtype) in shapes.items():

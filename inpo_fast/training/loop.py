@@ -23,7 +23,6 @@ from inpo_fast.data.loader import Item, PairLoader, open_data
 from inpo_fast.data.pair import Source
 from inpo_fast.handover.output_model import detach_policy, output_pipeline, whole_masters
 from inpo_fast.method.inversion import check_inversion
-from inpo_fast.models.fast.fast_unet import compiled_blocks
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
@@ -87,13 +86,13 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     check_validation(config)
     online = open_online(config, device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
-    split = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
-    models = Models(open_pipeline(config.models), device, config.models, split)
+    partition = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
+    models = Models(open_pipeline(config.models), device, config.models, partition)
     check_inversion(config.inversion, models.noise_path)
     trajectories, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), ()
     if trajectories is not None:
         notes = trajectories.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
-    if blocks := compiled_blocks(models.policy):
+    if blocks := models.denoiser.compiled_blocks(models.policy):
         notes = (*notes, f"models.fast=compiled: the first step compiles {blocks} kinds of blocks and takes longer")
     optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
     average = (
@@ -273,7 +272,7 @@ def _stop_if_not_finite(values: dict[str, float], logits: torch.Tensor, items: l
 def finish(run: Run) -> torch.nn.Module:
     """Writes the output model, the averaged weights if there are any, as a diffusers folder; of LoRA also the adapter.
 
-    Returns its UNet in the working precision; afterwards models.pipeline holds the untouched base.
+    Returns its network in the working precision; afterwards models.pipeline holds the untouched base.
     """
     models, weights = run.models, run.models.weights
     if run.average is not None:

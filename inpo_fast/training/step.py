@@ -17,8 +17,8 @@ from inpo_fast.method.losses import normalise, rms
 from inpo_fast.method.methods import method_of
 from inpo_fast.method.noise_path import noised, target
 from inpo_fast.method.reference_point import reference_point
-from inpo_fast.models.fast.fast_unet import is_fast, wants_fixed_batch
-from inpo_fast.models.models import Conditioning, Models
+from inpo_fast.models.denoiser import Conditioning
+from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.memory import fits
 from inpo_fast.runtime.phases import phase
@@ -61,7 +61,7 @@ def noise_moments(
         found = [noise_moments((moment,), models, recipe, tally, preemption) for moment in moments]
         return [x_t for (x_t,), _ in found], sum(spent for _, spent in found)
 
-    shares = is_fast(models.unet(how.model))
+    shares = models.denoiser.shares_text(models.network(how.model))
 
     def eps_with(conditioning: Conditioning) -> Predict:
         def eps(x: torch.Tensor, time: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def noise_moments(
     )
     each = len(moments)
     t = torch.stack([moment.t for moment in moments], 1).repeat_interleave(shape[1], 0).flatten()  # (N * S * each,)
-    width = min(how.batch, len(flat)) if wants_fixed_batch(models.unet(how.model)) else None
+    width = min(how.batch, len(flat)) if models.denoiser.wants_fixed_batch(models.network(how.model)) else None
     with models.inverting(how.model, how.fp8):
         if window.held is not None:
             eps = eps_with(window.conditional if how.guidance == 1.0 else window.unconditional)

@@ -19,7 +19,8 @@ from inpo_fast.method import methods
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.method.inversion import evaluations_of
 from inpo_fast.method.methods import MethodName, method_of
-from inpo_fast.models.models import Conditioning, Models, Text
+from inpo_fast.models.denoiser import Conditioning, Text
+from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.transfer import to_device
 
@@ -96,12 +97,7 @@ def make_step_batch(items: list[Item], models: Models, recipe: StepConfig, empty
     text = models.encode_prompts(prompts) if recipe.latents is None else recipe.latents.encode_prompts(prompts, models)
     number = {prompt: i for i, prompt in enumerate(prompts)}
     row = to_device(torch.tensor([number[item.prompt] for item in items for _ in range(sides)]), models.device)
-    time_ids = None
-    if models.is_xl:
-        target = (x_0.shape[-1] * models.resolution // models.reference.config.sample_size,) * 2
-        published = models.config.micro_conditioning == "published"
-        told = [(*target, 0, 0) if published else (*view.original, *view.crop) for view in views]
-        time_ids = to_device(torch.tensor([(*sizes, *target) for sizes in told]).float(), models.device)
+    sizes = models.sizes([(view.original, view.crop) for view in views], x_0.shape[-1])
     drawn = [("t", recipe.seed, item.position) for item in items] if held is None else held.t_keys(recipe.seed, items)
     path = models.noise_path
     t = path.draw_timesteps(recipe.objective.timesteps, drawn)
@@ -119,8 +115,8 @@ def make_step_batch(items: list[Item], models: Models, recipe: StepConfig, empty
         s=s[0],
         label=to_device(torch.tensor([item.label for item in items], dtype=torch.float32), models.device),
         weight=to_device(torch.tensor([item.weight for item in items], dtype=torch.float32), models.device),
-        conditional=Conditioning(text, row, time_ids),
-        unconditional=Conditioning(empty, torch.zeros_like(row), time_ids),
+        conditional=models.conditioning(text, row, sizes),
+        unconditional=models.conditioning(empty, torch.zeros_like(row), sizes),
         keys=keys,
         held=held,
     )

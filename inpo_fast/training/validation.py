@@ -19,7 +19,8 @@ from inpo_fast.data.loader import Item, PairLoader
 from inpo_fast.data.order import step_positions
 from inpo_fast.data.pair import BadPair, Source
 from inpo_fast.data.sources import open_source
-from inpo_fast.models.models import Models, Text
+from inpo_fast.models.denoiser import Text
+from inpo_fast.models.models import Models
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_bytes

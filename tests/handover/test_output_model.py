@@ -26,8 +26,9 @@ from inpo_fast.config import parse
 from inpo_fast.handover import single_file_export
 from inpo_fast.handover.model_card import write_cards
 from inpo_fast.handover.output_model import KOHYA_NAME, output_pipeline
-from inpo_fast.models import random_weights
+from inpo_fast.models import unet as unet_family
 from inpo_fast.models.config import LoraSettings, ModelsConfig
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.files.lora_files import read_lora
 from inpo_fast.models.loading import load_pipeline, open_pipeline, quiet_libraries
 from inpo_fast.models.lora import with_lora
@@ -204,9 +205,9 @@ def predict(unet: torch.nn.Module) -> torch.Tensor:
 def test_a_merged_lora_on_random_weights_stands_on_those_that_it_was_trained_on(monkeypatch):
     """Drawn in bf16 they are others than drawn in fp32."""
     small = {"block_out_channels": (32,) * 4, "cross_attention_dim": 64}
-    monkeypatch.setitem(random_weights.UNETS, "sd15", random_weights.UNETS["sd15"] | small)
-    monkeypatch.setattr(random_weights, "VAE", random_weights.VAE | {"block_out_channels": (32,) * 4})
-    monkeypatch.setattr(random_weights, "CLIP_L", random_weights.CLIP_L | {"hidden_size": 48, "num_hidden_layers": 1})
+    monkeypatch.setitem(unet_family.UNETS, "sd15", unet_family.UNETS["sd15"] | small)
+    monkeypatch.setattr(unet_family, "VAE", unet_family.VAE | {"block_out_channels": (32,) * 4})
+    monkeypatch.setattr(unet_family, "CLIP_L", unet_family.CLIP_L | {"hidden_size": 48, "num_hidden_layers": 1})
     config = ModelsConfig(random="sd15", precision="bf16", lora=LoraSettings(rank=2))
     models = Models(open_pipeline(config), torch.device("cpu"), config)
     base = open_pipeline(config).unet.float().state_dict()
@@ -277,9 +278,8 @@ def test_snippets_of_the_document(world, places, exported, number):
     kind = "sdxl" if "XL" in code else "sd15"
     base = {f'"runs/{kind}/model"': f'"{world / kind}"', '"aligned.safetensors"': f'"{world / "base.safetensors"}"'}
     if "aligned.safetensors" in code:
-        single_file_export.save(
-            single_file_export.single_file(load_pipeline(str(world / kind))), {}, world / "base.safetensors"
-        )
+        base = load_pipeline(str(world / kind))
+        single_file_export.save(denoiser_of(base).single_file(base), {}, world / "base.safetensors")
     without = drawn(re.sub(r".*load_lora_weights.*\n", "", code), places | base)
     assert aligned.shape == without.shape == (32, 32, 3)
     assert np.abs(aligned.astype(int) - without).max() > 3

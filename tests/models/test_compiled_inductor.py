@@ -17,7 +17,7 @@ from inpo_fast.models.fast import compiled_blocks, fast_unet
 from inpo_fast.models.fast.fast_unet import make_fast
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
-from inpo_fast.models.random_weights import make_unet
+from inpo_fast.models.unet import UNet
 from inpo_fast.pocket import ASSETS
 from inpo_fast.training.step import noise_window, train_step
 from inpo_fast.training.step_batch import make_step_batch
@@ -104,7 +104,7 @@ def test_sd15_by_inductor():
     """Its true widths, small latents, bf16, two minutes without the compiler's caches; the yardstick is fp32."""
     torch._dynamo.reset()
     counters.clear()
-    unet = make_unet("sd15").eval()
+    unet = UNet.make_network("sd15").eval()
     exact = copy.deepcopy(unet.bfloat16()).float()
     fused, fast = copy.deepcopy(unet), unet
     make_fast(fused, "fused"), make_fast(fast, "compiled")

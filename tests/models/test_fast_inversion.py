@@ -245,7 +245,7 @@ def test_fp8_inversion(items, pipeline, lora):
     assert distance(inverted(fast, items), inverted(plain, items)) < ROUNDED
     args = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
     more = {"encoder_hidden_states": torch.randn(2, 16, plain.reference.config.cross_attention_dim)}
-    if plain.is_xl:
+    if plain.denoiser.is_xl:
         more["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 96), "time_ids": torch.rand(2, 6)}
     before = fast.policy(*args, **more).sample.detach()
     with fast.inverting("policy", fp8=True), torch.no_grad():

@@ -16,7 +16,8 @@ from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.fast import fast_unet
 from inpo_fast.models.fast.fast_unet import inverting, make_fast, undo
-from inpo_fast.models.models import Models, add_adapter
+from inpo_fast.models.lora import add_adapter
+from inpo_fast.models.models import Models
 from inpo_fast.training.step import noise_window, train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 

@@ -15,10 +15,12 @@ from inpo_fast.config import parse
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.models import unet as unet_family
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.loading import open_pipeline
-from inpo_fast.models.models import Models, random_weights
+from inpo_fast.models.models import Models
 from inpo_fast.models.random_weights import random_pipeline
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.loop import prepare
 from inpo_fast.training.step import noise_window, train_step
@@ -75,7 +77,7 @@ def test_published_micro_conditioning(tmp_path, items):
         config = ModelsConfig(base=str(tmp_path / "xl"), micro_conditioning=kind)
         models = Models(open_pipeline(config), CPU, config)
         window = make_step_batch([item], models, RECIPE, models.encode_empty())
-        assert window.conditional.time_ids[0].tolist() == want
+        assert window.conditional.sizes[0].tolist() == want
 
 
 @pytest.fixture(scope="module")
@@ -197,16 +199,16 @@ def test_random_weights_on_the_cpu_are_the_same_as_ever(monkeypatch, device, dty
     """UNet, VAE, text encoder, one after the other from one seed of the CPU's own generator."""
     small = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "attention_head_dim": 2}
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setitem(random_weights.UNETS, "sd15", random_weights.UNETS["sd15"] | small)
-    monkeypatch.setattr(random_weights, "VAE", random_weights.VAE | {"block_out_channels": (32, 32, 32, 32)})
-    monkeypatch.setattr(random_weights, "CLIP_L", shape)
+    monkeypatch.setitem(unet_family.UNETS, "sd15", unet_family.UNETS["sd15"] | small)
+    monkeypatch.setattr(unet_family, "VAE", unet_family.VAE | {"block_out_channels": (32, 32, 32, 32)})
+    monkeypatch.setattr(unet_family, "CLIP_L", shape)
     got = random_pipeline("sd15", dtype, seed=3, device=device)
     before = torch.random.get_rng_state()
     torch.manual_seed(3)
     torch.set_default_dtype(dtype)
     try:
-        text = random_weights.text_config(random_weights.make_tokenizer(), shape)
-        want = random_weights.make_unet("sd15"), random_weights.make_vae("sd15"), CLIPTextModel(text)
+        text = unet_family.text_config(unet_family.make_tokenizer(), shape)
+        want = UNet.make_network("sd15"), UNet.make_vae("sd15"), CLIPTextModel(text)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.random.set_rng_state(before)

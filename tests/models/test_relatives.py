@@ -128,7 +128,7 @@ def test_the_fast_unet_knows_the_shape(shape):
     models = Models(pipeline, torch.device("cpu"))
     text = models.encode_prompts(["a red circle", "a blue square"])
     more = {}
-    if models.is_xl:
+    if models.denoiser.is_xl:
         more = {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": torch.full((2, 6), 32.0)}}
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 900])
     with torch.no_grad():
