@@ -31,7 +31,8 @@ def main() -> None:
     from inpo_fast.runtime.errors import Hang, UserError
     from inpo_fast.runtime.files import write_text
     from inpo_fast.runtime.preemption import EXIT_CODE, Preempted
-    from inpo_fast.training.loop import finish, prepare, train
+    from inpo_fast.training.loop import finish, train
+    from inpo_fast.training.set_up import prepare
 
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)])
     quiet_libraries()
