@@ -13,7 +13,7 @@ from inpo_fast.method.inversion_schedule import Schedule
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.fast.fast_unet import inverting, make_fast, resolve
 from inpo_fast.models.lora import Lora
-from inpo_fast.models.master_weights import Weights
+from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.models.peak_memory import encoding_bytes
 from inpo_fast.models.zero1 import Zero1Partition
 from inpo_fast.runtime.memory import largest_batch
@@ -94,7 +94,7 @@ class Models:
         # only now, as they lie in memory as the weights do
         self.zeros = zero_factors(self.adapters) if how == "compiled" else None
         trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
-        self.weights = Weights(trained, masters, split)
+        self.weights = MasterWeights(trained, masters, split)
         if config.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.vae = pipeline.vae.to(device, self.vae_dtype)
