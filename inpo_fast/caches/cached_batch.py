@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from inpo_fast.method.inversion import Eps
+from inpo_fast.method.inversion import Predict
 from inpo_fast.method.inversion_schedule import InversionTrajectory
 from inpo_fast.runtime.record_store import RecordStore
 
@@ -56,7 +56,7 @@ class CachedBatch(ABC):
 
     @abstractmethod
     def x_t(
-        self, eps: Eps, x_0: torch.Tensor, t: torch.Tensor, schedule_of: ScheduleOf, batch: int, width: int | None
+        self, eps: Predict, x_0: torch.Tensor, t: torch.Tensor, schedule_of: ScheduleOf, batch: int, width: int | None
     ) -> tuple[torch.Tensor, int]:
         """x_t of the images (M, C, h, w) in fp32, and the image evaluations spent on it.
 

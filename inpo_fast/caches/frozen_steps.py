@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from inpo_fast.caches.cached_batch import CachedBatch, ScheduleOf
-from inpo_fast.method.inversion import Eps, invert
+from inpo_fast.method.inversion import Predict, invert
 from inpo_fast.runtime.record_store import RecordStore
 
 
@@ -24,7 +24,7 @@ class FrozenSteps(CachedBatch):
     @torch.no_grad()
     def x_t(
         self,
-        eps: Eps,
+        eps: Predict,
         x_0: torch.Tensor,
         t: torch.Tensor,
         schedule_of: ScheduleOf,

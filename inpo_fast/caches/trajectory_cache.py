@@ -27,16 +27,14 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import torch
 
 from inpo_fast.caches.cached_batch import CachedBatch
 from inpo_fast.caches.frozen_steps import FrozenSteps
 from inpo_fast.caches.trajectory_replay import TrajectoryRecord, TrajectoryReplay
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import DataConfig, Item
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.inversion_schedule import EvaluateAt, Grid, plan, shares_prefix
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import EvaluateAt, InversionConfig, ObjectiveConfig
+from inpo_fast.method.inversion_schedule import inversion_schedule, shares_prefix
 from inpo_fast.models.fast.fast_unet import resolve
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
@@ -117,12 +115,13 @@ def open_trajectory_cache(
     """
     if inversion.cache is None:
         return None
+    path = models.noise_path
     how = {"steps": inversion.steps, "grid": inversion.grid, "evaluate_at": inversion.evaluate_at}
-    if not inversion.frozen and not shares_prefix(models.schedule, **how):
+    if not inversion.frozen and not shares_prefix(path, **how):
         good = [
             f"{grid} ({at})"
-            for grid, at in product(get_args(Grid), get_args(EvaluateAt))
-            if shares_prefix(models.schedule, **how | {"grid": grid, "evaluate_at": at})
+            for grid, at in product(path.grids, get_args(EvaluateAt))
+            if shares_prefix(path, **how | {"grid": grid, "evaluate_at": at})
         ]
         raise UserError(
             f"inversion.cache: inversion.grid={inversion.grid} with evaluate_at={inversion.evaluate_at} evaluates "
@@ -132,17 +131,18 @@ def open_trajectory_cache(
     resolution = data.resolution or models.resolution
     side = models.reference.config.sample_size * resolution // models.resolution
     latent = (models.reference.config.in_channels, side, side)
-    outputs, highest = 0, objective.timesteps.max
+    outputs, highest = 0, path.possible_timesteps(objective.timesteps).amax()
     if not inversion.frozen:
-        counts = plan(models.schedule, torch.arange(models.schedule.T), **how).evaluations
-        outputs = _outputs(Path(inversion.cache), max(1, int(counts[highest])))
-        highest = int((counts >= outputs).nonzero()[0]) if outputs <= counts[-1] else highest
+        levels = path.all_levels(inversion.steps)
+        needed, counts = (inversion_schedule(path, t, **how).evaluations for t in (highest[None], levels))
+        outputs = _outputs(Path(inversion.cache), max(1, int(needed)))
+        highest = levels[counts >= outputs][0] if outputs <= counts[-1] else highest
     prompted = inversion.frozen or inversion.guidance == 1.0
     fixed = not data.vae_sample and data.crop == "center"
     views = (1 + data.flip) * (1 + (prompted and 0 < data.prompt_dropout < 1))
     return TrajectoryCache(
         store=RecordStore(Path(inversion.cache), _identity(models, inversion, objective, resolution, latent, outputs)),
-        form=TrajectoryRecord(highest, outputs, latent, models.dtype),
+        form=TrajectoryRecord(highest.item(), outputs, latent, models.dtype),
         frozen=inversion.frozen,
         prompted=prompted,
         vae_sample=data.vae_sample,
@@ -164,8 +164,7 @@ def _identity(
     models: Models, inversion: InversionConfig, objective: ObjectiveConfig, resolution: int, latent: tuple, outputs: int
 ) -> dict:
     """All that model outputs and latents depend on beside the image; the manifest."""
-    schedule, settings = models.schedule, models.config
-    levels = (schedule.abar.tolist(), schedule.first_abar, schedule.steps_offset)
+    settings = models.config
     fast = resolve(settings.fast, models.device)
     if fast == "compiled":
         fast += " as a CUDA graph" if settings.cuda_graphs else " by blocks"
@@ -186,8 +185,8 @@ def _identity(
         "grid": inversion.grid,
         "evaluate_at": inversion.evaluate_at,
         "guidance": inversion.guidance,
-        "schedule": digest(repr(levels).encode()),
-        "prediction": "v" if models.predicts_v else "epsilon",
+        "schedule": digest(models.noise_path.identity.encode()),
+        "prediction": models.noise_path.output,
         "micro_conditioning": settings.micro_conditioning if models.is_xl else None,
         "latent": latent,
         "resolution": resolution,

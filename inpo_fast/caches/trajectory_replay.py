@@ -6,7 +6,7 @@ import torch
 from inpo_kernels.ddim_step import ddim_step_
 
 from inpo_fast.caches.cached_batch import CachedBatch, ScheduleOf
-from inpo_fast.method.inversion import Eps, invert
+from inpo_fast.method.inversion import Predict, invert
 from inpo_fast.method.inversion_schedule import InversionTrajectory
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.record_store import ROWS, RecordStore
@@ -17,7 +17,7 @@ class TrajectoryRecord:
     """What is kept of an image's inversion: x_0, latent (C, h, w), and `outputs` model outputs in dtype, those of the
     inversion to t = highest."""
 
-    highest: int
+    highest: int | float
     outputs: int
     latent: tuple[int, int, int]
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class TrajectoryReplay(CachedBatch):
     @torch.no_grad()
     def x_t(
         self,
-        eps: Eps,
+        eps: Predict,
         x_0: torch.Tensor,
         t: torch.Tensor,
         schedule_of: ScheduleOf,
@@ -51,7 +51,7 @@ class TrajectoryReplay(CachedBatch):
         raise UserError(f"{self.store.folder}: what was just written there cannot be read back; take another disk")
 
     def _record(
-        self, images: list[int], eps: Eps, x_0: torch.Tensor, schedule_of: ScheduleOf, batch: int, width: int | None
+        self, images: list[int], eps: Predict, x_0: torch.Tensor, schedule_of: ScheduleOf, batch: int, width: int | None
     ) -> int:
         """Inverts those of the images that have no record, to the highest t, and writes the records."""
         new = sorted({int(r) for r in self.record[images] if self.keys[r] not in self.store})
@@ -93,7 +93,7 @@ class TrajectoryReplay(CachedBatch):
 class OutputRecorder:
     """An eps that keeps its outputs: row r of the inversion is image `images[r]` of the step."""
 
-    def __init__(self, eps: Eps, images: torch.Tensor, count: int):
+    def __init__(self, eps: Predict, images: torch.Tensor, count: int):
         self.eps, self.count = eps, count
         self.images = torch.cat([images, images[-1:]])  # the last one stands for slots without an image, row -1
         self.calls = torch.zeros_like(self.images)

@@ -4,16 +4,10 @@ from functools import partial
 
 import torch
 
-from inpo_fast.method import objectives as obj
-from inpo_fast.method.inversion import (
-    Eps,
-    InversionConfig,
-    check_estimator,
-    invert,
-    trajectory_serves_all,
-    utilisation,
-)
-from inpo_fast.method.inversion_schedule import plan
+from inpo_fast.method.config import InversionConfig
+from inpo_fast.method.inversion import Predict, check_inversion, invert, occupancy, trajectory_serves_all
+from inpo_fast.method.inversion_schedule import inversion_schedule
+from inpo_fast.method.noise_path import noised
 from inpo_fast.models.fast.fast_unet import is_fast, wants_fixed_batch
 from inpo_fast.models.models import Conditioning, Models
 from inpo_fast.runtime import keyed_rng
@@ -34,7 +28,7 @@ def noisy_latents(
     """x_t of every image at each of its timesteps, (K, N, S, C, H, W) in fp32, and the UNet evaluations of images."""
     if not uses_inversion(config):
         return gaussian_latents(batch), 0
-    check_estimator(config.inversion, models.predicts_v)
+    check_inversion(config.inversion, models.noise_path)
     with models.inverting(config.inversion.model, config.inversion.fp8):
         if batch.cached is not None:
             return cached_latents(batch, models, config.inversion, preemption)
@@ -46,7 +40,7 @@ def gaussian_latents(batch: StepBatch) -> torch.Tensor:
     flat, sides, found = batch.x_0.flatten(0, 1), batch.x_0.shape[1], []
     for keys, a, s in zip(batch.gaussian_keys, batch.a, batch.s, strict=True):
         noise = keyed_rng.normals(flat.shape[1:], keys).repeat_interleave(sides, 0)
-        found.append(obj.noised(flat, to_device(noise, flat.device), a.flatten(), s.flatten()))
+        found.append(noised(flat, to_device(noise, flat.device), a.flatten(), s.flatten()))
     return torch.stack(found).unflatten(1, batch.x_0.shape[:2])
 
 
@@ -60,12 +54,12 @@ def inverted_latents(
     """By the inversion (Eq. 14-16): one trajectory for all timesteps of an image where that can be, else one each."""
     shape, schedule_of = batch.x_0.shape, _schedule_of(models, how)
     found, evaluations = [], 0
-    for t in [batch.t] if trajectory_serves_all(how, models.schedule) else batch.t.split(1):
+    for t in [batch.t] if trajectory_serves_all(how, models.noise_path) else batch.t.split(1):
         each = len(t)
         trajectory = schedule_of(t.T.repeat_interleave(shape[1], 0).flatten())  # (N * S * each,)
         if metrics is not None:
             steps = trajectory.evaluations.view(-1, each).amax(1)
-            metrics.add("slot_utilisation", utilisation(steps, how.batch))
+            metrics.add("slot_utilisation", occupancy(steps, how.batch))
         x_t, spent = invert(
             _predictor(batch.unconditional, models, how, preemption),
             batch.x_0.flatten(0, 1),
@@ -102,17 +96,18 @@ def cached_latents(
 def _schedule_of(models: Models, how: InversionConfig):
     """The inversion schedule as a function of t."""
     return partial(
-        plan,
-        models.schedule,
+        inversion_schedule,
+        models.noise_path,
         steps=how.steps,
         grid=how.grid,
         evaluate_at=how.evaluate_at,
         eta=how.eta,
-        predicts_v=models.predicts_v,
     )
 
 
-def _predictor(conditioning: Conditioning, models: Models, how: InversionConfig, preemption: Preemption | None) -> Eps:
+def _predictor(
+    conditioning: Conditioning, models: Models, how: InversionConfig, preemption: Preemption | None
+) -> Predict:
     """The model that inverts, with a conditioning of the batch's images."""
     shares = is_fast(models.unet(how.model))
 

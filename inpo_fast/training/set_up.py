@@ -12,7 +12,7 @@ from inpo_fast.comparison.evaluation import open_inputs
 from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.data.loader import open_data
 from inpo_fast.data.pair import Source
-from inpo_fast.method.inversion import check_estimator
+from inpo_fast.method.inversion import check_inversion
 from inpo_fast.models.fast.fast_unet import compiled_blocks
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
@@ -82,6 +82,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     trajectory_cache, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), []
     if trajectory_cache is not None:
         notes += trajectory_cache.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
+    latent_cache = open_latent_cache(models, config.data, config.data.resolution or models.resolution, config.seed)
     if blocks := compiled_blocks(models.policy):
         notes.append(f"models.fast=compiled: the first step compiles {blocks} kinds of blocks and takes longer")
     masters, averages = models.weights.masters, config.optim.average != "none"
@@ -98,9 +99,9 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
         checkpoints=_open_checkpoints(folder, config),
         online=online,
         trajectory_cache=trajectory_cache,
+        latent_cache=latent_cache,
         notes=tuple(notes),
     )
-    run.latent_cache = open_latent_cache(models, config.data, run.resolution, config.seed)
     distributed.barrier()
     if config.resume:
         _load_checkpoint(run)
@@ -113,7 +114,7 @@ def _open_models(config: RunConfig, rank: int, world: int, device: torch.device)
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
     split = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
     models = Models(open_pipeline(config.models), device, config.models, split)
-    check_estimator(config.inversion, models.predicts_v)
+    check_inversion(config.inversion, models.noise_path)
     return models
 
 

@@ -10,12 +10,16 @@ import torch
 from inpo_kernels.inpo_loss import COLUMNS, Objective
 
 from inpo_fast.method import objectives as obj
+from inpo_fast.method.losses import normalise, rms
+from inpo_fast.method.methods import method_of
+from inpo_fast.method.noise_path import noised, target
 from inpo_fast.method.reference_point import reference_point
 from inpo_fast.models.models import Models
 from inpo_fast.runtime.memory import fits
 from inpo_fast.runtime.phases import phase
 from inpo_fast.runtime.preemption import Preempted, Preemption
-from inpo_fast.training.metrics import MetricAccumulator
+from inpo_fast.runtime.transfer import to_device
+from inpo_fast.training.metrics import BUCKETS, MetricAccumulator
 from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step_batch import StepBatch, StepConfig, uses_inversion
 
@@ -83,7 +87,7 @@ def _reference_point(
     It takes the errors of all images: one more forward pass of policy and reference, for which the result depends
     neither on the micro-batch nor on the processes. Nothing stops on the way, as the others wait for this one's part.
     """
-    if config.method != "kto":
+    if not method_of(config.method).reference_point:
         return None
     if batch is None:
         return reference_point([], models.device)
@@ -116,7 +120,7 @@ def _add_gradients(
         preemption.check()
         with fits("train.micro_batch", min(config.micro_batch, len(batch.items))):
             found = micro_step(batch, x_t, k, pairs, models, config, weight, point)
-            add_metrics(metrics, found, config, models.schedule.T)
+            add_metrics(metrics, found, config)
             with phase("backward"):
                 found.prediction.backward(found.objective.dpred)
         logits.append(found.objective.logit)
@@ -134,14 +138,15 @@ def micro_batches(batch: StepBatch, config: StepConfig) -> Iterator[tuple[int, s
 @dataclass(frozen=True)
 class MicroStep:
     """B pairs at one timestep each. prediction: the policy's noise (S B, C, H, W), winners first, with its graph, in
-    whose space objective.dpred is. tau_rms: (S B,), before objective.tau_norm. t: (B,) on the device.
-    evaluations: of images, by reference and policy.
+    whose space objective.dpred is. tau_rms: (S B,), before objective.tau_norm. bucket: (B,), of
+    the timesteps. evaluations: of images, by reference and policy.
     """
 
     prediction: torch.Tensor
     objective: Objective
     tau_rms: torch.Tensor
-    t: torch.Tensor
+    bucket: torch.Tensor
+    sides: int
     evaluations: int
 
 
@@ -169,9 +174,9 @@ def micro_step(
     amplitude = None
     norm = config.objective.tau_norm
     if norm != "none" and uses_inversion(config):
-        tau = obj.target(x_t, x_0, a_t, s_t)
-        amplitude = obj.rms(tau)
-        x_t = obj.noised(x_0, obj.normalise(tau, x_0 if norm == "orthogonal" else None), a_t, s_t)
+        tau = target(x_t, x_0, a_t, s_t)
+        amplitude = rms(tau)
+        x_t = noised(x_0, normalise(tau, x_0 if norm == "orthogonal" else None), a_t, s_t)
 
     arguments = batch.conditional.arguments(images)
     with torch.no_grad(), phase("reference"):
@@ -185,9 +190,9 @@ def micro_step(
                     "reference", x_t[part], time[part], batch.conditional.arguments(images[part])
                 ),
             )
-        reference = models.eps(output, x_t, a_t, s_t)
+        reference = models.noise_path.noise_from_output(output, x_t, a_t, s_t)
     with phase("forward"):
-        prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
+        prediction = models.noise_path.noise_from_output(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
 
     objective = obj.evaluate(
         config.method,
@@ -205,21 +210,27 @@ def micro_step(
     )
     if amplitude is None:
         amplitude = objective.image[:, COLUMNS.index("tau_square")].sqrt()
-    return MicroStep(prediction, objective, amplitude, batch.times[k, pairs, 0], predicted + len(images))
+    return MicroStep(
+        prediction=prediction,
+        objective=objective,
+        tau_rms=amplitude,
+        bucket=to_device(models.noise_path.part(batch.t[k, pairs], BUCKETS), models.device),
+        sides=sides,
+        evaluations=predicted + len(images),
+    )
 
 
-def add_metrics(metrics: MetricAccumulator, found: MicroStep, config: StepConfig, T: int) -> None:
+def add_metrics(metrics: MetricAccumulator, found: MicroStep, config: StepConfig) -> None:
     objective = found.objective
-    if config.objective.winner_preserving is not None and config.method != "sft":
+    if config.objective.winner_preserving is not None and found.sides == 2:
         metrics.add("loser_gate", objective.gate)
     metrics.add_micro_batch(
         loss=objective.loss,
         logit=objective.logit,
         image=objective.image,
         tau_rms=found.tau_rms,
-        t=found.t,
-        T=T,
-        sides=len(found.prediction) // len(found.t),
-        contrast=config.method != "sft",
+        bucket=found.bucket,
+        sides=found.sides,
+        contrast=found.sides == 2,
     )
     metrics.add("unet_evaluations", found.evaluations, total=True)  # of reference and policy, forward

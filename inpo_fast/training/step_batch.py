@@ -16,10 +16,10 @@ from inpo_fast.caches.latent_cache import LatentCache
 from inpo_fast.caches.trajectory_cache import TrajectoryCache
 from inpo_fast.config import RunConfig
 from inpo_fast.data.loader import Item, side_keys
-from inpo_fast.method import objectives as obj
-from inpo_fast.method.inversion import InversionConfig, evaluations_of
-from inpo_fast.method.inversion_schedule import snap, systematic_timesteps
-from inpo_fast.method.objectives import SIDES, Method, ObjectiveConfig
+from inpo_fast.method import methods
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.inversion import evaluations_of
+from inpo_fast.method.methods import MethodName, method_of
 from inpo_fast.models.models import Conditioning, Models, Text
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.transfer import to_device
@@ -29,7 +29,7 @@ from inpo_fast.runtime.transfer import to_device
 class StepConfig:
     """What train_step needs to know of a run."""
 
-    method: Method
+    method: MethodName
     objective: ObjectiveConfig
     inversion: InversionConfig
     micro_batch: int
@@ -70,9 +70,9 @@ class StepConfig:
 class StepBatch:
     """The pairs of one optimizer step on this rank, on the device: N pairs, K timesteps each, S sides (winner first).
 
-    x_0: (N, S, C, H, W) latents. t: (K, N) on the CPU, shared by the sides; times, a, s: (K, N, S), its copies on the
-    device, sqrt(abar_t) and sqrt(1 - abar_t). label, weight: (N,) fp32, of the pairs. Images, (N * S,), are numbered
-    pair * S + side, in the conditioning too.
+    x_0: (N, S, C, H, W) latents. t: (K, N) on the CPU, shared by the sides. times, a, s: (K, N, S), the
+    network's time and the path's a_t and s_t, on the device. label, weight: (N,) fp32, of the pairs. Images, (N * S,),
+    are numbered pair * S + side, in the conditioning too.
     """
 
     items: list[Item]
@@ -94,15 +94,18 @@ class StepBatch:
 @torch.no_grad()
 def make_step_batch(items: list[Item], models: Models, config: StepConfig, empty: Text) -> StepBatch:
     """Latents, text and timesteps of decoded pairs."""
-    sides = SIDES[config.method]
+    sides = method_of(config.method).sides
     keys = side_keys(items, config.seed, sides)
     cached = None if config.trajectory_cache is None else config.trajectory_cache.batch(items, keys)
     x_0 = _latents(items, keys, sides, cached, models, config)
     conditional, unconditional = _conditioning(items, sides, x_0, models, config, empty)
-    t = _timesteps(config, _timestep_keys(config, [item.position for item in items], cached))
+    path = models.noise_path
+    t = path.draw_timesteps(config.objective.timesteps, _timestep_keys(config, [x.position for x in items], cached))
     if config.inversion.grid == "snap" and uses_inversion(config):
-        t = snap(t, config.inversion.steps, models.schedule.T)
-    times, a, s = (to_device(c[..., None].repeat(1, 1, sides), models.device) for c in (t, *models.schedule.a_s(t)))
+        t = path.snap(t, config.inversion.steps)
+    times, a, s = (
+        to_device(c[..., None].repeat(1, 1, sides), models.device) for c in (path.network_time(t), *path.a_s(t))
+    )
     return StepBatch(
         items=items,
         x_0=x_0.unflatten(0, (len(items), sides)),
@@ -164,13 +167,6 @@ def _timestep_keys(
     return [("t", config.seed, position) for position in positions]
 
 
-def _timesteps(config: StepConfig, keys: Sequence[keyed_rng.Key]) -> torch.Tensor:
-    """(K, N): of each pair, the first drawn from its key."""
-    span = config.objective.timesteps
-    first = torch.tensor([keyed_rng.integer(span.min, span.max, *key) for key in keys])
-    return systematic_timesteps(first, span.min, span.max, span.per_pair)
-
-
 def _gaussian_keys(items: list[Item], seed: int, k: int) -> list[keyed_rng.Key]:
     """Of the pairs' noise at their timestep k. The first timestep's have no k, as where there is only one."""
     return [("noise", seed, item.position, *((k,) if k else ())) for item in items]
@@ -184,9 +180,9 @@ def _with_cached(encoded: list[torch.Tensor], items: list[Item], sides: int, dev
 
 def inversion_costs(positions: Sequence[int], config: StepConfig, models: Models) -> list[int]:
     """UNet evaluations that the inversion of one side of each pair of the step will take, before it is read."""
-    t = _timesteps(config, _timestep_keys(config, positions))
-    return evaluations_of(config.inversion, models.schedule, t).tolist()
+    t = models.noise_path.draw_timesteps(config.objective.timesteps, _timestep_keys(config, positions))
+    return evaluations_of(config.inversion, models.noise_path, t).tolist()
 
 
 def uses_inversion(config: StepConfig) -> bool:
-    return obj.uses_inversion(config.method, config.inversion)
+    return methods.uses_inversion(config.method, config.inversion)

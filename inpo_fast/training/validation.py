@@ -79,14 +79,13 @@ class Validation:
             inversion=replace(step_config.inversion, cache=None, frozen=False),
             objective=replace(step_config.objective, timesteps=replace(step_config.objective.timesteps, per_pair=1)),
         )
-        T = models.schedule.T
         if self.items:
             batch = make_step_batch(self.items, models, config, self.empty)
             with fits("inversion.batch", config.inversion.batch):
                 x_t, _ = noisy_latents(batch, models, config)
             for k, pairs in micro_batches(batch, config):
                 with fits("train.micro_batch", config.micro_batch):
-                    add_metrics(metrics, micro_step(batch, x_t, k, pairs, models, config), config, T)
+                    add_metrics(metrics, micro_step(batch, x_t, k, pairs, models, config), config)
         metrics.reduce()
         found = metrics.values()
         return {f"held_out_{name}": found[name] for name in SEEN if name in found}

@@ -26,7 +26,7 @@ from inpo_fast.caches.trajectory_replay import TrajectoryReplay
 from inpo_fast.data.images import decode, make_view
 from inpo_fast.data.loader import DataConfig
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import ObjectiveConfig
 from inpo_fast.runtime.memory import TooLarge
 from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step import train_step

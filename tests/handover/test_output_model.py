@@ -27,11 +27,12 @@ from inpo_fast.config import parse
 from inpo_fast.handover import single_file_export
 from inpo_fast.handover.model_card import write_cards
 from inpo_fast.handover.output_model import KOHYA_NAME, output_pipeline
+from inpo_fast.models import random_weights
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.files.lora_files import read_lora
 from inpo_fast.models.loading import load_pipeline, open_pipeline, quiet_libraries
 from inpo_fast.models.lora import with_lora
-from inpo_fast.models.models import DTYPES, Models, random_weights
+from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training import checkpoint, loop
 from inpo_fast.training.set_up import prepare
