@@ -28,7 +28,8 @@ def main() -> None:
     from inpo_fast.runtime import distributed, lock
     from inpo_fast.runtime.errors import Hang
     from inpo_fast.runtime.preemption import EXIT_CODE, Preempted
-    from inpo_fast.training.loop import finish, prepare, train
+    from inpo_fast.training.loop import finish, train
+    from inpo_fast.training.set_up import prepare
 
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)])
     quiet_libraries()

@@ -36,7 +36,14 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     windows = PairLoader(
         open_source(config.data.source), config.data, resolution=models.resolution, seed=config.seed, rank=0, world=1
     )
-    recipe = StepConfig("dpo", ObjectiveConfig(), InversionConfig(), PAIRS, False, config.seed)
+    recipe = StepConfig(
+        method="dpo",
+        objective=ObjectiveConfig(),
+        inversion=InversionConfig(),
+        micro_batch=PAIRS,
+        vae_sample=False,
+        seed=config.seed,
+    )
     window = make_step_batch(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
     x_0, spent, errors, sizes = window.x_0.flatten(0, 1), 0, {}, {}
 

@@ -30,6 +30,7 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import whole
 from inpo_fast.runtime.preemption import Preempted
 from inpo_fast.training import loop
+from inpo_fast.training.set_up import prepare
 
 RECIPE_WORDS = ["--config", "configs/pocket.yaml"]
 SCALARS = ("loss", "implicit_accuracy", "winner_delta", "loser_delta", "eps_scale", "tau_rms_winner", "tau_rms_loser")
@@ -83,7 +84,7 @@ def trained(config: RunConfig, console: Console | None = None) -> Trained:
     UserError where it is asked to stop."""
     config = replace(config, train=replace(config.train, checkpoint_every=config.train.steps))
     begun, cpu = time.perf_counter(), time.process_time()
-    run = loop.prepare(config, 0, 1, torch.device("cpu"))
+    run = prepare(config, 0, 1, torch.device("cpu"))
     try:
         loop.train(run, console or Console(file=io.StringIO()))
         lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]

@@ -35,7 +35,8 @@ def open_data(config: DataConfig) -> Source:
 
 @dataclass(frozen=True)
 class Item:
-    """One pair, ready for the VAE and the text encoder."""
+    """One pair, ready for the VAE and the text encoder. position: its global sample index, counted over all steps and
+    processes."""
 
     position: int
     id: str
@@ -47,7 +48,7 @@ class Item:
     x_0: torch.Tensor | None = None  # (2, C, h, w) latents from a cache; the views then have no pixels
 
 
-class Ready(Protocol):
+class CachedItems(Protocol):
     """Pairs that need not be decoded."""
 
     def item(self, position: int) -> Item | None:
@@ -55,8 +56,8 @@ class Ready(Protocol):
         ...
 
 
-class Drawn(Protocol):
-    """Pairs that take the place of stored ones for a while."""
+class OnlinePairs(Protocol):
+    """Pairs of the policy's own pictures that take the place of stored ones for a while."""
 
     def pair(self, position: int) -> Pair | None:
         """None where the stored pair stays."""
@@ -75,13 +76,13 @@ class PairLoader:
         seed: int,
         rank: int,
         world: int,
-        ready: Ready | None = None,
+        cached: CachedItems | None = None,
         costs: Callable[[Sequence[int]], Sequence[int]] | None = None,
-        drawn: Drawn | None = None,
+        online: OnlinePairs | None = None,
     ):
         """costs: what pairs at given positions will take; where it is given, processes get shares of equal cost."""
-        self.costs, self.drawn = costs, drawn
-        self.source, self.config, self.resolution, self.ready = source, config, resolution, ready
+        self.costs, self.online = costs, online
+        self.source, self.config, self.resolution, self.cached = source, config, resolution, cached
         self.seed, self.rank, self.world = seed, rank, world
         self.order = make_order(source, config.shuffle, seed)
         if self.order.blocks is None and getattr(source, "bytes", 0) > FULL_BYTES and config.cache_mb is None:
@@ -97,9 +98,9 @@ class PairLoader:
         self.dropped: list[str] = []
 
     def steps(self, first: int, last: int, pairs_per_step: int) -> Iterator[list[Item]]:
-        """Windows of steps first .. last - 1.
+        """The pairs of steps first .. last - 1.
 
-        In memory: the window that is being filled and, decoded or under way, at most `prefetch` pairs beyond it.
+        In memory: those of the step that is being filled and, decoded or under way, at most `prefetch` pairs beyond it.
         """
         positions = (p for step in range(first, last) for p in self._share(step, pairs_per_step))
         ahead: deque[Future[Item]] = deque()
@@ -130,8 +131,8 @@ class PairLoader:
 
     def load(self, position: int) -> Item:
         """The pair at a position. BadPair with its id if any part of it is unusable."""
-        pair = None if self.drawn is None else self.drawn.pair(position)
-        if pair is None and self.ready is not None and (item := self.ready.item(position)) is not None:
+        pair = None if self.online is None else self.online.pair(position)
+        if pair is None and self.cached is not None and (item := self.cached.item(position)) is not None:
             return item
         key = (self.seed, position)
         pair = pair or self.source.read(self.order.index(position))
@@ -176,5 +177,5 @@ class PairLoader:
 
 
 def side_keys(items: list[Item], seed: int, sides: int) -> list[keyed_rng.Key]:
-    """What is drawn for each image is drawn from this: (seed, position, side)."""
+    """What is drawn for each image is drawn from this: (seed, global sample index, side)."""
     return [(seed, item.position, side) for item in items for side in range(sides)]

@@ -18,7 +18,7 @@ from inpo_fast.models.zero1 import Zero1Partition
 from inpo_fast.runtime import distributed
 
 
-class Weights:
+class MasterWeights:
     """names, working (the model's own parameters), masters (fp32 leaves with `.grad`): lists of equal length.
 
     sums: what the backward passes add to, fp32, whole. Without a partition they are the masters' `.grad`.

@@ -14,7 +14,7 @@ from inpo_fast.models.denoiser import Conditioning, Text
 from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.fast.fast_unet import resolve
 from inpo_fast.models.lora import Lora, add_adapter, zero_factors
-from inpo_fast.models.master_weights import Weights
+from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.models.peak_memory import encoding_bytes
 from inpo_fast.models.zero1 import Zero1Partition
 from inpo_fast.runtime.memory import largest_batch
@@ -71,7 +71,7 @@ class Models:
         # only now, as they lie in memory as the weights do
         self.zeros = zero_factors(self.adapters) if self.fast == "compiled" else None
         trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
-        self.weights = Weights(trained, masters, partition)
+        self.weights = MasterWeights(trained, masters, partition)
         if config.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.vae = pipeline.vae.to(device, self.vae_dtype)

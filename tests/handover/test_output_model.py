@@ -36,6 +36,7 @@ from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.report.results import NAMES, verdict
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training import checkpoint, loop
+from inpo_fast.training.set_up import prepare
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "hand-over.md"
 KINDS = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
@@ -87,7 +88,7 @@ def runs(world):
                     *MODES[mode],
                 ],
             )
-            started = loop.prepare(config, 0, 1, torch.device("cpu"))
+            started = prepare(config, 0, 1, torch.device("cpu"))
             loop.train(started, Console(quiet=True))
             done[kind, mode] = started, loop.finish(started)
         return done[kind, mode]
@@ -164,7 +165,7 @@ def test_a_run_that_starts_from_a_lora(world, runs):
                 *extra,
             ],
         )
-        run = loop.prepare(config, 0, 1, torch.device("cpu"))
+        run = prepare(config, 0, 1, torch.device("cpu"))
         with run.models._base_only():
             torch.testing.assert_close(predict(run.models.reference), predict(start), atol=3e-5, rtol=0)
         torch.testing.assert_close(predict(run.models.policy), predict(start), atol=3e-5, rtol=0)

@@ -19,7 +19,8 @@ from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.models.unet import UNet
 from inpo_fast.pocket import ASSETS
-from inpo_fast.training.step import noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import make_step_batch
 
 
@@ -141,6 +142,6 @@ def test_the_pocket_by_inductor(items):
         assert not train_step(window, models, RECIPE, len(items), 1e9)[1].any()
         gradients.append(torch.cat([g.double().flatten() for g in models.weights.gradients]))
         move(models, 1)
-        spread.append(noise_window(window, models, RECIPE)[0])
+        spread.append(noisy_latents(window, models, RECIPE)[0])
     assert distance(gradients[2], gradients[0]) < 1.05 * distance(gradients[1], gradients[0])
     assert distance(spread[2], spread[0]) < 1.2 * distance(spread[1], spread[0])

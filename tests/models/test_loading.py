@@ -23,11 +23,19 @@ from inpo_fast.models.random_weights import random_pipeline
 from inpo_fast.models.unet import UNet
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.loop import prepare
-from inpo_fast.training.step import noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 CPU = torch.device("cpu")
-RECIPE = StepConfig("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=10), 4, True, 0)
+RECIPE = StepConfig(
+    method="inpo",
+    objective=ObjectiveConfig(beta=50.0),
+    inversion=InversionConfig(steps=10),
+    micro_batch=4,
+    vae_sample=True,
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +103,7 @@ def test_v_prediction_inverts_as_diffusers_does(v_models, items):
     how = InversionConfig(steps=10, grid="diffusers-0.22", evaluate_at="target", guidance=1.0)
     recipe = replace(RECIPE, inversion=how)
     window = make_step_batch(items, v_models, recipe, v_models.encode_empty())
-    x_t, _ = noise_window(window, v_models, recipe)
+    (x_t,), _ = noisy_latents(window, v_models, recipe)
     scheduler = DDIMInverseScheduler.from_config(v_models.pipeline.scheduler.config)
     assert scheduler.config.prediction_type == "v_prediction"
     scheduler.set_timesteps(10)
@@ -103,7 +111,7 @@ def test_v_prediction_inverts_as_diffusers_does(v_models, items):
         for side in range(2):
             x = window.x_0[i, side][None]
             text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
-            for timestep in (w for w in scheduler.timesteps.tolist() if w < int(window.t[i])):
+            for timestep in (w for w in scheduler.timesteps.tolist() if w < int(window.t[0, i])):
                 with torch.no_grad():
                     v = v_models.policy(x, torch.tensor([timestep]), text).sample
                 x = scheduler.step(v, timestep, x).prev_sample
@@ -127,13 +135,13 @@ def test_v_predictions_loss_is_that_of_its_noise(v_models, items):
             p.mul_(1.05)
     try:
         tally, logits = train_step(window, v_models, RECIPE, len(items), clip=float("inf"))
-        x_t, _ = noise_window(window, v_models, RECIPE)
+        (x_t,), _ = noisy_latents(window, v_models, RECIPE)
         got = torch.cat([p.grad.flatten() for p in v_models.parameters()])
         for p in v_models.parameters():
             p.grad = None
         want = []
         for i in range(len(items)):
-            t = window.t[i]
+            t = window.t[0, i]
             a, s = (c.item() for c in v_models.noise_path.a_s(t))
             gap = 0.0
             for side, sign in ((0, 1), (1, -1)):

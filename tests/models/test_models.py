@@ -17,7 +17,14 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-RECIPE = StepConfig("inpo", ObjectiveConfig(), InversionConfig(steps=3), 2, True, 0)
+RECIPE = StepConfig(
+    method="inpo",
+    objective=ObjectiveConfig(),
+    inversion=InversionConfig(steps=3),
+    micro_batch=2,
+    vae_sample=True,
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
