@@ -35,29 +35,17 @@ def main() -> None:
         raise UserError(f"--output {own.output}: must end with .safetensors")
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} exists; replace it with --overwrite, or name another")
-    from inpo_fast.handover.single_file_export import about_model, convert, lora_tensors, provenance, save
-    from inpo_fast.models.families import denoiser_of
-    from inpo_fast.models.files.safetensors_metadata import modelspec
-    from inpo_fast.models.loading import load_pipeline, quiet_libraries
+    from inpo_fast.handover.single_file_export import export_lora, export_model
+    from inpo_fast.models.loading import quiet_libraries
     from inpo_fast.models.models import DTYPES
 
     quiet_libraries()
     dtype = DTYPES[own.dtype or ("fp16" if own.lora is None else "fp32")]
     if own.lora is not None:
-        tensors, metadata = lora_tensors(own.lora, own.format, own.model, own.output.stem)
-        folder = own.lora if own.lora.is_dir() else own.lora.parent
+        count = export_lora(own.lora, own.output, dtype, own.format, own.model)
     else:
-        if not own.model.is_dir():
-            raise UserError(f"--model: no such folder: {own.model}")
-        pipeline = load_pipeline(str(own.model), dtype, key="--model")
-        denoiser = denoiser_of(pipeline)
-        tensors = denoiser.single_file(pipeline)
-        metadata = modelspec(about_model(own.model, denoiser, own.output.stem))
-        folder = own.model
-    # a LoRA in diffusers' names has none, like the one that a run leaves
-    metadata = metadata | provenance(folder) if metadata else {}
-    save(convert(tensors, dtype), metadata, own.output)
-    print(f"{own.output}: {len(tensors)} tensors, {dtype}, {own.output.stat().st_size / 1e6:.1f} MB")
+        count = export_model(own.model, own.output, dtype)
+    print(f"{own.output}: {count} tensors, {dtype}, {own.output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """A trained model or LoRA as the single file that ComfyUI, A1111 and diffusers' `from_single_file` read.
+
 A model's file holds UNet, VAE and text encoders under the names of the original checkpoints (original_keys.py). A LoRA
 in any program's names is written in kohya's or diffusers', alpha / rank inside, for readers that know no alpha.
 """
@@ -11,13 +12,35 @@ import torch
 from safetensors import SafetensorError
 
 from inpo_fast.models.denoiser import Denoiser
-from inpo_fast.models.families import PARTS, denoiser_in
+from inpo_fast.models.families import PARTS, denoiser_in, denoiser_of
 from inpo_fast.models.files.hub import hub_id
 from inpo_fast.models.files.lora_files import read_lora, read_lora_alone
-from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, write_tensors
+from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, modelspec, write_tensors
+from inpo_fast.models.loading import load_pipeline
 from inpo_fast.models.lora import kohya_tensors
 from inpo_fast.models.lora import tensors as diffusers_tensors
 from inpo_fast.runtime.errors import UserError
+
+
+def export_model(folder: Path, output: Path, dtype: torch.dtype) -> int:
+    """Writes the model of a diffusers folder; the number of its tensors."""
+    if not folder.is_dir():
+        raise UserError(f"--model: no such folder: {folder}")
+    pipeline = load_pipeline(str(folder), dtype, key="--model")
+    denoiser = denoiser_of(pipeline)
+    tensors = denoiser.single_file(pipeline)
+    metadata = modelspec(about_model(folder, denoiser, output.stem)) | provenance(folder)
+    save(convert(tensors, dtype), metadata, output)
+    return len(tensors)
+
+
+def export_lora(path: Path, output: Path, dtype: torch.dtype, format: str, model: Path | None) -> int:
+    """Writes a LoRA's file or folder in the names of `format`; the number of its tensors. model: as lora_tensors."""
+    tensors, metadata = lora_tensors(path, format, model, output.stem)
+    if metadata:  # a LoRA in diffusers' names has none, like the one that a run leaves
+        metadata |= provenance(path if path.is_dir() else path.parent)
+    save(convert(tensors, dtype), metadata, output)
+    return len(tensors)
 
 
 def lora_tensors(

@@ -33,7 +33,7 @@ def module_name(path: Path) -> str:
 
 PACKAGES = ("inpo_fast", "kernels", "bench")
 TREES = {module_name(p): ast.parse(p.read_text()) for folder in PACKAGES for p in sorted((ROOT / folder).rglob("*.py"))}
-HOUSE = [name for name in TREES if name.startswith("inpo_fast.") and name not in OLD_NAMES]
+MODULES = [name for name in TREES if name.startswith("inpo_fast.") and name not in OLD_NAMES]
 BENCH = [name for name in TREES if name.startswith("bench.")]
 
 
@@ -65,23 +65,23 @@ def top(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_the_walk_sees_the_house():
-    assert {"inpo_fast.training.step", "inpo_fast.data.loader", "inpo_fast.train"} <= set(HOUSE)
+def test_the_walk_sees_the_package():
+    assert {"inpo_fast.training.step", "inpo_fast.data.loader", "inpo_fast.train"} <= set(MODULES)
     assert "inpo_fast.data.order" in NEEDS["inpo_fast.data.loader"]  # from inpo_fast.data.order import ...
     assert "inpo_fast.runtime.keyed_rng" in NEEDS["inpo_fast.data.loader"]  # from inpo_fast.runtime import keyed_rng
     assert "inpo_fast.training.loop" in NEEDS["inpo_fast.train"]  # inside main()
     assert "inpo_fast.training.loop" not in imports(TREES["inpo_fast.train"], in_functions=False)
-    assert {room(name) for name in HOUSE} == set(FLOORS)
+    assert {room(name) for name in MODULES} == set(FLOORS)
 
 
-@pytest.mark.parametrize("name", HOUSE)
+@pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down(name):
     own = FLOORS.index(room(name))
     up = [need for need in NEEDS[name] if need in TREES and need != "inpo_fast" and FLOORS.index(room(need)) > own]
     assert not up, f"{name} ({FLOORS[own]}) imports from above: {up}"
 
 
-@pytest.mark.parametrize("name", [*HOUSE, *BENCH])
+@pytest.mark.parametrize("name", [*MODULES, *BENCH])
 def test_no_circle(name):
     """Imports inside functions count: they are as much a circle, only later."""
     seen, front = set(), [name]
@@ -92,7 +92,7 @@ def test_no_circle(name):
     assert name not in seen
 
 
-@pytest.mark.parametrize("name", HOUSE)
+@pytest.mark.parametrize("name", MODULES)
 def test_nothing_hides_a_circle(name):
     assert "TYPE_CHECKING" not in ast.unparse(TREES[name])
     assert (
