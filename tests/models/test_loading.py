@@ -22,8 +22,8 @@ from inpo_fast.models.models import Models
 from inpo_fast.models.random_weights import random_pipeline
 from inpo_fast.models.unet import UNet
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training.loop import prepare
 from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.set_up import prepare
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
