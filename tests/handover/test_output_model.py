@@ -279,8 +279,8 @@ def test_snippets_of_the_document(world, places, exported, number):
     kind = "sdxl" if "XL" in code else "sd15"
     base = {f'"runs/{kind}/model"': f'"{world / kind}"', '"aligned.safetensors"': f'"{world / "base.safetensors"}"'}
     if "aligned.safetensors" in code:
-        base = load_pipeline(str(world / kind))
-        single_file_export.save(denoiser_of(base).single_file(base), {}, world / "base.safetensors")
+        pipeline = load_pipeline(str(world / kind))
+        single_file_export.save(denoiser_of(pipeline).single_file(pipeline), {}, world / "base.safetensors")
     without = drawn(re.sub(r".*load_lora_weights.*\n", "", code), places | base)
     assert aligned.shape == without.shape == (32, 32, 3)
     assert np.abs(aligned.astype(int) - without).max() > 3
