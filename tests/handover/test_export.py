@@ -20,7 +20,8 @@ from inpo_fast.handover import single_file_export
 from inpo_fast.handover.output_model import output_pipeline, save_adapter
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.loading import load_pipeline, open_pipeline
-from inpo_fast.models.models import Models, random_weights
+from inpo_fast.models import random_weights
+from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -31,7 +31,8 @@ from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.files.lora_files import read_lora
 from inpo_fast.models.loading import load_pipeline, open_pipeline, quiet_libraries
 from inpo_fast.models.lora import with_lora
-from inpo_fast.models.models import DTYPES, Models, random_weights
+from inpo_fast.models import random_weights
+from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training import checkpoint, loop
 

@@ -18,7 +18,8 @@ from inpo_fast.method.inversion import InversionConfig
 from inpo_fast.method.objectives import ObjectiveConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.loading import open_pipeline
-from inpo_fast.models.models import Models, random_weights
+from inpo_fast.models import random_weights
+from inpo_fast.models.models import Models
 from inpo_fast.models.random_weights import random_pipeline
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.loop import prepare

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from inpo_fast.handover import single_file_export
 from inpo_fast.models.files.original_keys import unet_name
-from inpo_fast.models.models import random_weights
+from inpo_fast.models import random_weights
 
 FACTS = {  # of v1-5-pruned-emaonly and sd_xl_base_1.0: tensors by prefix, and shapes
     "sd15": (

@@ -14,7 +14,8 @@ from inpo_fast.comparison.drawing import draw
 from inpo_fast.cost.plan import text_bytes
 from inpo_fast.data.images import View
 from inpo_fast.models.config import ModelsConfig
-from inpo_fast.models.models import Models, encode_tokens, models
+from inpo_fast.models import models
+from inpo_fast.models.models import Models, encode_tokens
 from inpo_fast.models.peak_memory import decoding_bytes, encoding_bytes, peak_bytes
 from inpo_fast.models.random_weights import make_vae
 from inpo_fast.runtime import memory
