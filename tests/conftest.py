@@ -1,23 +1,26 @@
-"""Set before anything imports triton: without a CUDA device the kernels run in Triton's interpreter."""
+"""Set before anything imports torch or triton: one thread a process, these too that a test starts; no garbage
+collection while modules are imported; without a CUDA device the kernels run in Triton's interpreter."""
 
 import gc
+import os
 
-gc.disable()  # while modules are imported, which leave little garbage; until pytest_collection_finish
+gc.disable()
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from bench import interpreter
+from bench import interpreter  # noqa: E402
 
 torch.set_num_threads(1)
 pytest_pyfunc_call = interpreter.pytest_pyfunc_call
 
 
 def pytest_collection_finish():
-    """The garbage collector does not look again and again at what torch and diffusers consist of: a tenth of the suite's
-    processor time."""
-    gc.collect()
+    """Garbage is not looked for among the modules: with torch and diffusers a tenth of the suite's processor time."""
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
     gc.enable()
 
 

@@ -6,6 +6,7 @@ counts a model, its FLOPs, activations and traffic, is remembered by the model's
 
 from collections.abc import Callable
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from inpo_fast.cost import flops, memory_traffic, plan, step_cost
 from inpo_fast.models import peak_memory
 
 COUNTED: dict[tuple, object] = {}
+TEXT_BYTES = plan.text_bytes
 
 
 def recipe(name: str, *more: str) -> RunConfig:
@@ -28,12 +30,22 @@ def plan_of(name: str, *more: str, gpus: int = 1) -> plan.Plan:
     return counted_once(recipe(name, *more), gpus)
 
 
+def plan_without_unet(name: str, *more: str) -> plan.Plan:
+    """What is not the UNet's: its counts, and the cost of a pair, are nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "unet_passes", lambda *_: flops.Passes(0, {}, {}, 0, 0))
+        patch.setattr(plan, "forward_bytes", lambda *_: 0)
+        patch.setattr(plan, "cost_of_a_pair", lambda *_, **__: SimpleNamespace(flop={}))
+        return plan.make_plan(recipe(name, *more), 1)
+
+
 def counted_once(config: RunConfig, gpus: int) -> plan.Plan:
     """plan.make_plan, with the counts below."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "unet_passes", unet_passes)
         for count in (flops.forward_bytes, peak_memory.encoding_bytes, peak_memory.decoding_bytes):
             patch.setattr(plan, count.__name__, partial(remembered, count))
+        patch.setattr(plan, "text_bytes", text_bytes)
         patch.setattr(step_cost, "unet_traffic", unet_traffic)
         patch.setattr(step_cost, "forward_flop", partial(remembered_call, flops.forward_flop))
         patch.setattr(step_cost, "forward_traffic", partial(remembered_call, memory_traffic.forward_traffic))
@@ -45,6 +57,10 @@ def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bo
     if checkpointing:
         unet.enable_gradient_checkpointing()  # as the count leaves it: the traffic is that of such a UNet
     return passes
+
+
+def text_bytes(texts: list[torch.nn.Module], tokens: int) -> int:
+    return _once(("text", *map(_described, texts), tokens), lambda: TEXT_BYTES(texts, tokens))
 
 
 def unet_traffic(unet: torch.nn.Module, side: int, tokens: int) -> memory_traffic.UnetTraffic:
