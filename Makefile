@@ -53,7 +53,7 @@ pocket: .venv/ready
 	OMP_NUM_THREADS=1 $(TORCHRUN) $(PROCESSES) -m inpo_fast.pocket.build
 
 kernels: .venv/ready
-	$(BIN)/python -m bench.compile_kernels $(ARGS)
+	$(BIN)/python -m bench.kernels.compile $(ARGS)
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -3,7 +3,8 @@
     pytest bench --benchmark-only     times every case on a GPU; without one only the CPU path, and says so
     pytest bench --check              no timing: every op against float64, on the CPU in Triton's interpreter
 
-pytest-benchmark is used where it is installed; the numbers in bench/results are ours either way (bench/clock.py).
+pytest-benchmark is used where it is installed; the numbers in bench/results are ours either way
+(bench/kernels/clock.py).
 """
 
 import os
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 from bench import interpreter, results  # interpreter first: before anything imports triton
-from bench.case import Case, check, provide
-from bench.clock import Calls, Replay, ceilings, timing
+from bench.kernels.case import Case, check, provide
+from bench.kernels.clock import Calls, Replay, ceilings, timing
 
 CUDA = interpreter.CUDA
 if not CUDA:

@@ -39,13 +39,14 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from bench import predictions, report, results  # noqa: E402
-from bench.clock import ceilings  # noqa: E402
+from bench import report, results  # noqa: E402
+from bench.kernels.clock import ceilings  # noqa: E402
+from bench.step import predictions  # noqa: E402
 
 ROOT = results.ROOT
 TRAINER = ("tests/models/test_fast_unet.py", "tests/method/test_fast_inversion.py", "tests/training/test_syncs.py")
 TRAINING = ("diffusers", "transformers", "accelerate", "peft", "jsonargparse")  # what the trainer cannot do without
-KERNELS = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py") if path.stem != "bench_linear_geglu")
+KERNELS = sorted(path.stem for path in (ROOT / "bench/kernels").glob("bench_*.py") if path.stem != "bench_linear_geglu")
 GRACE = 5.0  # seconds from the interrupt, at which pytest says what has failed so far, to the kill
 
 
@@ -80,12 +81,12 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
             sizes = "--pairs 4 --micro-batch 2 --inversion-batch 6 --lockstep-batch 2 --repeats 2 --threads 1"
         precision = "fp32" if model == "pocket" else "bf16"
         what = ("--model", "pocket" if tiny else model, "--precision", precision, "--contenders", contenders)
-        command = (*python, "bench.train_step", *what, *sizes.split(), "--results", where)
+        command = (*python, "bench.step", *what, *sizes.split(), "--results", where)
         return timed(name, command, expected, limit, needs=TRAINING, shown=14)
 
     def kernel(name: str, expected: float, limit: float) -> Slice:
         how = ("--check", "-k", "tiny") if tiny else ("--benchmark-only", "--missing", "--results", where)
-        command = (*pytest, f"bench/{name}.py", *how)
+        command = (*pytest, f"bench/kernels/{name}.py", *how)
         title = name.removeprefix("bench_").replace("_", "-")
         return timed(title, command, expected, limit, resumes=True)
 
@@ -111,7 +112,7 @@ def slices(folder: Path, tiny: bool = False) -> dict[str, list[Slice]]:
         "-k",
         "kernels or sees",
     )
-    attention = (*python, "bench.attention", "--results", where, *(("--tiny",) if tiny else ()))
+    attention = (*python, "bench.kernels.attention", "--results", where, *(("--tiny",) if tiny else ()))
     values = (*pytest, "bench", "--check", *(("-k", "errors and tiny") if tiny else ()))
     facts = (sys.executable, "-c", "import bench.gpu; bench.gpu.facts()")
     return {

@@ -47,7 +47,7 @@ def steps_table(lines: list[dict]) -> str:
 
 
 def newest_steps(lines: list[dict]) -> list[dict]:
-    """Of lines of bench.train_step, the last of each setting; runs of other sizes, or beside another first contender,
+    """Of lines of bench.step, the last of each setting; runs of other sizes, or beside another first contender,
     are told apart."""
     names = ("op", "device", "shape", "dtype", "pairs", "micro_batch", "against", "provider")
     found = {tuple(str(line[name]) for name in names): line for line in lines}

@@ -10,8 +10,7 @@ from inpo_fast.caches.trajectory_cache import TrajectoryCache, open_trajectory_c
 from inpo_fast.config.run import OptimConfig
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models

@@ -1,4 +1,4 @@
-"""What a cache of trajectories holds of one window, and what is climbed to and written because it does not hold it.
+"""What a cache of trajectories holds of one window, and what is computed and written because it does not hold it.
 
 trajectory_cache.py says what a record is. Here records are read and replayed, or made; with inversion.frozen the
 reference's answers at x_t are too.
@@ -10,7 +10,7 @@ import torch
 from inpo_kernels.ddim_step import ddim_step_
 
 from inpo_fast.data.loader import Item
-from inpo_fast.method.inversion import Eps, invert
+from inpo_fast.method.inversion import Predict, invert
 from inpo_fast.method.inversion_schedule import InversionTrajectory
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
@@ -65,61 +65,67 @@ class CachedBatch:
     @torch.no_grad()
     def noise(
         self,
-        eps: Eps,
+        eps: Predict,
         x_0: torch.Tensor,
         t: torch.Tensor,
-        climb_to: Callable[[torch.Tensor], InversionTrajectory],
+        schedule_of: Callable[[torch.Tensor], InversionTrajectory],
         batch: int,
         width: int | None = None,
     ) -> tuple[torch.Tensor, int]:
         """x_t of the window's images (M, C, h, w) in fp32, and the image evaluations spent on it.
 
-        eps: the reference with the inversion's conditioning. t: (M,) on the CPU. climb_to: the plan for given t.
-        width: as of `invert`, however few of the images are new.
+        eps: the reference with the inversion's conditioning. t: (M,) on the CPU. schedule_of: the trajectories to
+        given t. width: as of `invert`, however few of the images are new.
         """
         if self.cache.frozen:
-            return self._frozen_noise(eps, x_0, t, climb_to, batch, width)
-        climb, spent, x_t = climb_to(t), 0, torch.empty_like(x_0)
-        left = torch.argsort(climb.evaluations, descending=True, stable=True).tolist()
+            return self._frozen_noise(eps, x_0, t, schedule_of, batch, width)
+        trajectory, spent, x_t = schedule_of(t), 0, torch.empty_like(x_0)
+        left = torch.argsort(trajectory.evaluations, descending=True, stable=True).tolist()
         for _ in range(2):  # a second time for what turned out to be damaged
-            spent += self._make(left, eps, x_0, climb_to, batch, width)
-            left = [i for lo in range(0, len(left), ROWS) for i in self._replay(left[lo : lo + ROWS], x_0, climb, x_t)]
+            spent += self._make(left, eps, x_0, schedule_of, batch, width)
+            left = [
+                i for lo in range(0, len(left), ROWS) for i in self._replay(left[lo : lo + ROWS], x_0, trajectory, x_t)
+            ]
             if not left:
                 return x_t, spent
         raise UserError(
             f"{self.cache.shards.folder}: what was just written there cannot be read back; take another disk"
         )
 
-    def _make(self, images: list[int], eps: Eps, x_0: torch.Tensor, climb_to, batch: int, width: int | None) -> int:
-        """Climbs to the highest level with those of the images that have no record, and writes the records."""
+    def _make(
+        self, images: list[int], eps: Predict, x_0: torch.Tensor, schedule_of, batch: int, width: int | None
+    ) -> int:
+        """Inverts to the highest level those of the images that have no record, and writes the records."""
         cache, new = self.cache, sorted({int(r) for r in self.record[images] if self.keys[r] not in self.cache.shards})
         self._made[new] = True
         spent, group = 0, max(1, ROWS // batch) * batch  # full batches; not all answers of a window at once
         for lo in range(0, len(new), group):
             part = new[lo : lo + group]
-            # all climb equally far, so with a multiple of the width every call is full: the last image again and again
+            # all go equally far: with a multiple of the width every call is full (the last image again and again)
             again = -len(part) % (width or 1)
             here = torch.tensor([self.image[r] for r in (*part, *part[-1:] * again)], device=x_0.device)
             recording = Recording(eps, here, cache.answers)
-            invert(recording, x_0[here], climb_to(torch.full((len(here),), cache.top)), batch=width or batch)
+            invert(recording, x_0[here], schedule_of(torch.full((len(here),), cache.top)), batch=width or batch)
             parts = {"x_0": x_0[here][: len(part), None], "answers": recording.answers()[: len(part)]}
             cache.shards.write([self.keys[r] for r in part], parts)
             spent += len(part) * cache.answers
         return spent
 
-    def _replay(self, images: list[int], x_0: torch.Tensor, climb: InversionTrajectory, x_t: torch.Tensor) -> list[int]:
+    def _replay(
+        self, images: list[int], x_0: torch.Tensor, trajectory: InversionTrajectory, x_t: torch.Tensor
+    ) -> list[int]:
         """x_t of the images, which are sorted by falling evaluations, from their answers; gives those without."""
         cache, device = self.cache, x_0.device
         keys = [self.keys[r] for r in self.record[images]]
-        found = cache.shards.read("answers", keys, climb.evaluations[images].tolist())
+        found = cache.shards.read("answers", keys, trajectory.evaluations[images].tolist())
         good = [i for i, answers in zip(images, found, strict=True) if answers is not None]
         if good:
-            longest = int(climb.evaluations[good[0]])
+            longest = int(trajectory.evaluations[good[0]])
             answers = torch.zeros(len(good), longest, *cache.latent, dtype=cache.dtype)
             for row, own in zip(answers, (own for own in found if own is not None), strict=True):
                 row[: len(own)] = own
             rows, answers = torch.tensor(good, device=device), answers.to(device)
-            p, q = (c[good].to(device) for c in (climb.p, climb.q))
+            p, q = (c[good].to(device) for c in (trajectory.p, trajectory.q))
             x = x_0[rows]
             for j in range(longest):  # p = 1 and q = 0 leave those alone that are there
                 ddim_step_(x, answers[:, j], p[:, j], q[:, j])
@@ -127,9 +133,9 @@ class CachedBatch:
         return [i for i, answers in zip(images, found, strict=True) if answers is None]
 
     def _frozen_noise(
-        self, eps: Eps, x_0: torch.Tensor, t: torch.Tensor, climb_to, batch: int, width: int | None
+        self, eps: Predict, x_0: torch.Tensor, t: torch.Tensor, schedule_of, batch: int, width: int | None
     ) -> tuple[torch.Tensor, int]:
-        """As `noise`: x_t from disk, or climbed to; in `rows` by record."""
+        """As `noise`: x_t from disk, or inverted; in `rows` by record."""
         spent, device = 0, x_0.device
         if self._x_t is None:  # else: the step is repeated with smaller batches
             found = (self.cache.shards.read(part, self.keys) for part in ("x_t", "answer"))
@@ -140,9 +146,9 @@ class CachedBatch:
             if new:
                 images = torch.tensor([self.image[r] for r in new])
                 here = images.to(device)
-                climb = climb_to(t[images])
+                trajectory = schedule_of(t[images])
                 rows[torch.tensor(new, device=device)], spent = invert(
-                    lambda x, time, own: eps(x, time, here[own]), x_0[here], climb, batch=batch, width=width
+                    lambda x, time, own: eps(x, time, here[own]), x_0[here], trajectory, batch=batch, width=width
                 )
             old = sorted(set(range(len(known))) - set(new))
             if old:
@@ -184,7 +190,7 @@ class CachedBatch:
 class Recording:
     """An eps that keeps what it answers: row r of the inversion is image `images[r]` of the window."""
 
-    def __init__(self, eps: Eps, images: torch.Tensor, count: int):
+    def __init__(self, eps: Predict, images: torch.Tensor, count: int):
         self.eps, self.count = eps, count
         self.images = torch.cat([images, images[-1:]])  # the last one stands for slots without an image, row -1
         self.asked = torch.zeros_like(self.images)

@@ -1,9 +1,10 @@
 """Trajectories of the reference's inversion, kept on disk: runs that differ in seed, beta or lr pay for them once.
 
-With inversion.model=reference the climb from x_0 does not depend on the trained weights, and where levels are global
-the climb to the highest t asks the UNet all that a climb to any t below asks. So a record is x_0 (fp32, as the VAE gave
-it) and the answers along the climb to objective.timesteps.max, in the dtype the UNet computes in; x_t follows for any t
-by the very updates of the inversion, bit for bit. The states x_s between need not be kept: they would triple the size.
+With inversion.model=reference the trajectory from x_0 does not depend on the trained weights, and where levels are
+global the one to the highest t evaluates the UNet wherever one to a t below does. So a record is x_0 (fp32, as the VAE
+gave it) and the outputs along the trajectory to objective.timesteps.max, in the dtype the UNet computes in; x_t follows
+for any t by the very updates of the inversion, bit for bit. The states x_s between need not be kept: they would triple
+the size.
 Its key is a hash of what the trajectory is a function of: pixels, size and crop if SDXL is told them, the noise of the
 VAE sample (which depends on the seed: data.vae_sample=false lets seeds share), the prompt if the inversion is
 conditional.
@@ -31,9 +32,8 @@ import torch
 from inpo_fast.caches.cached_batch import CachedBatch
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import DataConfig, Item
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.inversion_schedule import EvaluateAt, Grid, plan, shares_prefix
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import EvaluateAt, InversionConfig, ObjectiveConfig
+from inpo_fast.method.inversion_schedule import inversion_schedule, shares_prefix
 from inpo_fast.models.fast.fast_unet import resolve
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
@@ -47,7 +47,7 @@ KEY = 33  # bytes of a key and its space in a shard's header
 
 @dataclass(frozen=True)
 class TrajectoryCache:
-    """An open cache and what its keys are made of. top: the t whose climb is recorded; latent: (C, h, w) of x_0;
+    """An open cache and what its keys are made of. top: the t whose trajectory is recorded; latent: (C, h, w) of x_0;
     answers: n of a record, 0 if frozen."""
 
     shards: RecordStore
@@ -55,7 +55,7 @@ class TrajectoryCache:
     prompted: bool
     vae_sample: bool
     told_sizes: bool
-    top: int
+    top: int | float
     latent: tuple[int, int, int]
     answers: int
     dtype: torch.dtype
@@ -118,12 +118,13 @@ def open_trajectory_cache(
     """
     if inversion.cache is None:
         return None
+    path = models.noise_path
     how = {"steps": inversion.steps, "grid": inversion.grid, "evaluate_at": inversion.evaluate_at}
-    if not inversion.frozen and not shares_prefix(models.schedule, **how):
+    if not inversion.frozen and not shares_prefix(path, **how):
         good = [
             f"{grid} ({at})"
-            for grid, at in product(get_args(Grid), get_args(EvaluateAt))
-            if shares_prefix(models.schedule, **how | {"grid": grid, "evaluate_at": at})
+            for grid, at in product(path.grids, get_args(EvaluateAt))
+            if shares_prefix(path, **how | {"grid": grid, "evaluate_at": at})
         ]
         raise UserError(
             f"inversion.cache: inversion.grid={inversion.grid} with evaluate_at={inversion.evaluate_at} asks the UNet "
@@ -133,11 +134,12 @@ def open_trajectory_cache(
     resolution = data.resolution or models.resolution
     side = models.reference.config.sample_size * resolution // models.resolution
     latent = (models.reference.config.in_channels, side, side)
-    answers, top = 0, objective.timesteps.max
+    answers, top = 0, path.possible_timesteps(objective.timesteps).amax()
     if not inversion.frozen:
-        counts = plan(models.schedule, torch.arange(models.schedule.T), **how).evaluations
-        answers = _answers(Path(inversion.cache), max(1, int(counts[top])))
-        top = int((counts >= answers).nonzero()[0]) if answers <= counts[-1] else top
+        levels = path.all_levels(inversion.steps)
+        needed, counts = (inversion_schedule(path, t, **how).evaluations for t in (top[None], levels))
+        answers = _answers(Path(inversion.cache), max(1, int(needed)))
+        top = levels[counts >= answers][0] if answers <= counts[-1] else top
     prompted = inversion.frozen or inversion.guidance == 1.0
     fixed = not data.vae_sample and data.crop == "center"
     views = (1 + data.flip) * (1 + (prompted and 0 < data.prompt_dropout < 1))
@@ -147,7 +149,7 @@ def open_trajectory_cache(
         prompted=prompted,
         vae_sample=data.vae_sample,
         told_sizes=models.is_xl and models.config.micro_conditioning == "image",
-        top=top,
+        top=top.item(),
         latent=latent,
         answers=answers,
         dtype=models.dtype,
@@ -168,8 +170,7 @@ def _identity(
     models: Models, inversion: InversionConfig, objective: ObjectiveConfig, resolution: int, latent: tuple, answers: int
 ) -> dict:
     """All that answers and latents depend on beside the image; the manifest."""
-    schedule, settings = models.schedule, models.config
-    levels = (schedule.abar.tolist(), schedule.first_abar, schedule.steps_offset)
+    settings = models.config
     fast = resolve(settings.fast, models.device)
     if fast == "compiled":
         fast += " as a CUDA graph" if settings.cuda_graphs else " by blocks"
@@ -190,8 +191,8 @@ def _identity(
         "grid": inversion.grid,
         "evaluate_at": inversion.evaluate_at,
         "guidance": inversion.guidance,
-        "schedule": digest(repr(levels).encode()),
-        "prediction": "v" if models.predicts_v else "epsilon",
+        "schedule": digest(models.noise_path.identity.encode()),
+        "prediction": models.noise_path.output,
         "micro_conditioning": settings.micro_conditioning if models.is_xl else None,
         "latent": latent,
         "resolution": resolution,

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from inpo_fast.config.run import RunConfig
-from inpo_fast.method.objectives import GAMMA, INVERTING
+from inpo_fast.method.config import ObjectiveConfig
+from inpo_fast.method.methods import METHODS, method_of
 from inpo_fast.runtime.errors import UserError
 
 
@@ -112,20 +113,22 @@ def _check_nulls(config, prefix: str = "") -> None:
 
 def _check_method(config: RunConfig) -> None:
     """Settings that the method or the estimator has no use for would be believed to be in the result."""
-    method, objective, how = config.method, config.objective, config.inversion
+    method, objective, how = method_of(config.method), config.objective, config.inversion
     refined = how.estimator not in ("ddim", "random")
-    if method == "sft" and objective.winner_preserving is not None:
-        raise UserError("objective.winner_preserving needs a loser; method=sft has none")
-    if method == "kto" and objective.winner_preserving is not None:
-        raise UserError("objective.winner_preserving weighs a loser against its winner; method=kto takes images alone")
-    if method == "sft" and objective.label_smoothing:
-        raise UserError("objective.label_smoothing needs a label; method=sft takes the winners as they are")
-    if method != "smpo" and objective.gamma != GAMMA:
+    for key, reason in method.refuses.items():
+        if getattr(objective, key) != getattr(ObjectiveConfig, key):
+            raise UserError(f"objective.{key} {reason}")
+    if not method.uses_gamma and objective.gamma != ObjectiveConfig.gamma:
+        users = " or ".join(name for name, other in METHODS.items() if other.uses_gamma)
         raise UserError(
-            f"objective.gamma={objective.gamma:g} is of method=smpo; for method={method} change objective.beta"
+            f"objective.gamma={objective.gamma:g} is of method={users}; for method={config.method} change "
+            "objective.beta"
         )
-    if refined and method not in INVERTING:
-        raise UserError(f"inversion.estimator={how.estimator}: method={method} has no inversion; take inpo or smpo")
+    if refined and not method.inverts:
+        inverting = " or ".join(name for name, other in METHODS.items() if other.inverts)
+        raise UserError(
+            f"inversion.estimator={how.estimator}: method={config.method} has no inversion; take {inverting}"
+        )
     if not refined and how.refinements != 1:
         raise UserError(
             f"inversion.refinements={how.refinements}: inversion.estimator={how.estimator} refines nothing; take "
@@ -164,12 +167,12 @@ def _check_cache(config: RunConfig) -> None:
             raise UserError("inversion.frozen=true needs inversion.cache, the folder of what is frozen")
         return
     rules = [
-        (config.method in INVERTING, f"method={config.method}", "has no inversion; take method=inpo"),
+        (method_of(config.method).inverts, f"method={config.method}", "has no inversion; take method=inpo"),
         (how.estimator != "random", f"inversion.estimator={how.estimator}", "has no inversion; take ddim"),
-        (how.estimator == "ddim", f"inversion.estimator={how.estimator}", "asks more at each level; take ddim"),
+        (how.estimator == "ddim", f"inversion.estimator={how.estimator}", "takes more evaluations a level; take ddim"),
         (how.model == "reference", f"inversion.model={how.model}", "follows the trained weights; take reference"),
         (how.eta == 0, f"inversion.eta={how.eta:g}", "draws noise for each seed; take 0"),
-        (how.guidance in (0.0, 1.0), f"inversion.guidance={how.guidance:g}", "mixes two answers; take 0 or 1"),
+        (how.guidance in (0.0, 1.0), f"inversion.guidance={how.guidance:g}", "mixes two outputs; take 0 or 1"),
     ]
     if how.frozen and (several := config.objective.timesteps.per_pair) > 1:
         raise UserError(
@@ -177,7 +180,7 @@ def _check_cache(config: RunConfig) -> None:
         )
     for good, key, reason in rules:
         if not good:
-            raise UserError(f"{where} keeps what the reference answers on its way, and {key} {reason}")
+            raise UserError(f"{where} keeps the reference's outputs along its trajectories, and {key} {reason}")
     if not how.cache:
         raise UserError("inversion.cache is empty; name a folder, or null for none")
     if config.output is not None and Path(how.cache).resolve() == Path(config.output).resolve():

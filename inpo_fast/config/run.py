@@ -7,9 +7,8 @@ import yaml
 
 from inpo_fast.comparison.config import EvaluateConfig
 from inpo_fast.data.loader import DataConfig
-from inpo_fast.method import objectives
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import Method, ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.methods import MethodName, variant_name
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.runtime.errors import UserError
 
@@ -130,7 +129,7 @@ class PlanConfig:
 class RunConfig:
     """Align a diffusion model with preference pairs (DDIM-InPO, arXiv 2503.18454)."""
 
-    method: Method = "inpo"
+    method: MethodName = "inpo"
     """inpo: inversion preference optimization. smpo: SmPO-Diffusion (with inversion.estimator=renoise). dpo:
     Diffusion-DPO. kto: Diffusion-KTO. sft: winners only. docs/methods.md has the formulas."""
     seed: int = 0
@@ -157,7 +156,7 @@ class RunConfig:
 
 def variant_of(config: RunConfig) -> str:
     """The honest name of what is trained."""
-    name = objectives.label(config.method, config.objective, config.inversion)
+    name = variant_name(config.method, config.objective, config.inversion)
     return f"{name}-online" if config.online.every else name
 
 

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.cost.flops import Passes, forward_bytes, unet_passes
 from inpo_fast.cost.step_cost import PairCost, cost_of_a_pair
-from inpo_fast.method.objectives import SIDES
+from inpo_fast.method.methods import method_of
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.files.hub import path_or_id
 from inpo_fast.models.files.lora_files import lora_file, read_lora
@@ -107,7 +107,7 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
     passes = unet_passes(shapes.unet, pixels // factor, shapes.tokens, config.models.gradient_checkpointing)
     trained = [p for p in shapes.unet.parameters() if p.requires_grad]
     kept = _kept(config, shapes, passes, trained, gpus)
-    activations = SIDES[config.method] * passes.activations
+    activations = method_of(config.method).sides * passes.activations
     image = forward_bytes(shapes.unet, pixels // factor, shapes.tokens)
     if (
         config.models.fast == "compiled"
@@ -201,7 +201,7 @@ def _kept(
 def _windows(config: RunConfig, shapes: Shapes, side: int, gpus: int) -> int:
     """Latents (fp32) and text (no prompt twice) of this window and of the next, or x_t in the place of the latter's."""
     pairs, unet = config.train.pairs_per_step // gpus, shapes.unet.config
-    latents = 4 * SIDES[config.method] * pairs * unet.in_channels * side**2
+    latents = 4 * method_of(config.method).sides * pairs * unet.in_channels * side**2
     text = pairs * shapes.tokens * unet.cross_attention_dim * DTYPES[config.models.precision].itemsize
     return latents * (1 + config.objective.timesteps.per_pair) + 2 * text
 
@@ -259,7 +259,7 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     each = config.objective.timesteps.per_pair
     times = "" if each == 1 else f", at {each} timesteps"
     window.add_row("pairs", f"{plan.pairs_per_gpu} = {plan.micro_batches} micro-batches x {train.micro_batch}{times}")
-    images = SIDES[config.method] * plan.pairs_per_gpu
+    images = method_of(config.method).sides * plan.pairs_per_gpu
     window.add_row(
         "inversion",
         f"{images} images x {plan.work.evaluations:.2f} evaluations on average, {config.inversion.batch} at a time",

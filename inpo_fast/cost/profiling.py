@@ -26,7 +26,7 @@ from inpo_fast.config import RunConfig, variant_of
 from inpo_fast.cost.plan import Plan
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import Item, PairLoader, open_data
-from inpo_fast.method.objectives import SIDES
+from inpo_fast.method.methods import method_of
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
@@ -158,7 +158,7 @@ def summary(
     """Everything in plain numbers, for --json and for the table. ceiling: TFLOP/s; copy_ceiling: TB/s, read + write."""
     recipe_pairs = config.train.steps * config.train.pairs_per_step
     work = plan.work
-    sides = SIDES[config.method]
+    sides = method_of(config.method).sides
     out = {
         "variant": variant_of(config),
         "n": config.inversion.steps,

@@ -16,9 +16,9 @@ import torch
 from inpo_fast.config import RunConfig
 from inpo_fast.cost.flops import Passes, ask_texts, ask_vae, forward_flop
 from inpo_fast.cost.memory_traffic import forward_traffic, least_bytes, roofline_bytes, unet_traffic
+from inpo_fast.method.ddpm_path import DDPMPath
 from inpo_fast.method.inversion import evaluations_of
-from inpo_fast.method.inversion_schedule import Schedule, systematic_timesteps
-from inpo_fast.method.objectives import SIDES, uses_inversion
+from inpo_fast.method.methods import method_of, uses_inversion
 from inpo_fast.method.solvers import evaluations_a_step
 from inpo_fast.models.fast.fast_unet import make_fast
 
@@ -48,14 +48,13 @@ def cost_of_a_pair(
 ) -> PairCost:
     """The models: on the meta device, in the dtypes they compute in; the UNet is made fast in place, `passes` are its
     own from before. pixels, side: edge of an image and of its latent."""
-    evaluations, sides = _evaluations(config), SIDES[config.method]
-    each = config.objective.timesteps.per_pair
-    forward = each * (2 if config.method == "kto" else 1)  # its reference point takes all errors first
+    method, evaluations, each = method_of(config.method), _evaluations(config), config.objective.timesteps.per_pair
+    sides, forward = method.sides, each * (2 if method.reference_point else 1)  # which takes all errors first
     times = {
         "VAE encoding": sides,
         "text encoding": 1,  # at most: prompts that a window has twice are encoded once
         "inversion": sides * evaluations * (1 if config.inversion.guidance in (0.0, 1.0) else 2),
-        "reference": sides * (config.method != "sft") * forward,
+        "reference": sides * method.uses_reference * forward,
         "policy forward": sides * forward,
         "policy backward": sides * each,
     }
@@ -87,10 +86,9 @@ def _evaluations(config: RunConfig) -> float:
     """Of an image, for all timesteps of its pair: the mean over all that may be drawn."""
     if not uses_inversion(config.method, config.inversion):
         return 0.0
-    span, how = config.objective.timesteps, config.inversion
-    t = systematic_timesteps(torch.arange(span.min, span.max + 1), span.min, span.max, span.per_pair)
-    schedule = Schedule(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
-    steps = evaluations_of(how, schedule, t).double().mean().item()
+    how = config.inversion
+    path = DDPMPath(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
+    steps = evaluations_of(how, path, path.possible_timesteps(config.objective.timesteps)).double().mean().item()
     return steps * evaluations_a_step(how.estimator, how.refinements)
 
 

@@ -14,6 +14,7 @@ import yaml
 from inpo_fast.comparison.evaluation import verdict
 from inpo_fast.config import flat
 from inpo_fast.handover.output_model import KOHYA_NAME
+from inpo_fast.method.methods import METHODS, Method
 from inpo_fast.models.files.diffusers_folder import base_folder, hub_id
 from inpo_fast.models.files.hub import ID
 from inpo_fast.models.files.lora_files import lora_file
@@ -21,13 +22,6 @@ from inpo_fast.report.results import guards
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
 
-METHODS = {
-    "inpo": "DDIM-InPO ([arXiv 2503.18454](https://arxiv.org/abs/2503.18454))",
-    "smpo": "SmPO-Diffusion ([arXiv 2506.02698](https://arxiv.org/abs/2506.02698))",
-    "kto": "Diffusion-KTO ([arXiv 2404.04465](https://arxiv.org/abs/2404.04465))",
-    "dpo": "Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))",
-    "sft": "fine-tuning on the preferred images only",
-}
 RECIPE = (
     "seed",
     "models",
@@ -91,7 +85,7 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
     init = config["models"].get("init") or ""
     own_id = hub_id(init) or hub_id(base)
     family, *deviations = variant.split("-")
-    method = METHODS.get(family, family)
+    method = _with_paper(METHODS[family]) if family in METHODS else family
     if deviations:
         method += f", a variant that deviates from the publication: {', '.join(deviations)} (see the recipe)"
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
@@ -141,6 +135,11 @@ def _start(init: str) -> str:
         return ""
     own_id = hub_id(init)
     return f", trained further from {f'[{own_id}](https://huggingface.co/{own_id})' if own_id else Path(init).name}"
+
+
+def _with_paper(method: Method) -> str:
+    paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
+    return f"{method.title}{paper}"
 
 
 def _licence(base: str, own_id: str | None) -> dict:

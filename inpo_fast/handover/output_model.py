@@ -111,7 +111,7 @@ def save_adapter(models: Models, folder: Path, masters: dict[str, torch.Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     lora, config = trained_lora(models, masters), models.policy.config
     write_tensors(tensors(lora, "unet."), {}, folder / LORA_WEIGHT_NAME_SAFE)
-    about = About(config, folder.parent.name, models.resolution, models.predicts_v, hub_id(models.config.base))
+    about = About(config, folder.parent.name, models.resolution, models.noise_path.output, hub_id(models.config.base))
     try:
         write_tensors(kohya_tensors(lora, config), kohya_metadata(about, lora.rank), folder / KOHYA_NAME)
     except KeyError as problem:

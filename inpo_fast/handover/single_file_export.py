@@ -121,7 +121,7 @@ def about_model(folder: Path | None, config: Mapping, title: str) -> About:
         config,
         title,
         side if "vae" in known else None,
-        None if kind is None else kind == "v_prediction",
+        None if kind is None else "v" if kind == "v_prediction" else "epsilon",
         hub_id(base) if base else None,
     )
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
-from inpo_fast.method.inversion_schedule import Schedule
+from inpo_fast.method.ddpm_path import DDPMPath
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.fast.fast_unet import inverting, make_fast, resolve
 from inpo_fast.models.lora import Lora
@@ -103,8 +103,7 @@ class Models:
             if getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).to(device, self.dtype)
         # as DDIM has the noise levels: with zero terminal SNR some samplers' classes keep a little signal at the last
-        self.schedule = Schedule.of(DDIMScheduler.from_config(pipeline.scheduler.config))
-        self.predicts_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
+        self.noise_path = DDPMPath.of(DDIMScheduler.from_config(pipeline.scheduler.config))
         self.is_xl = self.reference.config.addition_embed_type == "text_time"
         self.resolution = self.reference.config.sample_size * pipeline.vae_scale_factor
 
@@ -123,7 +122,8 @@ class Models:
         return self._vae_batch[pixels]
 
     def predict(self, who: Who, x: torch.Tensor, time: torch.Tensor, arguments: dict) -> torch.Tensor:
-        """What a UNet answers to x (B, C, H, W) of any float dtype, told time (B,): noise, or v. In its own dtype."""
+        """A UNet's output for x (B, C, H, W) of any float dtype, conditioned on time (B,), in its own dtype: what
+        `noise_path.output` names."""
         if who == "reference" and self.adapters:
             with self._base_only():
                 return self.reference(x.to(self.dtype), time, **arguments).sample
@@ -155,12 +155,6 @@ class Models:
             else:
                 for layer in self.adapters:
                     layer.enable_adapters(True)
-
-    def eps(self, answer: torch.Tensor, x_t: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
-        """The predicted noise: the answer itself, or a v + s x_t in fp32 (arXiv 2202.00512, appendix D)."""
-        if not self.predicts_v:
-            return answer
-        return a_t[:, None, None, None] * answer.float() + s_t[:, None, None, None] * x_t
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

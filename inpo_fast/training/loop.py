@@ -24,7 +24,7 @@ from inpo_fast.config import RunConfig, split_batch, to_dict, variant_of
 from inpo_fast.data.loader import Item, PairLoader, open_data
 from inpo_fast.data.pair import Source
 from inpo_fast.handover.output_model import detach_policy, output_pipeline, whole_masters
-from inpo_fast.method.inversion import check_estimator
+from inpo_fast.method.inversion import check_inversion
 from inpo_fast.models.fast.fast_unet import compiled_blocks
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
@@ -91,7 +91,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     torch.manual_seed(config.seed)  # nothing depends on it; it pins what a library might draw
     split = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
     models = Models(open_pipeline(config.models), device, config.models, split)
-    check_estimator(config.inversion, models.predicts_v)
+    check_inversion(config.inversion, models.noise_path)
     trajectories, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), ()
     if trajectories is not None:
         notes = trajectories.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
@@ -129,7 +129,7 @@ def train(run: Run, console: Console) -> None:
     config, models = run.config, run.models
     vae_batch = min(filter(None, (run.vae_batch, config.data.vae_batch)), default=None)
     recipe = StepConfig.of(config, trajectories=run.trajectories, latents=run.latents, vae_batch=vae_batch)
-    balanced = uses_inversion(recipe) and run.trajectories is None  # cached climbs cost nothing
+    balanced = uses_inversion(recipe) and run.trajectories is None  # cached trajectories cost nothing
     resolution = config.data.resolution or models.resolution
     windows = PairLoader(
         run.source,

@@ -41,10 +41,11 @@ class MetricAccumulator:
         return self.cells[name][1]
 
     @torch.no_grad()
-    def observe(self, *, loss, logit, image, tau_rms, t, T, sides, contrast) -> None:
+    def observe(self, *, loss, logit, image, tau_rms, bucket, sides, contrast) -> None:
         """Everything worth watching of a micro-batch of B pairs; images are (S B), winners first.
 
-        image: (S B, 7), the means over elements that `inpo_kernels.inpo_loss.COLUMNS` names. tau_rms: (S B,). t: (B,).
+        image: (S B, 7), the means over elements that `inpo_kernels.inpo_loss.COLUMNS` names. tau_rms: (S B,).
+        bucket: (B,) int64, which of BUCKETS parts of the noise path the pair's timestep lies in.
         eps_scale is <eps_theta, eps_ref> / <eps_ref, eps_ref>; tau_residual is the same of tau - eps_ref, for
         winners and losers apart: where they differ the loss rewards changing the amplitude of the noise.
         """
@@ -52,21 +53,21 @@ class MetricAccumulator:
         if contrast:
             self.add("implicit_accuracy", (logit > 0).double() + 0.5 * (logit == 0).double())
             self.add("margin", logit)
-            self._by_level("margin", logit.detach(), t, T)
+            self._by_level("margin", logit.detach(), bucket)
         e, r, _, energy, pred_ref, tau_ref, _ = image.unbind(1)
         along = (tau_ref - energy) / energy
         for number, side in enumerate(("winner", "loser")[:sides]):
             part = slice(number * len(loss), (number + 1) * len(loss))
             self.add(f"{side}_delta", e[part] - r[part])
-            self._by_level(f"{side}_delta", e[part] - r[part], t, T)
+            self._by_level(f"{side}_delta", e[part] - r[part], bucket)
             self.add(f"{side}_error", e[part])
             self.add(f"tau_rms_{side}", tau_rms[part])
             self.add(f"tau_residual_{side}", along[part])
         self.add("eps_scale", pred_ref / energy)
 
-    def _by_level(self, name: str, value: torch.Tensor, t: torch.Tensor, T: int) -> None:
-        """value, t: (B,). Masks: picking elements out would make the host wait."""
-        bucket, value = t * BUCKETS // T, value.double()
+    def _by_level(self, name: str, value: torch.Tensor, bucket: torch.Tensor) -> None:
+        """value, bucket: (B,). Masks: picking elements out would make the host wait."""
+        value = value.double()
         for b in range(BUCKETS):
             chosen = bucket == b
             self.cells[f"{name}_t{b}"] += torch.stack([torch.where(chosen, value, 0.0).sum(), chosen.double().sum()])

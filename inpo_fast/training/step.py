@@ -11,8 +11,11 @@ import torch
 from inpo_kernels.inpo_loss import COLUMNS, Objective
 
 from inpo_fast.method import objectives as obj
-from inpo_fast.method.inversion import Eps, check_estimator, invert, trajectory_serves_all, utilisation
-from inpo_fast.method.inversion_schedule import plan
+from inpo_fast.method.inversion import Predict, check_inversion, invert, occupancy, trajectory_serves_all
+from inpo_fast.method.inversion_schedule import inversion_schedule
+from inpo_fast.method.losses import normalise, rms
+from inpo_fast.method.methods import method_of
+from inpo_fast.method.noise_path import noised, target
 from inpo_fast.method.reference_point import reference_point
 from inpo_fast.models.fast.fast_unet import is_fast, wants_fixed_batch
 from inpo_fast.models.models import Conditioning, Models
@@ -21,7 +24,7 @@ from inpo_fast.runtime.memory import fits
 from inpo_fast.runtime.phases import phase
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.transfer import to_device
-from inpo_fast.training.metrics import MetricAccumulator
+from inpo_fast.training.metrics import BUCKETS, MetricAccumulator
 from inpo_fast.training.step_batch import StepBatch, StepConfig, uses_inversion
 
 
@@ -53,14 +56,14 @@ def noise_moments(
     if not uses_inversion(recipe):
         return [_noised(moment, flat).unflatten(0, shape[:2]) for moment in moments], 0
     how = recipe.inversion
-    check_estimator(how, models.predicts_v)
-    if len(moments) > 1 and (window.held is not None or not trajectory_serves_all(how, models.schedule)):
+    check_inversion(how, models.noise_path)
+    if len(moments) > 1 and (window.held is not None or not trajectory_serves_all(how, models.noise_path)):
         found = [noise_moments((moment,), models, recipe, tally, preemption) for moment in moments]
         return [x_t for (x_t,), _ in found], sum(spent for _, spent in found)
 
     shares = is_fast(models.unet(how.model))
 
-    def eps_with(conditioning: Conditioning) -> Eps:
+    def eps_with(conditioning: Conditioning) -> Predict:
         def eps(x: torch.Tensor, time: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             if preemption is not None:
                 preemption.check()
@@ -68,14 +71,13 @@ def noise_moments(
 
         return eps
 
-    climb_to = partial(
-        plan,
-        models.schedule,
+    schedule_of = partial(
+        inversion_schedule,
+        models.noise_path,
         steps=how.steps,
         grid=how.grid,
         evaluate_at=how.evaluate_at,
         eta=how.eta,
-        predicts_v=models.predicts_v,
     )
     each = len(moments)
     t = torch.stack([moment.t for moment in moments], 1).repeat_interleave(shape[1], 0).flatten()  # (N * S * each,)
@@ -83,15 +85,15 @@ def noise_moments(
     with models.inverting(how.model, how.fp8):
         if window.held is not None:
             eps = eps_with(window.conditional if how.guidance == 1.0 else window.unconditional)
-            x_t, spent = window.held.noise(eps, flat, t, climb_to, how.batch, width)
+            x_t, spent = window.held.noise(eps, flat, t, schedule_of, how.batch, width)
             return [x_t.unflatten(0, shape[:2])], spent
-        climb = climb_to(t)
+        trajectory = schedule_of(t)
         if tally is not None:
-            tally.add("slot_utilisation", utilisation(climb.evaluations.view(-1, each).amax(1), how.batch))
+            tally.add("slot_utilisation", occupancy(trajectory.evaluations.view(-1, each).amax(1), how.batch))
         x_t, spent = invert(
             eps_with(window.unconditional),
             flat,
-            climb,
+            trajectory,
             batch=how.batch,
             width=width,
             conditional=eps_with(window.conditional),
@@ -108,7 +110,7 @@ def _noised(moment: StepBatch, flat: torch.Tensor) -> torch.Tensor:
     """Diffusion-DPO: the same noise for both sides of a pair."""
     number = (moment.number,) if moment.number else ()  # of the further timesteps; the first's keys never had one
     noise = keyed_rng.normals(flat.shape[1:], [("noise", *key[:2], *number) for key in moment.keys])
-    return obj.noised(flat, to_device(noise, flat.device), moment.a.flatten(), moment.s.flatten())
+    return noised(flat, to_device(noise, flat.device), moment.a.flatten(), moment.s.flatten())
 
 
 def train_step(
@@ -135,7 +137,7 @@ def train_step(
     preemption, stopped = preemption or Preemption(), None
     logits = torch.zeros(0, device=models.device)
     try:
-        if window is None and recipe.method == "kto":
+        if window is None and method_of(recipe.method).reference_point:
             reference_point([], models.device)  # the other processes wait for everybody's part
         if window is not None:
             logits = _own_gradients(window, models, recipe, tally, loss_scale / pairs_per_step, preemption)
@@ -164,17 +166,17 @@ def _own_gradients(
     tally.add("unet_evaluations", spent, total=True)
     if window.held is not None:
         tally.add("trajectories_hit", window.held.hits.to(models.device))
-    if recipe.method == "kto" and window.point is None:
+    if method_of(recipe.method).reference_point and window.point is None:
         window.point = _first_pass(window, x_t, models, recipe, tally)
     if window.point is not None:
         tally.add("reference_point", window.point)
     logits = []
-    for moment, noised in zip(window.moments, x_t, strict=True):
+    for moment, own in zip(window.moments, x_t, strict=True):
         found = []
         for pairs in _micro_batches(moment, recipe):
             preemption.check()
             with fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
-                prediction, objective = micro_step(moment, noised, pairs, models, recipe, tally, weight, window.point)
+                prediction, objective = micro_step(moment, own, pairs, models, recipe, tally, weight, window.point)
                 with phase("backward"):
                     prediction.backward(objective.dpred)
             found.append(objective.logit)
@@ -197,10 +199,10 @@ def _first_pass(
     Nothing stops on the way, as other processes wait for this one's part.
     """
     plain, gains = replace(recipe, method="dpo"), []  # the fused kernel, for its errors
-    for moment, noised in zip(window.moments, x_t, strict=True):
+    for moment, own in zip(window.moments, x_t, strict=True):
         for pairs in _micro_batches(moment, recipe):
             with torch.no_grad(), fits("train.micro_batch", min(recipe.micro_batch, len(window.items))):
-                _, found = micro_step(moment, noised, pairs, models, plain, MetricAccumulator(models.device))
+                _, found = micro_step(moment, own, pairs, models, plain, MetricAccumulator(models.device))
             e, r = found.image[:, COLUMNS.index("error")], found.image[:, COLUMNS.index("reference_error")]
             gains.append(((r - e).view(2, -1), window.weight[pairs]))
             tally.add("unet_evaluations", 2 * len(e), total=True)
@@ -230,9 +232,9 @@ def micro_step(
     amplitude = None
     norm = recipe.objective.tau_norm
     if norm != "none" and uses_inversion(recipe):
-        tau = obj.target(x_t, x_0, a_t, s_t)
-        amplitude = obj.rms(tau)
-        x_t = obj.noised(x_0, obj.normalise(tau, x_0 if norm == "orthogonal" else None), a_t, s_t)
+        tau = target(x_t, x_0, a_t, s_t)
+        amplitude = rms(tau)
+        x_t = noised(x_0, normalise(tau, x_0 if norm == "orthogonal" else None), a_t, s_t)
 
     arguments = window.conditional.arguments(images)
     with torch.no_grad(), phase("reference"):
@@ -246,9 +248,9 @@ def micro_step(
             )
         else:
             answer, asked = models.predict("reference", x_t, time, arguments), len(images)
-        reference = models.eps(answer, x_t, a_t, s_t)
+        reference = models.noise_path.noise_from_output(answer, x_t, a_t, s_t)
     with phase("forward"):
-        prediction = models.eps(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
+        prediction = models.noise_path.noise_from_output(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
 
     found = obj.evaluate(
         recipe.method,
@@ -264,17 +266,16 @@ def micro_step(
         fused=recipe.fused_loss,
         point=point,
     )
-    if recipe.objective.winner_preserving is not None and recipe.method != "sft":
+    if recipe.objective.winner_preserving is not None and sides == 2:
         tally.add("loser_gate", found.gate)
     tally.observe(
         loss=found.loss,
         logit=found.logit,
         image=found.image,
         tau_rms=found.image[:, COLUMNS.index("tau_square")].sqrt() if amplitude is None else amplitude,
-        t=window.times[pairs, 0],
-        T=models.schedule.T,
+        bucket=to_device(models.noise_path.part(window.t[pairs], BUCKETS), models.device),
         sides=sides,
-        contrast=recipe.method != "sft",
+        contrast=sides == 2,
     )
     tally.add("unet_evaluations", asked + len(images), total=True)  # reference and policy, forward
     return prediction, found

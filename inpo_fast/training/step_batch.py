@@ -15,10 +15,10 @@ from inpo_fast.caches.latent_cache import LatentCache
 from inpo_fast.caches.trajectory_cache import TrajectoryCache
 from inpo_fast.config import RunConfig
 from inpo_fast.data.loader import Item, side_keys
-from inpo_fast.method import objectives as obj
-from inpo_fast.method.inversion import InversionConfig, evaluations_of
-from inpo_fast.method.inversion_schedule import snap, systematic_timesteps
-from inpo_fast.method.objectives import SIDES, Method, ObjectiveConfig
+from inpo_fast.method import methods
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.inversion import evaluations_of
+from inpo_fast.method.methods import MethodName, method_of
 from inpo_fast.models.models import Conditioning, Models, Text
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.transfer import to_device
@@ -28,7 +28,7 @@ from inpo_fast.runtime.transfer import to_device
 class StepConfig:
     """What train_step needs to know of a run."""
 
-    method: Method
+    method: MethodName
     objective: ObjectiveConfig
     inversion: InversionConfig
     micro_batch: int
@@ -51,9 +51,9 @@ class StepConfig:
 class StepBatch:
     """The pairs of one optimizer step on this rank, on the device.
 
-    x_0: (N, S, C, H, W) latents, S sides (winner first). t: (N,) on the CPU; times (N, S), a and s (N, S), its copies
-    on the device, sqrt(abar_t) and sqrt(1 - abar_t). label, weight: (N,) fp32, of the pairs. Images of the
-    conditioning are numbered pair * S + side.
+    x_0: (N, S, C, H, W) latents, S sides (winner first). t: (N,) on the CPU. times, a, s: (N, S), the
+    network's time and the path's a_t and s_t, on the device. label, weight: (N,) fp32, of the pairs. Images
+    of the conditioning are numbered pair * S + side.
     """
 
     items: list[Item]
@@ -82,7 +82,7 @@ class StepBatch:
 def make_step_batch(items: list[Item], models: Models, recipe: StepConfig, empty: Text) -> StepBatch:
     """Latents, text and timesteps of decoded pairs. t depends on (seed, position) only (inversion.frozen: on the pair's
     content), and is shared by the sides."""
-    sides = SIDES[recipe.method]
+    sides = method_of(recipe.method).sides
     views = [view for item in items for view in (item.winner, item.loser)[:sides]]
     keys = side_keys(items, recipe.seed, sides)
     held = None if recipe.trajectories is None else recipe.trajectories.of(items, keys)
@@ -103,10 +103,13 @@ def make_step_batch(items: list[Item], models: Models, recipe: StepConfig, empty
         told = [(*target, 0, 0) if published else (*view.original, *view.crop) for view in views]
         time_ids = to_device(torch.tensor([(*sizes, *target) for sizes in told]).float(), models.device)
     drawn = [("t", recipe.seed, item.position) for item in items] if held is None else held.t_keys(recipe.seed, items)
-    t = _timesteps(recipe, drawn)
+    path = models.noise_path
+    t = path.draw_timesteps(recipe.objective.timesteps, drawn)
     if recipe.inversion.grid == "snap" and uses_inversion(recipe):
-        t = snap(t, recipe.inversion.steps, models.schedule.T)
-    times, a, s = (to_device(c[..., None].repeat(1, 1, sides), models.device) for c in (t, *models.schedule.a_s(t)))
+        t = path.snap(t, recipe.inversion.steps)
+    times, a, s = (
+        to_device(c[..., None].repeat(1, 1, sides), models.device) for c in (path.network_time(t), *path.a_s(t))
+    )
     first = StepBatch(
         items=items,
         x_0=x_0.unflatten(0, (len(items), sides)),
@@ -127,13 +130,6 @@ def make_step_batch(items: list[Item], models: Models, recipe: StepConfig, empty
     )
 
 
-def _timesteps(recipe: StepConfig, keys: Sequence[keyed_rng.Key]) -> torch.Tensor:
-    """(K, N): of each pair, the first drawn from its key."""
-    span = recipe.objective.timesteps
-    first = torch.tensor([keyed_rng.integer(span.min, span.max, *key) for key in keys])
-    return systematic_timesteps(first, span.min, span.max, span.per_pair)
-
-
 def _with_cached(encoded: list[torch.Tensor], items: list[Item], sides: int, device: torch.device) -> torch.Tensor:
     """(M, C, h, w): the encoded images and those whose latents came from a cache, in the window's order."""
     fresh = iter(torch.cat(encoded).split(sides) if encoded else ())
@@ -142,9 +138,10 @@ def _with_cached(encoded: list[torch.Tensor], items: list[Item], sides: int, dev
 
 def inversion_costs(positions: Sequence[int], recipe: StepConfig, models: Models) -> list[int]:
     """UNet evaluations that the inversion of one side of each pair of the step will take, before it is read."""
-    t = _timesteps(recipe, [("t", recipe.seed, position) for position in positions])
-    return evaluations_of(recipe.inversion, models.schedule, t).tolist()
+    keys = [("t", recipe.seed, position) for position in positions]
+    t = models.noise_path.draw_timesteps(recipe.objective.timesteps, keys)
+    return evaluations_of(recipe.inversion, models.noise_path, t).tolist()
 
 
 def uses_inversion(recipe: StepConfig) -> bool:
-    return obj.uses_inversion(recipe.method, recipe.inversion)
+    return methods.uses_inversion(recipe.method, recipe.inversion)

@@ -11,14 +11,16 @@ import torch
 from plans import counted_once
 from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
 
-from bench import attention, contenders, predictions, report, train_step
-from bench.naive import lockstep_step, naive_step
+from bench import report
+from bench.kernels import attention
+from bench.step import contenders, predictions, train_step
+from bench.step.naive import lockstep_step, naive_step
 from inpo_fast.config import RunConfig
 from inpo_fast.cost.plan import make_plan
 from inpo_fast.cost.profiling import WORK
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig
+from inpo_fast.method.config import InversionConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
@@ -31,7 +33,7 @@ def command(tmp_path, monkeypatch):
     fixed = ["--model", model, "--source", pairs, "--pairs", "4", "--micro-batch", "2", "--threads", "1"]
 
     def command(*more: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["bench.train_step", *fixed, *more])
+        monkeypatch.setattr(sys, "argv", ["bench.step", *fixed, *more])
         train_step.main()
 
     return command
@@ -200,7 +202,7 @@ def test_sizes_from_the_cards_memory(monkeypatch, capsys, model, names, memory, 
 
 
 def test_what_the_predictions_count():
-    """TFLOP and GB of bench/predictions.py are those of inpo_fast/cost/step_cost.py for the benchmark's settings."""
+    """TFLOP and GB of step/predictions.py are those of inpo_fast/cost/step_cost.py for the benchmark's settings."""
     how = InversionConfig(steps=10, grid="diffusers-0.22", evaluate_at="target", guidance=1.0, batch=60)
     config = RunConfig(models=ModelsConfig(random="sd15", precision="bf16"), inversion=how)
     work = make_plan(replace(config, train=replace(config.train, micro_batch=predictions.MICRO_BATCH)), 1).work
@@ -292,7 +294,7 @@ def test_attention_where_a_shape_fails(monkeypatch, capsys):
         return {"forward_ms": 1.0, "both_ms": 2.0, "error": 0.0}
 
     monkeypatch.setattr(attention, "measure", measure)
-    monkeypatch.setattr(sys, "argv", ["bench.attention", "--tiny"])
+    monkeypatch.setattr(sys, "argv", ["bench.kernels.attention", "--tiny"])
     assert attention.main() == 0
     assert "no kernel for this shape" in (said := capsys.readouterr().out) and "FASTEST = {}" in said
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench import interpreter, predictions, report, results
-from bench.case import Case, all_cases, check, copy, deviation, provide
-from bench.clock import Ceilings, Replay, timing
+from bench import interpreter, report, results
+from bench.kernels.case import Case, all_cases, check, copy, deviation, provide
+from bench.kernels.clock import Ceilings, Replay, timing
+from bench.step import predictions
 
 CASES = all_cases()
 TINY = {str(case): case for case in CASES if not case.real}
@@ -97,7 +98,7 @@ print("RUN", ends)
 def test_a_broken_kernel_fails_the_benchmark_and_leaves_no_result(tmp_path):
     """As values and as times, one after the other in one process."""
     modes = {"--check": "ours", "--benchmark-only": "cpu path"}
-    words = ["bench/bench_errors.py", "-k", "errors-forward-tiny-float32", "--results", str(tmp_path)]
+    words = ["bench/kernels/bench_errors.py", "-k", "errors-forward-tiny-float32", "--results", str(tmp_path)]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not under xdist
     command = [sys.executable, "-c", BREAK, json.dumps([[*words, mode] for mode in modes])]
     alone["CUDA_VISIBLE_DEVICES"] = ""  # a GPU times real shapes only
@@ -106,7 +107,7 @@ def test_a_broken_kernel_fails_the_benchmark_and_leaves_no_result(tmp_path):
     assert ends.strip() == "[1, 1]", ran.stdout + ran.stderr
     for said, failed in zip(runs, modes.values(), strict=True):
         assert "nothing is timed" in said
-        assert f"FAILED bench/bench_errors.py::test_errors[errors-forward-tiny-float32-{failed}]" in said
+        assert f"FAILED bench/kernels/bench_errors.py::test_errors[errors-forward-tiny-float32-{failed}]" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -195,8 +196,11 @@ ALLOWED = {"torch", "triton", "numpy", "pytest", "inpo_kernels", "bench"} | set(
 
 
 def test_kernel_benchmarks_need_nothing_but_torch_and_triton():
-    names = ("case", "clock", "conftest", "results", "report", "accuracy", "gpu", "interpreter", "predictions")
-    for path in [*(results.ROOT / "bench").glob("bench_*.py"), *(results.ROOT / "bench" / f"{n}.py" for n in names)]:
+    bench = results.ROOT / "bench"
+    kernels = [path for path in (bench / "kernels").glob("*.py") if path.stem != "attention"]
+    assert any(path.stem == "bench_errors" for path in kernels)
+    names = ("conftest", "results", "report", "gpu", "interpreter", "step/predictions")
+    for path in [*kernels, *(bench / f"{name}.py" for name in names)]:
         tree = ast.parse(path.read_text())
         found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -1,8 +1,8 @@
-"""bench.data_scale on sets of 300 pairs: every source it makes can be opened, and both ways read what they say."""
+"""bench.step.data_scale on sets of 300 pairs: every source it makes can be opened, and both ways read what they say."""
 
 import pytest
 
-from bench import data_scale
+from bench.step import data_scale
 
 
 @pytest.mark.parametrize("source", data_scale.SOURCES)

@@ -175,8 +175,8 @@ def test_names_and_plans():
     first = ["machine", "step-sd15", "kernel-tests", "gpu-tests", "attention", "step-sd15-compiled"]
     assert [it.name for it in gpu.chosen(plans, "first", None)] == first
     assert sum(it.expected for it in plans["first"]) <= 470 and sum(it.expected for it in plans["second"]) <= 230
-    benches = {path.stem for path in (results.ROOT / "bench").glob("bench_*.py")}
-    assert {name for name in benches if any(f"bench/{name}.py" in it.command for it in every)} == benches
+    benches = {path.stem for path in (results.ROOT / "bench" / "kernels").glob("bench_*.py")}
+    assert {name for name in benches if any(f"bench/kernels/{name}.py" in it.command for it in every)} == benches
 
 
 def test_rehearsal(tmp_path):

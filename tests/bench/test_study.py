@@ -14,11 +14,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import results, study, study_plot, study_reconstruct, study_table, study_train
-from bench.study import wanted_of
-from bench.study_cells import RECIPE, SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
-from bench.study_measures import MEASURES
-from bench.study_presets import CHEAP, METHODS, PRESETS, methods
+from bench import results
+from bench.study import plot, reconstruct, table, train
+from bench.study.cells import RECIPE, SPLITS, Cell, Study, config_of, grid, result_name, split_prompts
+from bench.study.measures import MEASURES
+from bench.study.presets import CHEAP, METHODS, PRESETS, methods
+from bench.study.run import run, wanted_of, write
 from inpo_fast.comparison.evaluation import read_prompts
 from inpo_fast.config import parse
 from inpo_fast.data.loader import PairLoader
@@ -141,7 +142,7 @@ def test_results_are_made_once_and_a_failed_cell_again(tmp_path):
     said: list[str] = []
     how = {"work": work, "show": said.append, "pool": Inline}
     with pytest.raises(UserError, match=r"1 of 9 cells failed.*dpo-\w{10}-seed1.*broken cell"):
-        study.run(SMALL, tmp_path, 2, **how)
+        run(SMALL, tmp_path, 2, **how)
     assert len(list(tmp_path.glob("*.json"))) == 8 and any("ETA" in line for line in said)
     (tmp_path / "control-reporting-2.json").write_text('{"cell": ')  # as left by something that is not whole
     made = []
@@ -150,21 +151,19 @@ def test_results_are_made_once_and_a_failed_cell_again(tmp_path):
         made.append((cell, seed))
         return {"control": "again", "seed": seed}
 
-    found = study.run(SMALL, tmp_path, 2, **how | {"work": again})
+    found = run(SMALL, tmp_path, 2, **how | {"work": again})
     assert {seed for _, seed in made} == {0, 1} and len(made) == 2
     assert len(found) == 9 and found[0]["cell"] == "again"
     assert all(result.get("named", result["cell"]) == result["cell"] for result in found)
-    assert study.run(SMALL, tmp_path, 2, **how) == found
+    assert run(SMALL, tmp_path, 2, **how) == found
     # another study with one of these runs, under another name there, makes nothing
-    shared = study.run(
-        Study("other", (replace(SMALL.cells[0], name="mine"),), (1,)), tmp_path, 2, **how | {"work": None}
-    )
+    shared = run(Study("other", (replace(SMALL.cells[0], name="mine"),), (1,)), tmp_path, 2, **how | {"work": None})
     assert [(result["cell"], result["seed"]) for result in shared] == [("again", 0), ("mine", 1)]
 
 
 ORPHANED = """
 import os, time
-from bench.study import processes
+from bench.study.run import processes
 if __name__ == "__main__":
     pool = processes(1)
     print(pool.submit(os.getpid).result(), flush=True)
@@ -217,10 +216,10 @@ def test_two_level_interval_against_the_crossed_bootstraps_variance():
     columns = values.mean(0) - values.mean()
     rest = values - values.mean() - rows[:, None] - columns[None]
     spread = np.sqrt(rows.var() / 12 + columns.var() / 40 + rest.var() / (12 * 40))
-    mean, low, high = study_table.two_level(values)
+    mean, low, high = table.two_level(values)
     assert mean == pytest.approx(values.mean()) and (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.08)
-    assert study_table.two_level(np.full((3, 5), 0.7))[1:] == pytest.approx((0.7, 0.7))
-    one = study_table.two_level(values[:1])
+    assert table.two_level(np.full((3, 5), 0.7))[1:] == pytest.approx((0.7, 0.7))
+    one = table.two_level(values[:1])
     assert (one[2] - one[1]) / 2 == pytest.approx(1.96 * values[0].std() / 40**0.5, rel=0.08)
 
 
@@ -236,24 +235,24 @@ def test_differences_from_a_cell_leave_out_what_they_share():
         for name, add in (("one", 0.0), ("two", 0.05))
         for seed in range(3)
     ]
-    head, _, one, two = (line.split("|") for line in study_table.table(results, "train", "one").strip().splitlines())
+    head, _, one, two = (line.split("|") for line in table.table(results, "train", "one").strip().splitlines())
     place = [cell.strip() for cell in head].index("less one's")
     assert one[place].strip() == "-"
     mean, low, high = (float(part.strip(" ],[")) for part in two[place].replace("[", ",").split(","))
     assert mean == pytest.approx(0.05, abs=0.01) and low > 0.03 and high < 0.07
-    assert "less" not in study_table.table(results, "train")
+    assert "less" not in table.table(results, "train")
     fewer = [result for result in results if (result["cell"], result["seed"]) != ("two", 2)]
-    assert study_table.table(fewer, "train", "one").strip().splitlines()[-1].split("|")[place].strip() == "-"
+    assert table.table(fewer, "train", "one").strip().splitlines()[-1].split("|")[place].strip() == "-"
 
 
 def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_train, "read_prompts", lambda path: read_prompts(path)[:6])
-    monkeypatch.setattr(study_train, "_bases", {})
-    monkeypatch.setattr(study_train, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr(train, "read_prompts", lambda path: read_prompts(path)[:6])
+    monkeypatch.setattr(train, "_bases", {})
+    monkeypatch.setattr(train, "PICTURES", tmp_path / "pictures")
     settings = {"train.steps": "1", "train.pairs_per_step": "2", "train.micro_batch": "2", "inversion.steps": "2"}
     tiny = Study("tiny", (Cell("mine", tuple(settings.items())),), pictures=1)
     how = {"show": str, "pool": Inline}
-    made = study.run(tiny, tmp_path, 1, **how)
+    made = run(tiny, tmp_path, 1, **how)
     control, mine = made
     prompts = split_prompts(read_prompts(str(ASSETS / "prompts-held-out.txt"))[:6], "reporting")
     assert mine["prompts"] == control["prompts"] == prompts and len(mine["points"]) == len(prompts)
@@ -263,9 +262,9 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     assert all(np.abs(values).max() < 0.01 for values in mine["measures"].values())
     kept = [np.load(path) for path in (tmp_path / "pictures").iterdir()]
     assert len(kept) == 2 and all(some["captions"].tolist() == prompts for some in kept)
-    again = study_train.gallery(tiny, None)
+    again = train.gallery(tiny, None)
     assert all(np.abs(some["pictures"].astype(int) - np.stack(again.pictures)).mean() < 2 for some in kept)
-    text = study.write(tmp_path, made, tiny, "tiny")
+    text = write(tmp_path, made, tiny, "tiny")
     header, _, *rows = text.strip().splitlines()
     assert len(rows) == 2 and all(row.count("|") == header.count("|") for row in rows)
     assert "0.500 [0.500, 0.500]" in rows[1] and "prompts only" in rows[1]
@@ -275,27 +274,25 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
 def test_a_cell_that_starts_from_another_runs_model(tmp_path, monkeypatch):
     """The second run's base and reference is the first one's model: its first step's loss is ln 2 there, and the
     result carries both runs' costs."""
-    monkeypatch.setattr(study_train, "read_prompts", lambda path: read_prompts(path)[:3])
-    monkeypatch.setattr(study_train, "_bases", {})
-    monkeypatch.setattr(study_train, "PICTURES", tmp_path / "pictures")
-    seen, plain = [], study_train.trained
+    monkeypatch.setattr(train, "read_prompts", lambda path: read_prompts(path)[:3])
+    monkeypatch.setattr(train, "_bases", {})
+    monkeypatch.setattr(train, "PICTURES", tmp_path / "pictures")
+    seen, plain = [], train.trained
 
     def looking(config):
         run = plain(config)
         seen.append((config, run))
         return run
 
-    monkeypatch.setattr(study_train, "trained", looking)
+    monkeypatch.setattr(train, "trained", looking)
     small = {"train.steps": "1", "train.pairs_per_step": "2", "train.micro_batch": "2", "inversion.steps": "2"}
     first = tuple((small | {"method": "sft", "optim.lr": "1e-2", "optim.warmup_steps": "0"}).items())
-    result = study_train.run_cell(Study("two", (), pictures=1), Cell("two", tuple(small.items()), first), 0)
+    result = train.run_cell(Study("two", (), pictures=1), Cell("two", tuple(small.items()), first), 0)
     (one, moved), (two, run) = seen
     assert (one.method, two.method, result["variant"]) == ("sft", "inpo", "sft, then inpo-rms")
     assert two.models.base != one.models.base and run.metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     weights = dict(moved.unet.named_parameters())
-    assert any(
-        (p - weights[name]).abs().max() > 1e-3 for name, p in study_train.pipeline_of_base().unet.named_parameters()
-    )
+    assert any((p - weights[name]).abs().max() > 1e-3 for name, p in train.pipeline_of_base().unet.named_parameters())
     assert all((p - weights[name]).abs().max() < 1e-3 for name, p in run.unet.named_parameters())
     assert result["unet_evaluations"] == sum(line["unet_evaluations"] for _, r in seen for line in r.metrics)
 
@@ -314,9 +311,9 @@ def test_a_cell_that_is_asked_to_stop_says_so_in_a_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PairLoader, "load", stop_at_the_second_step)
     with pytest.raises(UserError, match="stopped by SIGTERM; the same command goes on"):
-        study_train.trained(config)
+        train.trained(config)
     monkeypatch.setattr(PairLoader, "load", load)
-    assert study_train.trained(replace(config, overwrite=True)).metrics[-1]["step"] == 3
+    assert train.trained(replace(config, overwrite=True)).metrics[-1]["step"] == 3
 
 
 def test_measures_see_what_they_are_named_after():
@@ -347,16 +344,16 @@ def test_measures_see_what_they_are_named_after():
 
 
 def test_reconstruction_falls_with_n_and_with_solved_steps(monkeypatch, tmp_path):
-    monkeypatch.setattr(study_reconstruct, "TIMES", (300,))
-    monkeypatch.setattr(study_reconstruct, "PAIRS", 1)
+    monkeypatch.setattr(reconstruct, "TIMES", (300,))
+    monkeypatch.setattr(reconstruct, "PAIRS", 1)
     cells = grid({"inversion.estimator": ["ddim", "fixed-point"], "inversion.steps": ["3", "20"]})
     chosen = Study("r", cells, kind="reconstruct")
-    found = [{"cell": cell.name, **study_reconstruct.run_cell(chosen, cell, 0)} for cell in cells]
+    found = [{"cell": cell.name, **reconstruct.run_cell(chosen, cell, 0)} for cell in cells]
     error = [np.mean(result["points"]) for result in found]
     assert error[1] < error[0] and error[3] < 0.1, error
     assert [result["evaluations_an_image"] for result in found] == [1, 7, 2, 14]
-    assert "t = 300" in study_table.table(found, "reconstruct")
-    study_plot.plot(found, "reconstruct", tmp_path / "plot.svg")
+    assert "t = 300" in table.table(found, "reconstruct")
+    plot.plot(found, "reconstruct", tmp_path / "plot.svg")
     picture = (tmp_path / "plot.svg").read_text()  # one line for each solver, through its two n
     assert picture.count("<!-- estimator=ddim -->") == picture.count("<!-- estimator=fixed-point -->") == 1
     assert "steps=" not in picture

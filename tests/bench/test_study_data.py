@@ -1,4 +1,4 @@
-"""bench.study_data: the pairs that studies make, by quality, by model and with a planted bias."""
+"""bench.study.made_pairs: the pairs that studies make, by quality, by model and with a planted bias."""
 
 import io
 from dataclasses import replace
@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import study_data, study_train
-from bench.study_cells import config_of
-from bench.study_presets import PRESETS
+from bench.study import made_pairs, train
+from bench.study.cells import config_of
+from bench.study.presets import PRESETS
 from inpo_fast.data.loader import open_data
 from inpo_fast.judges.pocket_rules import RuleJudge
 from inpo_fast.models.loading import load_unet
@@ -21,9 +21,9 @@ from inpo_fast.pocket.pairs import write_pairs
 
 def test_made_pairs_have_the_quality_and_the_bias_they_are_named_after(tmp_path, monkeypatch):
     """Read as the trainer reads them: scores of the winners by the rule judge, and how often the brighter one wins."""
-    monkeypatch.setattr(study_data, "ROWS", 24)
+    monkeypatch.setattr(made_pairs, "ROWS", 24)
     judge, mean = RuleJudge(), {}
-    for table in (study_data.above, study_data.below):
+    for table in (made_pairs.above, made_pairs.below):
         rows = table().to_pylist()
         winners = [Image.open(io.BytesIO(row["jpg_0" if row["label_0"] else "jpg_1"])) for row in rows]
         scores = judge.score([np.asarray(winner) for winner in winners], [row["caption"] for row in rows])
@@ -35,39 +35,39 @@ def test_made_pairs_have_the_quality_and_the_bias_they_are_named_after(tmp_path,
 
     def brighter_wins(rows):
         sided = [row for row in rows if row["label_0"] != 0.5]
-        value = study_data.brightness
+        value = made_pairs.brightness
         return np.mean([(value(row["jpg_0"]) > value(row["jpg_1"])) == (row["label_0"] == 1) for row in sided])
 
-    before, after = brighter_wins(shipped), brighter_wins(study_data.bright().to_pylist())
+    before, after = brighter_wins(shipped), brighter_wins(made_pairs.bright().to_pylist())
     assert after == pytest.approx(before + 0.3 * (1 - before), abs=0.05)  # winners are darker by themselves
-    monkeypatch.setattr(study_data, "MADE", {tmp_path / "x" / "one.parquet": study_data.above})
-    study_data.make({str(tmp_path / "x" / "one.parquet"), "elsewhere.parquet"})
+    monkeypatch.setattr(made_pairs, "MADE", {tmp_path / "x" / "one.parquet": made_pairs.above})
+    made_pairs.make({str(tmp_path / "x" / "one.parquet"), "elsewhere.parquet"})
     assert pq.read_table(tmp_path / "x" / "one.parquet").num_rows == 24 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_pairs_by_another_model_are_the_shipped_ones_but_for_the_model(tmp_path, monkeypatch):
     """Base in the other model's place: the shipped pictures come back. A model that sees no noise: others do. What it
     is trained on are the rendered winners."""
-    base = study_train.pipeline_of_base().unet
+    base = train.pipeline_of_base().unet
     blind = load_unet("blind", str(ASSETS / "model"), base)
     torch.nn.init.zeros_(blind.conv_out.weight)
     shipped = pq.read_table(ASSETS / "pairs.parquet").to_pylist()
-    assert len(shipped) == study_data.DRAWN
+    assert len(shipped) == made_pairs.DRAWN
     asked = []
-    monkeypatch.setattr(study_data, "FOLDER", tmp_path)
-    monkeypatch.setattr(study_data, "ROWS", 2)
-    monkeypatch.setattr(study_data, "DRAWN", 2)
-    made = {tmp_path / f"{table.__name__}.parquet": table for table in (study_data.above, study_data.below)}
-    monkeypatch.setattr(study_data, "MADE", made)
+    monkeypatch.setattr(made_pairs, "FOLDER", tmp_path)
+    monkeypatch.setattr(made_pairs, "ROWS", 2)
+    monkeypatch.setattr(made_pairs, "DRAWN", 2)
+    made = {tmp_path / f"{table.__name__}.parquet": table for table in (made_pairs.above, made_pairs.below)}
+    monkeypatch.setattr(made_pairs, "MADE", made)
 
     def pixels(row):
         return np.stack([np.asarray(Image.open(io.BytesIO(row[key])), dtype=float) for key in ("jpg_0", "jpg_1")])
 
-    for unet, table, source in ((base, study_data.better, "above"), (blind, study_data.worse, "below")):
+    for unet, table, source in ((base, made_pairs.better, "above"), (blind, made_pairs.worse, "below")):
         monkeypatch.setattr(
-            study_train,
+            train,
             "trained",
-            lambda config, console, unet=unet: asked.append(config) or study_train.Trained(unet, "", [], 0.0, 0.0),
+            lambda config, console, unet=unet: asked.append(config) or train.Trained(unet, "", [], 0.0, 0.0),
         )
         rows, name = table().to_pylist(), table.__name__
         assert asked[-1].method == "sft" and asked[-1].data.source == str(tmp_path / f"{source}.parquet")
@@ -85,19 +85,19 @@ def test_what_filter_and_weights_leave_of_the_bias(tmp_path):
 
     def opened(name, table):
         data = config_of(PRESETS["bias"], cells[name], 0).data
-        assert data.source == str(study_data.FOLDER / f"{table.__name__}.parquet")
+        assert data.source == str(made_pairs.FOLDER / f"{table.__name__}.parquet")
         write_pairs(table(), tmp_path / f"{table.__name__}.parquet")
         source = open_data(replace(data, source=str(tmp_path / f"{table.__name__}.parquet")))
         return [source.read(i) for i in range(len(source))]
 
     def lead(pair):
-        return study_data.brightness(pair.winner) - study_data.brightness(pair.loser)
+        return made_pairs.brightness(pair.winner) - made_pairs.brightness(pair.loser)
 
-    biased, kept = (opened(f"planted bias{how}", study_data.bright) for how in ("", ", filtered"))
+    biased, kept = (opened(f"planted bias{how}", made_pairs.bright) for how in ("", ", filtered"))
     leads = sorted(abs(lead(pair)) for pair in biased)
     assert len(kept) == pytest.approx(len(biased) / 2, rel=0.05)
     assert max(abs(lead(pair)) for pair in kept) == pytest.approx(leads[len(kept) - 1])
-    weighted = opened("planted bias, weighted", study_data.balanced)
+    weighted = opened("planted bias, weighted", made_pairs.balanced)
     assert [(p.winner, p.weight) for p in weighted] != [(p.winner, p.weight) for p in biased]
     assert [p.winner for p in weighted] == [p.winner for p in biased]
     sums = [sum(pair.weight for pair in weighted if (lead(pair) > 0) == side) for side in (True, False)]
@@ -107,12 +107,12 @@ def test_what_filter_and_weights_leave_of_the_bias(tmp_path):
 def test_sure_labels_are_the_rule_judges_own(tmp_path, monkeypatch):
     """Of pairs drawn by the base, in the better model's place: pictures and ties stay, labels that noise turned go."""
     shipped = pq.read_table(ASSETS / "pairs.parquet").slice(0, 96)
-    monkeypatch.setattr(study_data, "FOLDER", tmp_path)
+    monkeypatch.setattr(made_pairs, "FOLDER", tmp_path)
     pq.write_table(shipped, tmp_path / "better.parquet")
-    before, after, turned = shipped.to_pylist(), study_data.sure().to_pylist(), 0
+    before, after, turned = shipped.to_pylist(), made_pairs.sure().to_pylist(), 0
     for old, new in zip(before, after, strict=True):
         captions = [old["caption"]] * 2
-        scores = RuleJudge().score([study_data.pixels(old[key]) for key in ("jpg_0", "jpg_1")], captions).total
+        scores = RuleJudge().score([made_pairs.pixels(old[key]) for key in ("jpg_0", "jpg_1")], captions).total
         wanted = 0.5 if old["label_0"] == 0.5 else float(scores[0] > scores[1])
         assert (new["label_0"], new["label_1"]) == (wanted, 1 - wanted)
         if wanted != 0.5:

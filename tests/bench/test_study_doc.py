@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from bench import study_table
 from bench.results import ROOT
-from bench.study import there, wanted_of
-from bench.study_presets import PRESETS
+from bench.study import table
+from bench.study.presets import PRESETS
+from bench.study.run import there, wanted_of
 
 KEPT = ROOT / "bench" / "results" / "study"
 KEPT_NAMES = sorted(folder.name for folder in KEPT.iterdir() if folder.name != "runs")
@@ -38,7 +38,7 @@ def test_kept_tables_are_of_all_the_kept_results(name):
     study, runs = PRESETS[name], KEPT / "runs"
     results = there(study, runs)
     assert len(results) == len(wanted_of(study, runs))
-    text = study_table.table(results, study.kind, study.against)
+    text = table.table(results, study.kind, study.against)
     assert (KEPT / name / "table.md").read_text(encoding="utf-8").split("\n\n", 1)[1] == text
 
 

@@ -1,4 +1,4 @@
-"""bench.study_landscape: points of the lines against the trainer's own step there, the random direction's norms,
+"""bench.study.landscape: points of the lines against the trainer's own step there, the random direction's norms,
 curvature and the gradients' agreement against their formulas."""
 
 import math
@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_study import Inline
 
-from bench import study, study_landscape, study_table, study_train
-from bench.study_cells import Cell, Study, config_of
+from bench.study import landscape, table, train
+from bench.study.cells import Cell, Study, config_of
+from bench.study.run import run, write
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.training.step import train_step
@@ -23,15 +24,15 @@ SMALL |= {"optim.average": "none", "optim.lr": "3e-4", "inversion.steps": "2"}
 def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
     """At alpha = 0 ln 2 whatever inverts; at alpha = 1 what a step on the trained model reports of the same pairs, its
     own inversion in it; gradients are those at the base, and the pairs those that the run did not come to."""
-    monkeypatch.setattr(study_landscape, "ALPHAS", (-1.0, 0.0, 1.0))
+    monkeypatch.setattr(landscape, "ALPHAS", (-1.0, 0.0, 1.0))
     for name, value in {"PAIRS": 3, "BATCHES": 3, "BATCH": 2}.items():
-        monkeypatch.setattr(study_landscape, name, value)
-    monkeypatch.setattr(study_landscape, "_updates", {})
-    runs, plain = [], study_train.trained
-    monkeypatch.setattr(study_landscape, "trained", lambda config: runs.append((config, plain(config))) or runs[-1][1])
+        monkeypatch.setattr(landscape, name, value)
+    monkeypatch.setattr(landscape, "_updates", {})
+    runs, plain = [], train.trained
+    monkeypatch.setattr(landscape, "trained", lambda config: runs.append((config, plain(config))) or runs[-1][1])
     cells = tuple(Cell(f"w={w}", (*SMALL.items(), ("inversion.guidance", w))) for w in ("0", "1"))
     tiny = Study("tiny", cells, kind="landscape")
-    made = study.run(tiny, tmp_path, 1, show=str, pool=Inline)
+    made = run(tiny, tmp_path, 1, show=str, pool=Inline)
     assert len(made) == 2 and len(runs) == 1 and runs[0][0].inversion.guidance == 0  # one update for both
 
     for cell, result in zip(cells, made, strict=True):
@@ -41,11 +42,11 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
         config = config_of(tiny, cell, 0)
         models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
         recipe = StepConfig(config.method, config.objective, config.inversion, 3, config.data.vae_sample, config.seed)
-        items, empty = study_landscape.load(config, models, 2, 9), models.encode_empty()
+        items, empty = landscape.load(config, models, 2, 9), models.encode_empty()
         assert [item.position for item in items] == list(range(2, 11))
-        some = study_landscape.cosines([items[3:5], items[5:7], items[7:]], models, recipe, empty)
+        some = landscape.cosines([items[3:5], items[5:7], items[7:]], models, recipe, empty)
         assert np.array(result["cosines"]) == pytest.approx(some.numpy(), abs=1e-4)
-        same = study_landscape.cosines([items[3:5], items[3:5]], models, recipe, empty)
+        same = landscape.cosines([items[3:5], items[3:5]], models, recipe, empty)
         assert same.numpy() == pytest.approx(np.ones((2, 2)), abs=1e-5) and abs(some[0, 1]) < 0.9
         models.policy.load_state_dict(runs[0][1].unet.state_dict())
         tally, _ = train_step(make_step_batch(items[:3], models, recipe, empty), models, recipe, 3, 1.0)
@@ -55,7 +56,7 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
     ends = [np.array(result["losses"]["update"])[2] for result in made]
     assert np.abs(ends[0] - ends[1]).max() > 1e-5  # each cell inverts in its own way
 
-    text = study.write(tmp_path / "tiny", made, tiny, "tiny")
+    text = write(tmp_path / "tiny", made, tiny, "tiny")
     header, _, *rows = text.strip().splitlines()
     assert len(rows) == 4 and all(row.count("|") == header.count("|") for row in rows)
     assert "alpha = -1" in header and f"{ends[0].mean():.4f}" in rows[0] and rows[1].startswith("| w=0 | 1 | random")
@@ -65,7 +66,7 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
 def test_a_random_direction_has_the_updates_norm_in_each_filter():
     update = {"conv": torch.randn(4, 3, 3, 3), "bias": torch.randn(5), "linear": torch.randn(6, 2)}
     update["conv"][1] = 0  # a filter that did not move stays
-    one, other = (study_landscape.random_like(update, seed) for seed in (0, 1))
+    one, other = (landscape.random_like(update, seed) for seed in (0, 1))
     for name, u in update.items():
         wanted = u.flatten(1).norm(dim=1) if u.ndim > 1 else u.norm()
         found = one[name].flatten(1).norm(dim=1) if u.ndim > 1 else one[name].norm()
@@ -74,9 +75,9 @@ def test_a_random_direction_has_the_updates_norm_in_each_filter():
 
 
 def test_curvature_is_the_second_derivative_of_a_parabola():
-    alphas, bend = np.array(study_landscape.ALPHAS), np.array([0.5, -3.0])
+    alphas, bend = np.array(landscape.ALPHAS), np.array([0.5, -3.0])
     losses = 0.7 - 0.2 * alphas[:, None] + bend / 2 * alphas[:, None] ** 2
-    assert study_table.curvature(alphas, losses) == pytest.approx(bend)
+    assert table.curvature(alphas, losses) == pytest.approx(bend)
 
 
 def test_agreement_is_the_mean_over_pairs_of_minibatches_and_its_jackknife():
@@ -89,4 +90,4 @@ def test_agreement_is_the_mean_over_pairs_of_minibatches_and_its_jackknife():
 
     without = [mean([i for i in range(7) if i != left]) for left in range(7)]
     error = np.sqrt(6 / 7 * np.sum((np.array(without) - np.mean(without)) ** 2))
-    assert study_table.agreement(cosines) == pytest.approx((mean(range(7)), error))
+    assert table.agreement(cosines) == pytest.approx((mean(range(7)), error))

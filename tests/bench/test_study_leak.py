@@ -1,4 +1,4 @@
-"""bench.study_leak: its pull against the trainer's own loss with scaled predictions, its faults, its table."""
+"""bench.study.leak: its pull against the trainer's own loss with scaled predictions, its faults, its table."""
 
 from dataclasses import replace
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import study, study_leak
-from bench.study_cells import config_of
-from bench.study_presets import PRESETS
+from bench.study import leak
+from bench.study.cells import config_of
+from bench.study.presets import PRESETS
+from bench.study.run import write
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.training.metrics import MetricAccumulator
@@ -28,10 +29,10 @@ def models():
 def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
     """dloss/dk of the policy's prediction times 1 + k, by a central difference; x_t is found before, as the step does:
     with the policy that inverts scaled too it would be another question."""
-    monkeypatch.setattr(study_leak, "PAIRS", 4)
+    monkeypatch.setattr(leak, "PAIRS", 4)
     config = config_of(LEAK, LEAK.cells[number], 0)
-    items = study_leak.stored(config, config.data.source, models)
-    found = study_leak.amplitudes(items, models, config)
+    items = leak.stored(config, config.data.source, models)
+    found = leak.amplitudes(items, models, config)
     recipe = StepConfig("inpo", config.objective, config.inversion, 4, False, config.seed)
     window = make_step_batch(items, models, recipe, models.encode_empty())
     x_t, _ = noise_window(window, models, recipe)
@@ -53,7 +54,7 @@ def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
     slope = ((losses[0] - losses[1]) / 2e-3).double().numpy()
     wanted = config.objective.beta / 2 * (found["c"][:, 0] - found["c"][:, 1])
     np.testing.assert_allclose(slope, wanted, rtol=0.02, atol=0.02 * np.abs(wanted).max())
-    row = study_leak._row("some", "stored", found, np.array([1, 1, -1, 0]))
+    row = leak._row("some", "stored", found, np.array([1, 1, -1, 0]))
     mine = (found["c"][:, 1] - found["c"][:, 0]) / found["energy"].mean()
     assert row["count"] == 3 and row["pull"][0] == pytest.approx((mine[0] + mine[1] - mine[2]) / 3)
     assert row["pull"][1] <= row["pull"][0] <= row["pull"][2]
@@ -64,18 +65,18 @@ def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
 
 def test_tau_that_is_noise_has_neither_image_nor_neighbours(models, monkeypatch):
     config = config_of(LEAK, LEAK.cells[0], 0)
-    items = study_leak.photographs(study_leak.FAULTS["noisy"], models.resolution)[:24]
-    plain = study_leak.amplitudes(items, models, config)
+    items = leak.photographs(leak.FAULTS["noisy"], models.resolution)[:24]
+    plain = leak.amplitudes(items, models, config)
     noise = replace(config, inversion=replace(config.inversion, estimator="random"))
-    random = study_leak.amplitudes(items, models, noise)
+    random = leak.amplitudes(items, models, noise)
     for name in ("with x_0", "with its neighbour"):  # 24 means over 256 elements: 0.05 is four standard errors
         assert np.abs(random[name][:, 0].mean()) < 0.05 < np.abs(plain[name][:, 0].mean())
     assert random["rms"].mean() == pytest.approx(1, abs=0.02)
 
 
 def test_faults_are_on_the_second_picture(models):
-    for name, damage in study_leak.FAULTS.items():
-        items = study_leak.photographs(damage, models.resolution)[:8]
+    for name, damage in leak.FAULTS.items():
+        items = leak.photographs(damage, models.resolution)[:8]
         first, second = (
             np.stack([view.pixels for view in views]).astype(float)
             for views in zip(*((item.winner, item.loser) for item in items), strict=True)
@@ -91,6 +92,6 @@ def test_faults_are_on_the_second_picture(models):
 def test_table_and_picture(tmp_path):
     row = {"pairs": "some", "label": "x", "count": 3, "pull": [0.01, -0.02, 0.03], "tau": {"rms": [0.5, 0.6]}}
     results = [{"cell": name, "seed": 0, "rows": [row, row]} for name in ("a", "b")]
-    text = study.write(tmp_path, results, LEAK, "leak")
+    text = write(tmp_path, results, LEAK, "leak")
     assert text.count("+0.0100 [-0.0200, +0.0300]") == 4 and "0.500 / 0.600" in text and "pull, b" in text
     assert "<svg" in (tmp_path / "plot.svg").read_text()

@@ -10,15 +10,16 @@ from diffusers import DDIMScheduler
 
 from inpo_fast.caches.cached_batch import CachedBatch, Recording
 from inpo_fast.caches.trajectory_cache import TrajectoryCache
+from inpo_fast.method.ddpm_path import DDPMPath
 from inpo_fast.method.inversion import invert
-from inpo_fast.method.inversion_schedule import Schedule, plan
+from inpo_fast.method.inversion_schedule import inversion_schedule
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.record_store import RecordStore, digest
 
 GRIDS = product(["exact", "snap", "diffusers-0.20", "diffusers-0.22"], ["source", "target"])
 GLOBAL = sorted(set(GRIDS) - {("exact", "target")})
-SCHEDULES = [
-    Schedule.of(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=offset))
+PATHS = [
+    DDPMPath.of(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=offset))
     for offset in (0, 1)
 ]
 
@@ -47,43 +48,44 @@ def store(folder: Path, answers: int, dtype: torch.dtype = torch.float32) -> Tra
 @pytest.mark.parametrize("steps", [1, 3, 10, 300])
 @pytest.mark.parametrize(("grid", "evaluate_at"), GLOBAL)
 def test_replayed_is_inverted(tmp_path, nan_in_empty, grid, evaluate_at, steps, dtype):
-    """x_t of any t from the answers of the highest climb is x_t of its own climb, bit for bit; v-prediction too."""
+    """x_t of any t from the answers of the highest trajectory is x_t of its own, bit for bit; v-prediction too."""
     t = torch.tensor([333, 0, 999, 1, 640, 100, 99, 2, 101, 902, 1, 500])
     x_0 = torch.randn(len(t), 3, 4, 6, generator=torch.Generator().manual_seed(0))
     narrow = lambda *asked: eps(*asked).to(dtype)  # noqa: E731
-    for predicts_v in (False, True):
+    for output in ("epsilon", "v"):
+        path = replace(PATHS[1], output=output)
 
-        def climb_to(t, predicts_v=predicts_v):
-            return plan(SCHEDULES[1], t, steps=steps, grid=grid, evaluate_at=evaluate_at, predicts_v=predicts_v)
+        def schedule_of(t, path=path):
+            return inversion_schedule(path, t, steps=steps, grid=grid, evaluate_at=evaluate_at)
 
-        want, _ = invert(narrow, x_0, climb_to(t), batch=5)
-        answers = int(climb_to(torch.tensor([999])).evaluations[0])
-        keys = [digest(f"{predicts_v}{i}".encode()) for i in range(len(t))]
+        want, _ = invert(narrow, x_0, schedule_of(t), batch=5)
+        answers = int(schedule_of(torch.tensor([999])).evaluations[0])
+        keys = [digest(f"{output}{i}".encode()) for i in range(len(t))]
         for spent in (len(t) * answers, 0):  # written, then read
             got, evaluations = CachedBatch(store(tmp_path, answers, dtype), keys, []).noise(
-                narrow, x_0, t, climb_to, batch=5
+                narrow, x_0, t, schedule_of, batch=5
             )
             assert torch.equal(got, want) and got.dtype == torch.float32 and evaluations == spent
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize(("grid", "evaluate_at"), GLOBAL)
-def test_a_lower_climb_serves_all_below(tmp_path, nan_in_empty, grid, evaluate_at, steps):
+def test_a_lower_trajectory_serves_all_below(tmp_path, nan_in_empty, grid, evaluate_at, steps):
     """Recorded up to the first t that needs as many answers as t = 450 does: each t up to there, bit for bit."""
 
-    def climb_to(t):
-        return plan(SCHEDULES[0], t, steps=steps, grid=grid, evaluate_at=evaluate_at)
+    def schedule_of(t):
+        return inversion_schedule(PATHS[0], t, steps=steps, grid=grid, evaluate_at=evaluate_at)
 
-    counts = climb_to(torch.arange(1000)).evaluations
+    counts = schedule_of(torch.arange(1000)).evaluations
     answers = max(1, int(counts[450]))
     top = int((counts >= answers).nonzero()[0])
     t = torch.tensor([450, 0, 449, 99, 100, 300, 1, min(top, 450)])
     x_0 = torch.randn(len(t), 3, 4, 6, generator=torch.Generator().manual_seed(0))
     cache = replace(store(tmp_path, answers), top=top)
     got, spent = CachedBatch(cache, [digest(b"%d" % i) for i in range(len(t))], []).noise(
-        eps, x_0, t, climb_to, batch=5
+        eps, x_0, t, schedule_of, batch=5
     )
-    assert torch.equal(got, invert(eps, x_0, climb_to(t), batch=5)[0]) and spent == len(t) * answers
+    assert torch.equal(got, invert(eps, x_0, schedule_of(t), batch=5)[0]) and spent == len(t) * answers
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -94,35 +96,35 @@ def test_every_call_has_one_width(tmp_path, frozen, images, width):
     t, x_0, sizes = torch.arange(images) * 90, torch.randn(images, 3, 4, 6), []
     cache = replace(store(tmp_path, 3), frozen=frozen)
     keys = [digest(b"%d" % i) for i in range(images)]
-    climb_to = lambda t: plan(SCHEDULES[0], t, steps=3)  # noqa: E731
+    schedule_of = lambda t: inversion_schedule(PATHS[0], t, steps=3)  # noqa: E731
 
     def counted(x, time, rows):
         sizes.append(len(x))
         return eps(x, time, rows)
 
     held = CachedBatch(cache, keys, [])
-    got, spent = held.noise(counted, x_0, t, climb_to, batch=width, width=width)
-    want, evaluations = invert(eps, x_0, climb_to(t), batch=width)
+    got, spent = held.noise(counted, x_0, t, schedule_of, batch=width, width=width)
+    want, evaluations = invert(eps, x_0, schedule_of(t), batch=width)
     assert set(sizes) == {width} and torch.equal(got, want)
     assert spent == (evaluations if frozen else 3 * images)
     if not frozen:
         again = CachedBatch(store(tmp_path, 3), keys, [])
         assert len(again.cache.shards) == images and not again.missing
-        assert torch.equal(again.noise(counted, x_0, t, climb_to, batch=1)[0], want)
+        assert torch.equal(again.noise(counted, x_0, t, schedule_of, batch=1)[0], want)
 
 
 def test_one_image_many_times_in_a_window_is_one_record(tmp_path):
-    """Encoded and climbed once, each with its own t."""
+    """Encoded and inverted once, each with its own t."""
     t, keys = torch.tensor([999, 5, 400, 999]), [digest(name) for name in (b"a", b"a", b"b", b"a")]
     kind, x_0 = torch.tensor([0, 0, 1, 0]), torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    climb_to = lambda t: plan(SCHEDULES[0], t, steps=3)  # noqa: E731
+    schedule_of = lambda t: inversion_schedule(PATHS[0], t, steps=3)  # noqa: E731
     conditioned = lambda x, time, rows: eps(x, time, kind[rows])  # noqa: E731
     held = CachedBatch(store(tmp_path, 3), keys, [])
     assert held.missing == [0, 2]
     latents = held.x_0([x_0[:1], x_0[1:]], x_0.device)
     assert torch.equal(latents, x_0[kind])
-    got, spent = held.noise(conditioned, latents, t, climb_to, batch=2)
-    want, _ = invert(conditioned, latents, climb_to(t), batch=2)
+    got, spent = held.noise(conditioned, latents, t, schedule_of, batch=2)
+    want, _ = invert(conditioned, latents, schedule_of(t), batch=2)
     assert torch.equal(got, want) and spent == 2 * 3 and len(held.cache.shards) == 2
     warm = CachedBatch(store(tmp_path, 3), keys, [])
     assert warm.missing == [] and torch.equal(warm.x_0([], x_0.device), latents) and warm.hits.tolist() == [1] * 4
@@ -141,12 +143,12 @@ def test_a_large_window_is_recorded_in_full_batches(tmp_path, batch):
         sizes.append(len(x))
         return eps(x, time, rows)
 
-    def climb_to(t):
-        return plan(SCHEDULES[0], t, steps=2)
+    def schedule_of(t):
+        return inversion_schedule(PATHS[0], t, steps=2)
 
     t = torch.arange(700)
-    got, spent = held.noise(counted, x_0, t, climb_to, batch)
-    assert torch.equal(got, invert(eps, x_0, climb_to(t), batch=batch)[0])
+    got, spent = held.noise(counted, x_0, t, schedule_of, batch)
+    assert torch.equal(got, invert(eps, x_0, schedule_of(t), batch=batch)[0])
     group = max(1, 256 // batch) * batch
     groups = [min(group, 700 - lo) for lo in range(0, 700, group)]
     assert spent == sum(sizes) == 1400 and max(sizes) <= batch
@@ -173,4 +175,6 @@ def test_a_disk_that_forgets_is_refused(tmp_path, monkeypatch):
     held = CachedBatch(store(tmp_path, 3), [digest(b"a")], [])
     monkeypatch.setattr(held.cache.shards, "write", lambda keys, parts: None)
     with pytest.raises(UserError, match="cannot be read back"):
-        held.noise(eps, torch.zeros(1, 3, 4, 6), torch.tensor([5]), lambda t: plan(SCHEDULES[0], t, steps=3), 2)
+        held.noise(
+            eps, torch.zeros(1, 3, 4, 6), torch.tensor([5]), lambda t: inversion_schedule(PATHS[0], t, steps=3), 2
+        )

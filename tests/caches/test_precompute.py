@@ -28,8 +28,7 @@ from inpo_fast.config.rules import check
 from inpo_fast.data.filters import FilterConfig
 from inpo_fast.data.loader import DataConfig, PairLoader, open_data
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.models import Models
 from inpo_fast.pocket.pairs import write_pairs

@@ -25,7 +25,7 @@ from inpo_fast.caches.cached_batch import CachedBatch
 from inpo_fast.data.images import decode, make_view
 from inpo_fast.data.loader import DataConfig
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import ObjectiveConfig
 from inpo_fast.runtime.memory import TooLarge
 from inpo_fast.training.step import noise_window, train_step
 from inpo_fast.training.step_batch import make_step_batch

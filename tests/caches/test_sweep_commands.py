@@ -110,7 +110,7 @@ def test_two_processes_share_a_folder(command, tmp_path):
 REFUSED = [
     (["--inversion.model=policy"], "inversion.model=policy follows the trained weights; take reference"),
     (["--inversion.eta=0.1"], "inversion.eta=0.1 draws noise for each seed; take 0"),
-    (["--inversion.guidance=7.5"], "inversion.guidance=7.5 mixes two answers; take 0 or 1"),
+    (["--inversion.guidance=7.5"], "inversion.guidance=7.5 mixes two outputs; take 0 or 1"),
     (["--inversion.estimator=random"], "inversion.estimator=random has no inversion; take ddim"),
     (["--method=dpo"], "method=dpo has no inversion; take method=inpo"),
     (["--method=sft"], "method=sft has no inversion"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sweep_runs import DATA, FROZEN, HOW, OBJECTIVE, PAIRS, STEP, models_of, recipe_of, run, same, save_world, windows
 
-from inpo_fast.method.objectives import ObjectiveConfig, Timesteps
+from inpo_fast.method.config import ObjectiveConfig, Timesteps
 from inpo_fast.models.models import Models
 from inpo_fast.training.step import noise_window, train_step
 from inpo_fast.training.step_batch import make_step_batch
@@ -84,7 +84,7 @@ def test_frozen_records_hold_what_a_plain_step_computes(world, tmp_path, tau_nor
 
 @pytest.mark.parametrize(("base", "guidance"), [("sd", 1.0), ("xl", 0.0)])
 def test_frozen_x_t_of_what_is_new(world, tmp_path, base, guidance):
-    """In a window that is partly there each image climbs to its own t with its own conditioning, bit for bit."""
+    """In a window that is partly there each image is inverted to its own t with its own conditioning, bit for bit."""
     models, how = models_of(world, base), replace(HOW, frozen=True, guidance=guidance)
     run(world, tmp_path, base=base, how=how, seed=5, steps=1)
     recipe, (items,) = recipe_of(models, tmp_path, how), windows(world, 0, DATA, 0, 1)

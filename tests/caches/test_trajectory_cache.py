@@ -19,9 +19,9 @@ from inpo_fast.caches.trajectory_cache import TrajectoryCache, open_trajectory_c
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import DataConfig, Item
 from inpo_fast.method import inversion_schedule as schedule_module
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.inversion_schedule import Schedule, plan, shares_prefix
-from inpo_fast.method.objectives import ObjectiveConfig, Timesteps
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig, Timesteps
+from inpo_fast.method.ddpm_path import DDPMPath
+from inpo_fast.method.inversion_schedule import inversion_schedule, shares_prefix
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
@@ -33,39 +33,39 @@ DATA = DataConfig(vae_sample=False)
 PAPER = ObjectiveConfig()
 GRIDS = list(product(["exact", "spread", "snap", "diffusers-0.20", "diffusers-0.22"], ["source", "target"]))
 GLOBAL = {pair for pair in GRIDS if pair[0] != "spread" and pair != ("exact", "target")}
-SCHEDULES = [
-    Schedule.of(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=offset))
+PATHS = [
+    DDPMPath.of(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=offset))
     for offset in (0, 1)
 ]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 10, 1000])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=["offset 0", "offset 1"])
-def test_which_grids_have_global_levels(schedule, steps):
+@pytest.mark.parametrize("path", PATHS, ids=["offset 0", "offset 1"])
+def test_which_grids_have_global_levels(path, steps):
     """By what the UNet would be asked on the way to every t: its times, and the levels it has come from."""
     for grid, at in GRIDS:
-        climb = plan(schedule, torch.arange(1000), steps=steps, grid=grid, evaluate_at=at)
-        taken = torch.arange(climb.times.shape[1]) < climb.evaluations[:, None]  # (t, step)
-        same = [x == x[-1:] for x in (climb.times, climb.levels[:, : taken.shape[1]])]
+        trajectory = inversion_schedule(path, torch.arange(1000), steps=steps, grid=grid, evaluate_at=at)
+        taken = torch.arange(trajectory.times.shape[1]) < trajectory.evaluations[:, None]  # (t, step)
+        same = [x == x[-1:] for x in (trajectory.times, trajectory.levels[:, : taken.shape[1]])]
         good = bool((taken <= same[0] & same[1] & taken[-1:]).all())
-        assert shares_prefix(schedule, steps=steps, grid=grid, evaluate_at=at) == good, (grid, at)
+        assert shares_prefix(path, steps=steps, grid=grid, evaluate_at=at) == good, (grid, at)
         if steps in (3, 7, 10):
             assert good == ((grid, at) in GLOBAL), (grid, at)
 
 
 @pytest.mark.parametrize("name", ["p", "q", "times"])
 @pytest.mark.parametrize(("column", "good"), [(3, False), (4, True), (9, True)])  # t = 450 takes five steps
-def test_global_levels_are_read_off_the_plan(monkeypatch, name, column, good):
-    """One number of one climb changed: only in its last step may p and q differ, and times in none it takes."""
+def test_global_levels_are_read_off_the_trajectories(monkeypatch, name, column, good):
+    """One number of one trajectory changed: only in its last step may p and q differ, and times in none it takes."""
 
     def changed(*arguments, **options):
-        climb = plan(*arguments, **options)
-        getattr(climb, name)[450, column] *= 2
-        return climb
+        trajectory = inversion_schedule(*arguments, **options)
+        getattr(trajectory, name)[450, column] *= 2
+        return trajectory
 
-    monkeypatch.setattr(schedule_module, "plan", changed)
+    monkeypatch.setattr(schedule_module, "inversion_schedule", changed)
     good = good and (name != "times" or column == 9)
-    assert shares_prefix(SCHEDULES[0], steps=10, grid="exact", evaluate_at="source") == good
+    assert shares_prefix(PATHS[0], steps=10, grid="exact", evaluate_at="source") == good
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def nudge(parameter: torch.Tensor) -> None:
 
 def scheduled(**options):
     def change(models):
-        models.schedule = Schedule.of(DDIMScheduler.from_config(models.pipeline.scheduler.config, **options))
+        models.noise_path = DDPMPath.of(DDIMScheduler.from_config(models.pipeline.scheduler.config, **options))
 
     return change
 
@@ -163,7 +163,7 @@ OTHER = [
     ("schedule", {"change": scheduled(beta_end=0.013)}),
     ("schedule", {"change": scheduled(steps_offset=7)}),
     ("schedule", {"change": scheduled(set_alpha_to_one=True)}),
-    ("prediction", {"change": lambda models: setattr(models, "predicts_v", True)}),
+    ("prediction", {"change": lambda models: setattr(models, "noise_path", replace(models.noise_path, output="v"))}),
     ("empty_prompt", {"change": lambda models: models.pipeline.register_to_config(force_zeros_for_empty_prompt=True)}),
     ("latent", {"data": replace(DATA, resolution=64)}),
     ("resolution", {"data": replace(DATA, resolution=64)}),

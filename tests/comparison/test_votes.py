@@ -15,10 +15,10 @@ from tiny_world import save_pairs
 from inpo_fast.comparison.votes import Ballot, cases_of_evaluation, cases_of_source
 from inpo_fast.comparison.voting_page import Server
 from inpo_fast.data.images import decode, png
+from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 from inpo_fast.data.sources import open_source
 from inpo_fast.judges.cache import image_hash
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 
 EVIL = '"><script>document.title="broken in"</script>{token}'
 

@@ -1,5 +1,7 @@
 """Configuration: YAML and command line against the dataclasses; every mistake is one line that names key and remedy."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ from inpo_fast.config import RunConfig, TrainConfig, parse, split_batch, to_dict
 from inpo_fast.config.rules import check
 from inpo_fast.config.run import OptimConfig
 from inpo_fast.data.loader import DataConfig
-from inpo_fast.method.objectives import ObjectiveConfig, Timesteps
+from inpo_fast.method.config import ObjectiveConfig, Timesteps
 from inpo_fast.runtime.errors import UserError
 
 
@@ -141,7 +143,7 @@ SENSELESS = {
     "inversion.refinements=2": "inversion.estimator=ddim refines nothing",
     "method=smpo inversion.estimator=renoise inversion.eta=0.1": "a step without noise; take inversion.eta=0",
     "inversion.estimator=gradient models.fast=fused": "take models.fast=off",
-    "inversion.estimator=renoise inversion.model=reference inversion.cache=x": "asks more at each level; take ddim",
+    "inversion.estimator=renoise inversion.model=reference inversion.cache=x": "more evaluations a level; take ddim",
 }
 
 
@@ -225,3 +227,10 @@ def test_files_that_fuzzing_found_are_refused_in_one_line(tmp_path, content, wor
     with pytest.raises(UserError) as refusal:
         parse("test", ["--config", str(path)])
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_configuration_is_read_without_models_and_kernels():
+    """--help and refusals must not wait for them."""
+    command = "import sys, inpo_fast.config; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = set(subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout.split())
+    assert "inpo_fast" in loaded and not loaded & {"diffusers", "transformers", "triton", "inpo_kernels"}

@@ -9,8 +9,7 @@ from tiny_world import save_pairs, tiny_pipeline
 
 from inpo_fast.data.balance import fair_shares
 from inpo_fast.data.loader import DataConfig, PairLoader, open_data
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng

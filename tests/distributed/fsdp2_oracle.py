@@ -14,8 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from inpo_fast.config.run import OptimConfig
 from inpo_fast.data.loader import DataConfig, PairLoader, open_data
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition

@@ -16,7 +16,7 @@ SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100)]  # a m
 def compile_kernels(folder: Path, *options: str) -> tuple[int, list[dict], str]:
     table = folder / "kernels.json"
     run = subprocess.run(
-        [sys.executable, "-m", "bench.compile_kernels", "--json", str(table), *options],
+        [sys.executable, "-m", "bench.kernels.compile", "--json", str(table), *options],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
@@ -50,7 +50,7 @@ def test_every_launch_compiles_and_does_not_spill(arch, tmp_path):
     assert status == 0, said
     assert launched() >= {("inpo_kernels.errors", "_fwd"), ("inpo_kernels.ddim_step", "_step")}
     without_case = launched() - {(x["module"], x["function"]) for x in launches}
-    assert not without_case, f"no real case in bench/ leads to {without_case}"
+    assert not without_case, f"no real case in bench/kernels leads to {without_case}"
     for x in launches:
         assert x["arch"] == arch and x["registers"] > 0 and x["stores"] and not x["spill_stores"] + x["spill_loads"], x
 
@@ -169,6 +169,6 @@ def test_tiny_cases_are_not_compiled(bad):
 
 def test_under_the_interpreter_it_starts_again_without():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "bench.compile_kernels", "--arch", "90", "--kernel", "errors"]
+    command = [sys.executable, "-m", "bench.kernels.compile", "--arch", "90", "--kernel", "errors"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and " 0 problems" in run.stdout, run.stdout + run.stderr

@@ -151,7 +151,7 @@ def test_batching_changes_nothing():
 
 
 def test_sigma_zero_adds_nothing():
-    """A noisy climb has samples at their level: p = 1, q = sigma = 0 keeps their bits beside ones that move."""
+    """A noisy trajectory has samples at their level: p = 1, q = sigma = 0 keeps their bits beside ones that move."""
     (x, eps, p, q), options = everything(SHAPES["odd tail"], torch.float32)
     p[3], q[3], options["sigma"][3] = 1, 0, 0
     got = x.clone()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from inpo_kernels.errors import errors
 from inpo_kernels.inpo_loss import COLUMNS, Objective, _inpo_loss, inpo_loss, inpo_loss_reference
 
-from inpo_fast.method import objectives
+from inpo_fast.method import losses
+from inpo_fast.method.noise_path import target
 
 SHAPES = {
     "real": (1, 4, 64, 64),  # pairs and SD1.5's latent: 8 full blocks, no mask at work
@@ -213,7 +214,7 @@ def test_gate():
 
 
 @pytest.mark.parametrize("mu", [None, 0.25, 1.0])
-def test_equals_errors_objectives_and_autograd(mu):
+def test_equals_errors_losses_and_autograd(mu):
     """The path of plain functions: float64 to its rounding on the CPU, the kernel to fp32's, magnified by beta / 2."""
     narrow = operands((3, 2, 5, 7), torch.float32)
     narrow[7] = torch.ones_like(narrow[7])
@@ -222,10 +223,10 @@ def test_equals_errors_objectives_and_autograd(mu):
     e, r = errors(pred, ref, x_t, x_0, a, s)
     (e_w, e_l), (r_w, r_l), gate = e.chunk(2), r.chunk(2), torch.ones(3, dtype=torch.float64)
     if mu is not None:
-        gate = objectives.loser_gate(*(pred - objectives.target(x_t, x_0, a, s)).chunk(2), mu)
-        e_l = objectives.gate_gradient(e_l, gate)
-    logit = objectives.logit(e_w, e_l, r_w, r_l, 30.0)
-    loss = objectives.preference_loss(logit)
+        gate = losses.loser_gate(*(pred - target(x_t, x_0, a, s)).chunk(2), mu)
+        e_l = losses.gate_gradient(e_l, gate)
+    logit = losses.logit(e_w, e_l, r_w, r_l, 30.0)
+    loss = losses.preference_loss(logit)
     (weight * loss).sum().backward()
     assert mu is None or (gate < 1).any()
     ours = inpo_loss(*inputs[:6], beta=30.0, mu=mu, weight=weight)

@@ -2,15 +2,20 @@
 gradients by central differences; their values at step 0; and kto's reference point over parts of a step."""
 
 import math
+import re
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from inpo_fast.method import objectives as obj
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.methods import METHODS, uses_inversion, variant_name
 from inpo_fast.method.reference_point import reference_point
+from inpo_fast.runtime.errors import UserError
 
 B, BETA = 5, 300.0
 rng = np.random.default_rng(0)
@@ -138,3 +143,32 @@ def test_reference_point_is_the_mean_over_the_step():
         assert point.dtype == torch.float32 and float(point) == pytest.approx(want, rel=1e-6)
     assert reference_point([(-gain.abs(), weight)], torch.device("cpu")) == 0
     assert reference_point([], torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_method_that_there_is_not_is_refused(fused):
+    """It must not train Diffusion-DPO in silence."""
+    message = "method=ipo: unknown; take one of inpo, smpo, dpo, kto, sft"
+    for ask in (
+        lambda: evaluate("ipo", {}, fused=fused),
+        lambda: variant_name("ipo", ObjectiveConfig(), InversionConfig()),
+        lambda: uses_inversion("ipo", InversionConfig()),
+    ):
+        with pytest.raises(UserError, match=message):
+            ask()
+
+
+def test_a_new_entry_is_a_method(monkeypatch):
+    """One entry, and it has a loss, a gradient and a name; nothing else knows methods by name."""
+    hinge = replace(METHODS["dpo"], loss=lambda terms, config: (1 - terms.logit).clamp_min(0), fused=False)
+    monkeypatch.setitem(METHODS, "hinge", hinge)
+    got = evaluate("hinge", {})
+    np.testing.assert_allclose(got.loss.numpy(), np.maximum(1 + 0.5 * BETA * gap(PRED), 0), rtol=1e-11)
+    assert got.dpred.abs().max() > 0
+    assert variant_name("hinge", ObjectiveConfig(winner_preserving=0.5), InversionConfig(eta=0.1)) == "hinge-wp"
+    package = Path(obj.__file__).parents[1]
+    names = "|".join(METHODS)
+    by_name = re.compile(rf"""method["']?\]? *(==|!=|not in|in) *[(\[{{]? *["']({names})["']""")
+    assert by_name.search('if config.method == "kto":') and by_name.search("method not in ('sft',)")
+    files = [path for path in package.rglob("*.py") if path.parent.name != "method"]
+    assert len(files) > 50 and not [path for path in files if by_name.search(path.read_text(encoding="utf-8"))]

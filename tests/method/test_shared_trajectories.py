@@ -1,4 +1,4 @@
-"""objective.timesteps.per_pair: a pair at several timesteps in its step, for one climb of the inversion.
+"""objective.timesteps.per_pair: a pair at several timesteps in its step, for one trajectory of the inversion.
 
 Each timestep must be what it is alone: x_t, the noise, the gradient; only the evaluations are shared.
 """
@@ -11,15 +11,16 @@ import torch
 from diffusers import DDIMScheduler
 from plans import counted_once, recipe
 from sweep_runs import HOW, STEP, run, same, save_world
-from test_inversion import SCHEDULE, C, eps_of, x_0
+from test_inversion import PATH, C, eps_of, x_0
 from tiny_world import save_pairs, tiny_models
 
 from inpo_fast.config import parse
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig, evaluations_of, invert, trajectory_serves_all, utilisation
-from inpo_fast.method.inversion_schedule import Schedule, plan, systematic_timesteps
-from inpo_fast.method.objectives import ObjectiveConfig, Timesteps
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig, Timesteps
+from inpo_fast.method.ddpm_path import DDPMPath, systematic_timesteps
+from inpo_fast.method.inversion import evaluations_of, invert, occupancy, trajectory_serves_all
+from inpo_fast.method.inversion_schedule import inversion_schedule
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.step import noise_moments, noise_window, train_step
 from inpo_fast.training.step_batch import StepConfig, inversion_costs, make_step_batch
@@ -53,7 +54,7 @@ def gradient(models, window, how: StepConfig):
 
 
 @pytest.mark.parametrize(("low", "high", "count"), [(0, 999, 4), (0, 999, 7), (100, 899, 3), (5, 5, 1), (0, 3, 4)])
-def test_around(low, high, count):
+def test_systematic_timesteps(low, high, count):
     """Over all first ones each of the others takes every value once; together they are one in each part."""
     first = torch.arange(low, high + 1)
     t = systematic_timesteps(first, low, high, count)
@@ -68,25 +69,25 @@ def test_around(low, high, count):
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("eta", [0.0, 0.1])
 @pytest.mark.parametrize("width", [None, 6])
-def test_shared_climbs_are_the_climbs_alone(guidance, eta, width):
-    """The same eps for the same x and time, so the same bits, for as many evaluations as the furthest climb takes."""
+def test_shared_trajectories_are_those_alone(guidance, eta, width):
+    """The same eps for the same x and time, so the same bits, for as many evaluations as the furthest takes."""
     t = systematic_timesteps(torch.tensor([333, 0, 999, 1, 640, 100, 99, 2, 101, 902, 1]), 0, 999, EACH)
     keys = list(range(100, 100 + len(x_0)))
     options = {"conditional": eps_of(2 * C), "guidance": guidance, "batch": 4}
-    climb = plan(SCHEDULE, t.T.flatten(), steps=10, eta=eta)
-    got, spent = invert(eps_of(C), x_0, climb, each=EACH, width=width, noise_keys=keys, **options)
+    trajectory = inversion_schedule(PATH, t.T.flatten(), steps=10, eta=eta)
+    got, spent = invert(eps_of(C), x_0, trajectory, each=EACH, width=width, noise_keys=keys, **options)
     for k in range(EACH):
-        alone = plan(SCHEDULE, t[k], steps=10, eta=eta)
+        alone = inversion_schedule(PATH, t[k], steps=10, eta=eta)
         want, _ = invert(eps_of(C), x_0, alone, noise_keys=keys, **options)
         assert torch.equal(got[k::EACH], want)
-    furthest = climb.evaluations.view(-1, EACH).amax(1)
+    furthest = trajectory.evaluations.view(-1, EACH).amax(1)
     assert spent == furthest.sum() * (2 if guidance == 3.0 else 1)
 
 
 def test_only_explicit_steps_are_shared():
-    climb = plan(SCHEDULE, torch.full((2 * len(x_0),), 500), steps=5)
+    trajectory = inversion_schedule(PATH, torch.full((2 * len(x_0),), 500), steps=5)
     with pytest.raises(ValueError, match="renoise"):
-        invert(eps_of(C), x_0, climb, batch=4, estimator="renoise", each=2)
+        invert(eps_of(C), x_0, trajectory, batch=4, estimator="renoise", each=2)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +103,10 @@ def test_only_explicit_steps_are_shared():
     ],
 )
 def test_x_t_of_each_moment(world, how, shared):
-    """Where climbs cannot be shared each is made alone. fp32 in batches of other sizes: 1e-5 of the largest."""
+    """Where trajectories cannot be shared each is made alone. fp32 in batches of other sizes: 1e-5 of the largest."""
     models, how = world[0], replace(RECIPE, inversion=replace(RECIPE.inversion, **how))
     window = window_of(world, how)
-    assert len(window.moments) == EACH and trajectory_serves_all(how.inversion, models.schedule) == shared
+    assert len(window.moments) == EACH and trajectory_serves_all(how.inversion, models.noise_path) == shared
     got, spent = noise_moments(window.moments, models, how)
     alone = [noise_window(moment, models, how) for moment in window.moments]
     for ours, (theirs, _) in zip(got, alone, strict=True):
@@ -134,9 +135,9 @@ def test_the_gradient_is_the_mean_of_its_timesteps(world, method):
         assert values["unet_evaluations"] == EACH * PAIRS * forward
         return
     t = torch.stack([moment.t for moment in whole.moments])
-    furthest = evaluations_of(how.inversion, models.schedule, t).repeat_interleave(2)
+    furthest = evaluations_of(how.inversion, models.noise_path, t).repeat_interleave(2)
     assert values["unet_evaluations"] == EACH * PAIRS * forward + furthest.sum()
-    assert values["slot_utilisation"] == pytest.approx(utilisation(furthest, how.inversion.batch))
+    assert values["slot_utilisation"] == pytest.approx(occupancy(furthest, how.inversion.batch))
 
 
 def test_noise_is_new_at_each_timestep_and_the_first_is_as_ever(world):
@@ -155,7 +156,7 @@ def test_noise_is_new_at_each_timestep_and_the_first_is_as_ever(world):
     torch.testing.assert_close(noise[1][:, 0], noise[1][:, 1], rtol=0, atol=1e-3)  # of both sides the same
 
 
-def test_cached_climbs_serve_all_timesteps(tmp_path):
+def test_cached_trajectories_serve_all_timesteps(tmp_path):
     """inversion.cache: cold, warm and without one the same bits (batches of one); warm only the loss is computed."""
     save_world(tmp_path)
     objective = replace(OBJECTIVE, tau_norm="rms")
@@ -173,9 +174,9 @@ def test_what_a_plan_says():
     for phase in ("reference", "policy forward", "policy backward"):
         assert four.work.flop[phase] == 4 * one.work.flop[phase]
     assert four.work.flop["VAE encoding"] == one.work.flop["VAE encoding"]
-    schedule = Schedule.of(DDIMScheduler())
+    path = DDPMPath.of(DDIMScheduler())
     t = systematic_timesteps(torch.arange(1000), 0, 999, 4)
-    assert evaluations_of(several.inversion, schedule, t).double().mean() == pytest.approx(four.work.evaluations)
+    assert evaluations_of(several.inversion, path, t).double().mean() == pytest.approx(four.work.evaluations)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Refined steps of the climb: against float64 NumPy written from their definitions, and against what they are for,
+"""Solved steps of the inversion: against float64 NumPy written from their definitions, and against what they are for,
 that DDIM sampling comes back to the image."""
 
 from itertools import pairwise
@@ -6,10 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_inversion import EVERYONE, SCHEDULE, A, C, S, eps_of, t_MIXED, x_0
+from test_inversion import EVERYONE, PATH, A, C, S, eps_of, t_MIXED, x_0
 
+from inpo_fast.method.ddpm_path import CLEAN
 from inpo_fast.method.inversion import invert
-from inpo_fast.method.inversion_schedule import CLEAN, plan
+from inpo_fast.method.inversion_schedule import inversion_schedule
 
 
 def eps_numpy(x, told, c):
@@ -44,30 +45,30 @@ def one_step(kind, k, x, c, s, e, evaluate_at):
 @pytest.mark.parametrize(("kind", "k"), [("renoise", 1), ("renoise", 3), ("fixed-point", 2), ("gradient", 2)])
 @pytest.mark.parametrize("evaluate_at", ["source", "target"])
 def test_against_the_definition(kind, k, evaluate_at):
-    climb, asked = plan(SCHEDULE, t_MIXED, steps=3, evaluate_at=evaluate_at), []
+    trajectory, asked = inversion_schedule(PATH, t_MIXED, steps=3, evaluate_at=evaluate_at), []
     eps = eps_of(C)
 
     def seen(x, time, rows):
         asked.append(len(x))
         return eps(x, time, rows)
 
-    got, spent = invert(seen, x_0, climb, batch=4, estimator=kind, refinements=k)
+    got, spent = invert(seen, x_0, trajectory, batch=4, estimator=kind, refinements=k)
     for i in EVERYONE:
-        want, levels = x_0[i].numpy(), climb.levels[i].tolist()
-        for s, e in list(pairwise(levels))[: int(climb.evaluations[i])]:
+        want, levels = x_0[i].numpy(), trajectory.levels[i].tolist()
+        for s, e in list(pairwise(levels))[: int(trajectory.evaluations[i])]:
             want = one_step(kind, k, want, C[i].numpy(), s, e, evaluate_at)
         # central differences in the gradient's oracle
         np.testing.assert_allclose(got[i].numpy(), want, atol=1e-6 if kind == "gradient" else 1e-12)
     each = 1 + 2 * k if kind == "gradient" else 1 + k
-    assert spent == int(climb.evaluations.sum()) * each
-    assert sum(asked) == int(climb.evaluations.sum()) * (1 + k)  # a backward pass is counted, and asks nothing
+    assert spent == int(trajectory.evaluations.sum()) * each
+    assert sum(asked) == int(trajectory.evaluations.sum()) * (1 + k)  # a backward pass is counted, and asks nothing
 
 
 def test_no_refinement_left_is_the_explicit_step():
-    climb, eps = plan(SCHEDULE, t_MIXED, steps=3), eps_of(C)
-    want, _ = invert(eps, x_0, climb, batch=4)
+    trajectory, eps = inversion_schedule(PATH, t_MIXED, steps=3), eps_of(C)
+    want, _ = invert(eps, x_0, trajectory, batch=4)
     for kind in ("renoise", "fixed-point", "gradient"):
-        got, _ = invert(eps, x_0, climb, batch=4, estimator=kind, refinements=0)
+        got, _ = invert(eps, x_0, trajectory, batch=4, estimator=kind, refinements=0)
         torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
@@ -77,9 +78,9 @@ def test_sampling_comes_back_to_the_image(kind, k):
     eps, t = eps_of(0 * C), torch.full((len(x_0),), 500)
     errors = {}
     for name, how in (("ddim", {}), (kind, {"estimator": kind, "refinements": k})):
-        climb = plan(SCHEDULE, t, steps=20)
-        x, _ = invert(eps, x_0, climb, batch=64, **how)
-        levels = climb.levels[0, : int(climb.evaluations[0]) + 1].tolist()
+        trajectory = inversion_schedule(PATH, t, steps=20)
+        x, _ = invert(eps, x_0, trajectory, batch=64, **how)
+        levels = trajectory.levels[0, : int(trajectory.evaluations[0]) + 1].tolist()
         for low, high in zip(levels[-2::-1], levels[:0:-1], strict=True):
             answer = eps(x, torch.full((len(x),), high), torch.arange(len(x)))
             x = A[low] * (x - S[high] * answer) / A[high] + S[low] * answer
@@ -93,15 +94,15 @@ def test_renoise_told_its_own_levels_is_of_higher_order():
     step from the clean image is the longest."""
     t = torch.full((len(x_0),), 800)
 
-    def climbed(n, evaluate_at="source", **how):
-        climb = plan(SCHEDULE, t, steps=n, grid="spread", evaluate_at=evaluate_at)
-        return invert(eps_of(C), x_0, climb, batch=64, **how)[0]
+    def inverted(n, evaluate_at="source", **how):
+        trajectory = inversion_schedule(PATH, t, steps=n, grid="spread", evaluate_at=evaluate_at)
+        return invert(eps_of(C), x_0, trajectory, batch=64, **how)[0]
 
-    heun, end = {"estimator": "renoise"}, climbed(800, estimator="renoise")
+    heun, end = {"estimator": "renoise"}, inverted(800, estimator="renoise")
     kinds = {"heun": heun, "ddim": {}, "at the target": heun | {"evaluate_at": "target"}}
     kinds["fixed-point"] = {"estimator": "fixed-point", "refinements": 3}
     for name, how in kinds.items():
-        coarse, fine = ((climbed(n, **how) - end).square().mean().sqrt().item() for n in (20, 40))
+        coarse, fine = ((inverted(n, **how) - end).square().mean().sqrt().item() for n in (20, 40))
         ratio = coarse / fine
         assert 2.7 < ratio < 3.5 if name == "heun" else 1.8 < ratio < 2.3, (name, ratio)
         assert name != "heun" or fine < 1e-3  # 7e-3 with the others
@@ -110,14 +111,14 @@ def test_renoise_told_its_own_levels_is_of_higher_order():
 @pytest.mark.parametrize("kind", ["renoise", "fixed-point", "gradient"])
 def test_guided_and_padded(kind):
     """Two models are combined in every answer; full calls change nothing."""
-    climb, u, c = plan(SCHEDULE, t_MIXED, steps=3), eps_of(C), eps_of(C.flip(0))
+    trajectory, u, c = inversion_schedule(PATH, t_MIXED, steps=3), eps_of(C), eps_of(C.flip(0))
 
     def combined(x, time, rows):
         return u(x, time, rows) + 5.0 * (c(x, time, rows) - u(x, time, rows))
 
     how = {"estimator": kind, "refinements": 2}
-    want, alone = invert(combined, x_0, climb, batch=64, **how)
-    got, spent = invert(u, x_0, climb, batch=4, width=4, conditional=c, guidance=5.0, **how)
+    want, alone = invert(combined, x_0, trajectory, batch=64, **how)
+    got, spent = invert(u, x_0, trajectory, batch=4, width=4, conditional=c, guidance=5.0, **how)
     # guided steps of this eps are expansive: rounding grows
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
     assert spent == 2 * alone

@@ -220,7 +220,7 @@ def test_every_sampler_of_ddpms_noise_opens(small, name):
             pipeline = tiny_pipeline()
             pipeline.scheduler = scheduler
             assert scheduler.alphas_cumprod[-1] == 2**-24  # so that its first sigma is finite
-            assert Models(pipeline, torch.device("cpu")).schedule.abar.equal(want.alphas_cumprod)
+            assert Models(pipeline, torch.device("cpu")).noise_path.abar.equal(want.alphas_cumprod)
         assert levels.config.prediction_type == changes.get("prediction_type", "epsilon")
 
 

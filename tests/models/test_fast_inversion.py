@@ -11,8 +11,8 @@ from inpo_fast.caches.trajectory_cache import open_trajectory_cache
 from inpo_fast.config import RunConfig
 from inpo_fast.config.rules import check
 from inpo_fast.data.loader import DataConfig
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig, label
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.methods import variant_name
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.fast import attention, fast_unet
 from inpo_fast.models.fast.attention import Processor, attend
@@ -261,7 +261,7 @@ def test_fp8_inversion(items, pipeline, lora):
 
 def test_fp8_is_a_variant_and_needs_a_fast_unet():
     how = InversionConfig(fp8=True)
-    assert label("inpo", ObjectiveConfig(), how) == "inpo-fp8"
+    assert variant_name("inpo", ObjectiveConfig(), how) == "inpo-fp8"
     with pytest.raises(UserError, match=r"inversion.fp8=true needs models.fast"):
         check(RunConfig(inversion=how))
     with pytest.raises(UserError, match=r"inversion.fp8 needs models.fast=fused"), inverting(tiny_unet(), fp8=True):

@@ -12,8 +12,7 @@ from tiny_world import save_pairs, tiny_pipeline, tiny_unet, tiny_xl
 
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.fast import fast_unet
 from inpo_fast.models.fast.fast_unet import inverting, make_fast, undo

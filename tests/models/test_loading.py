@@ -10,12 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel
 
-from bench.train_step import move_policy
+from bench.step.train_step import move_policy
 from inpo_fast.config import parse
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models import random_weights
@@ -134,7 +133,7 @@ def test_v_predictions_loss_is_that_of_its_noise(v_models, items):
         want = []
         for i in range(len(items)):
             t = window.t[i]
-            a, s = (c.item() for c in v_models.schedule.a_s(t))
+            a, s = (c.item() for c in v_models.noise_path.a_s(t))
             gap = 0.0
             for side, sign in ((0, 1), (1, -1)):
                 x = x_t[i, side][None]

@@ -12,9 +12,9 @@ import torch
 
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method import objectives as obj
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method import losses
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.noise_path import target
 from inpo_fast.models.loading import load_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.pocket import ASSETS
@@ -36,8 +36,8 @@ def tau_rms(steps: int, levels=(99, 300, 999)) -> list[float]:
     for t in levels:
         window.t = torch.full_like(window.t, t)
         x_t, _ = noise_window(window, models, recipe)
-        a, s = models.schedule.a_s(window.t.repeat_interleave(2))
-        out.append(obj.rms(obj.target(x_t.flatten(0, 1), window.x_0.flatten(0, 1), a, s)).mean().item())
+        a, s = models.noise_path.a_s(window.t.repeat_interleave(2))
+        out.append(losses.rms(target(x_t.flatten(0, 1), window.x_0.flatten(0, 1), a, s)).mean().item())
     return out
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny_world import save_pairs, tiny_models
 
-from bench.naive import naive_step
+from bench.step.naive import naive_step
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method import objectives as obj
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig, Timesteps
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig, Timesteps
+from inpo_fast.method.losses import rms
+from inpo_fast.method.noise_path import noised
 from inpo_fast.training.step import micro_step, noise_window, train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
@@ -153,7 +153,7 @@ def test_random_estimator_is_diffusion_dpo(moved):
     assert torch.equal(gradient(models, items, random)[0], gradient(models, items, replace(RECIPE, method="dpo"))[0])
     window = make_step_batch(items, models, random, models.encode_empty())
     x_t, spent = noise_window(window, models, random)
-    a, s = (c[:, None, None, None, None] for c in models.schedule.a_s(window.t))
+    a, s = (c[:, None, None, None, None] for c in models.noise_path.a_s(window.t))
     tau = (x_t - a * window.x_0) / s
     assert spent == 0
     torch.testing.assert_close(tau[:, 0], tau[:, 1], rtol=0, atol=1e-3)  # the same z for both sides
@@ -167,7 +167,7 @@ def test_dpo_loss_equals_an_independent_computation(moved):
     x_t, _ = noise_window(window, models, recipe)
     expected = []
     for i in range(PAIRS):
-        abar = models.schedule.abar[window.t[i]].double()
+        abar = models.noise_path.abar[window.t[i]].double()
         errors = {}
         for side in range(2):
             text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
@@ -247,18 +247,18 @@ def test_tau_norm_gives_unit_tau_and_keeps_step_zero(world, norm, monkeypatch):
     """Of what x_t is rebuilt from; orthogonal: nothing of the image is in it."""
     models, items = world
     recipe = replace(RECIPE, objective=replace(RECIPE.objective, tau_norm=norm))
-    seen, plain = [], obj.noised
+    seen = []
 
     def spy(x_0, tau, a_t, s_t):
         seen.append((x_0, tau))
-        return plain(x_0, tau, a_t, s_t)
+        return noised(x_0, tau, a_t, s_t)
 
-    monkeypatch.setattr(obj, "noised", spy)
+    monkeypatch.setattr("inpo_fast.training.step.noised", spy)
     _, _, logits = gradient(models, items, recipe)
     x_0, tau = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert len(tau) == 2 * PAIRS
-    torch.testing.assert_close(obj.rms(tau), torch.ones(len(tau)))
-    along = (x_0 * tau).mean((1, 2, 3)) / obj.rms(x_0)
+    torch.testing.assert_close(rms(tau), torch.ones(len(tau)))
+    along = (x_0 * tau).mean((1, 2, 3)) / rms(x_0)
     assert (along.abs().max() < 1e-6) == (norm == "orthogonal")
     assert torch.equal(logits, torch.zeros(PAIRS))
 

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
-from inpo_fast.method.inversion import InversionConfig
-from inpo_fast.method.objectives import ObjectiveConfig
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.models import Models
 from inpo_fast.training.step import train_step

@@ -109,13 +109,12 @@ def test_held_out_metrics_are_those_of_the_pairs(world, tmp_path):
 
 
 def test_deltas_by_level_are_means_over_their_pairs():
-    tally, T = MetricAccumulator(torch.device("cpu")), 1000
-    t = torch.tensor([10, 150, 450, 999])
+    tally, bucket = MetricAccumulator(torch.device("cpu")), torch.tensor([0, 0, 2, 4])
     image = torch.zeros(8, 7)
     image[:, 3] = 1  # energy
     image[:, 0] = torch.tensor([1.0, 3, 5, 7, 20, 40, 60, 80])
     ones = torch.ones(4)
-    tally.observe(loss=ones, logit=ones, image=image, tau_rms=torch.ones(8), t=t, T=T, sides=2, contrast=True)
+    tally.observe(loss=ones, logit=ones, image=image, tau_rms=torch.ones(8), bucket=bucket, sides=2, contrast=True)
     values = tally.values()
     assert [values.get(f"winner_delta_t{b}") for b in range(5)] == [2, None, 5, None, 7]
     assert [values.get(f"loser_delta_t{b}") for b in range(5)] == [30, None, 60, None, 80]

@@ -17,8 +17,8 @@ _KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# (major compute capability, size of a head) -> back end, from `python -m bench.attention`. Empty until that was run on
-# a GPU: torch chooses.
+# (major compute capability, size of a head) -> back end, from `python -m bench.kernels.attention`. Empty until
+# that was run on a GPU: torch chooses.
 FASTEST: dict[tuple[int, int], str] = {}
 
 

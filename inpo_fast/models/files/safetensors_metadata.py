@@ -49,12 +49,12 @@ def model_kind(config: Mapping) -> str:
 @dataclass(frozen=True)
 class About:
     """What is written into a file; None: not known. config: of the UNet. side: pixels of the pictures that it draws.
-    base: the model that it was trained from, as a hub id."""
+    prediction: epsilon or v, as NoisePath.output. base: the model that it was trained from, as a hub id."""
 
     config: Mapping
     title: str
     side: int | None = None
-    predicts_v: bool | None = None
+    prediction: str | None = None
     base: str | None = None
 
 
@@ -63,7 +63,7 @@ def modelspec(about: About, lora: bool = False) -> dict[str, str]:
     kind = model_kind(about.config)
     architecture = {
         "sd1": "stable-diffusion-v1",
-        "sd2": "stable-diffusion-v2-768-v" if about.predicts_v else "stable-diffusion-v2-512",
+        "sd2": "stable-diffusion-v2-768-v" if about.prediction == "v" else "stable-diffusion-v2-512",
         "xl": "stable-diffusion-xl-v1-base",
     }[kind]
     fields = {
@@ -77,8 +77,8 @@ def modelspec(about: About, lora: bool = False) -> dict[str, str]:
     }
     if about.side:
         fields["resolution"] = f"{about.side}x{about.side}"
-    if about.predicts_v is not None:
-        fields["prediction_type"] = "v" if about.predicts_v else "epsilon"
+    if about.prediction is not None:
+        fields["prediction_type"] = about.prediction
     if about.base:
         fields["merged_from"] = about.base
     return {f"modelspec.{name}": value for name, value in fields.items()}
