@@ -44,7 +44,7 @@ from bench.kernels.clock import ceilings  # noqa: E402
 from bench.step import predictions  # noqa: E402
 
 ROOT = results.ROOT
-TRAINER = ("tests/models/test_fast_unet.py", "tests/method/test_fast_inversion.py", "tests/training/test_syncs.py")
+TRAINER = ("tests/models/test_fast_unet.py", "tests/models/test_fast_inversion.py", "tests/training/test_syncs.py")
 TRAINING = ("diffusers", "transformers", "accelerate", "peft", "jsonargparse")  # what the trainer cannot do without
 KERNELS = sorted(path.stem for path in (ROOT / "bench/kernels").glob("bench_*.py") if path.stem != "bench_linear_geglu")
 GRACE = 5.0  # seconds from the interrupt, at which pytest says what has failed so far, to the kill
