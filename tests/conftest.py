@@ -78,23 +78,10 @@ def interpreted(monkeypatch):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """torch.compile with the tracing and without the C++ compiler, which takes a minute; counts the graphs."""
-    from inpo_fast.models.fast.compiled_blocks import graph_of
+    """torch.compile without the C++ compiler; the list of the graphs that it makes."""
+    from traced_graphs import GRAPHS, compile_by_tracing, forget_graphs
 
-    graphs = []
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph
-
-    plain = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **(_only(how) | {"backend": backend})))
-    torch._dynamo.reset()
-    graph_of.cache_clear()
-    yield graphs
-    torch._dynamo.reset()
-    graph_of.cache_clear()
-
-
-def _only(how: dict) -> dict:
-    return {name: value for name, value in how.items() if name in ("fullgraph", "dynamic")}
+    compile_by_tracing(monkeypatch)
+    forget_graphs()
+    yield GRAPHS
+    forget_graphs()
