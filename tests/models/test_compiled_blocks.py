@@ -268,7 +268,7 @@ def test_a_block_never_runs_uncompiled(traced, monkeypatch):
         unet(*args, **more)
 
 
-def test_what_has_no_block_stays_plain(traced):
+def test_what_has_no_block_stays_plain(kept_graphs):
     """A ResNet block of another kind is diffusers' own, uncompiled, as with fused."""
     unet = tiny_unet()
     odd = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D))
