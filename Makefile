@@ -39,8 +39,7 @@ train: .venv/ready
 	OMP_NUM_THREADS=1 $(TORCHRUN) $(PROCESSES) -m inpo_fast.train --config configs/pocket.yaml --overwrite
 
 test: .venv/ready
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal -q
-	$(BIN)/python -m pytest bench --check -n 2 -q
+	$(BIN)/python -m pytest tests bench --check -n 2 --dist worksteal -q
 
 lint: .venv/ready
 	$(BIN)/python -m ruff check .

@@ -1,12 +1,27 @@
-"""Set before anything imports triton: without a CUDA device the kernels run in Triton's interpreter."""
+"""Set before anything imports torch or triton: one thread a process, these too that a test starts; no garbage
+collection while modules are imported; without a CUDA device the kernels run in Triton's interpreter."""
 
-import pytest
-import torch
+import gc
+import os
 
-from bench import interpreter
+gc.disable()
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from bench import interpreter  # noqa: E402
 
 torch.set_num_threads(1)
 pytest_pyfunc_call = interpreter.pytest_pyfunc_call
+
+
+def pytest_collection_finish():
+    """Garbage is not looked for among the modules: with torch and diffusers a tenth of the suite's processor time."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 def pytest_report_header():
@@ -63,23 +78,10 @@ def interpreted(monkeypatch):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """torch.compile with the tracing and without the C++ compiler, which takes a minute; counts the graphs."""
-    from inpo_fast.models.fast.compiled_blocks import graph_of
+    """torch.compile without the C++ compiler; the list of the graphs that it makes."""
+    from traced_graphs import GRAPHS, compile_by_tracing, forget_graphs
 
-    graphs = []
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph
-
-    plain = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **(_only(how) | {"backend": backend})))
-    torch._dynamo.reset()
-    graph_of.cache_clear()
-    yield graphs
-    torch._dynamo.reset()
-    graph_of.cache_clear()
-
-
-def _only(how: dict) -> dict:
-    return {name: value for name, value in how.items() if name in ("fullgraph", "dynamic")}
+    compile_by_tracing(monkeypatch)
+    forget_graphs()
+    yield GRAPHS
+    forget_graphs()

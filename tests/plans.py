@@ -6,6 +6,7 @@ counts a model, its FLOPs, activations and traffic, is remembered by the model's
 
 from collections.abc import Callable
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from inpo_fast.models.unet import UNet
 
 FORWARD_BYTES = UNet.forward_bytes
 COUNTED: dict[tuple, object] = {}
+TEXT_BYTES = plan.text_bytes
 
 
 def recipe(name: str, *more: str) -> RunConfig:
@@ -30,6 +32,15 @@ def plan_of(name: str, *more: str, gpus: int = 1) -> plan.Plan:
     return counted_once(recipe(name, *more), gpus)
 
 
+def plan_without_unet(name: str, *more: str) -> plan.Plan:
+    """What is not the UNet's: its counts, and the cost of a pair, are nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "network_passes", lambda *_: flops.Passes(0, {}, {}, 0, 0))
+        patch.setattr(UNet, "forward_bytes", lambda *_: 0)
+        patch.setattr(plan, "cost_of_a_pair", lambda *_, **__: SimpleNamespace(flop={}))
+        return plan.make_plan(recipe(name, *more), 1)
+
+
 def counted_once(config: RunConfig, gpus: int) -> plan.Plan:
     """plan.make_plan, with the counts below."""
     with pytest.MonkeyPatch.context() as patch:
@@ -38,6 +49,7 @@ def counted_once(config: RunConfig, gpus: int) -> plan.Plan:
             patch.setattr(plan, count.__name__, partial(remembered, count))
         patch.setattr(UNet, "forward_bytes", forward_bytes)
         patch.setattr(step_cost, "network_traffic", network_traffic)
+        patch.setattr(plan, "text_bytes", text_bytes)
         patch.setattr(step_cost, "forward_flop", partial(remembered_call, flops.forward_flop))
         patch.setattr(step_cost, "forward_traffic", partial(remembered_call, memory_traffic.forward_traffic))
         return plan.make_plan(config, gpus)
@@ -54,6 +66,10 @@ def network_traffic(unet: torch.nn.Module, side: int, tokens: int) -> memory_tra
     return remembered(memory_traffic.network_traffic, unet, side, tokens)
 
 
+def text_bytes(denoiser: UNet, texts: list[torch.nn.Module], tokens: int) -> int:
+    return _once(("text", *map(_described, texts), tokens), lambda: TEXT_BYTES(denoiser, texts, tokens))
+
+
 def forward_bytes(denoiser: UNet, unet: torch.nn.Module, side: int, tokens: int) -> int:
     return remembered(lambda *how: FORWARD_BYTES(denoiser, *how), unet, side, tokens, called=FORWARD_BYTES)
 
@@ -65,7 +81,7 @@ def remembered(count: Callable, unet: torch.nn.Module, *how, called: Callable | 
 
 
 def remembered_call(count: Callable, run: partial):
-    """count(run), the first time for such a run: work.py asks a VAE, or a list of text encoders."""
+    """count(run), the first time for such a run: step_cost.py asks a VAE, or a list of text encoders."""
     asked, *how = run.args
     modules = asked if isinstance(asked, list) else [asked]
     return _once((count, run.func, *map(_described, modules), *how), lambda: count(run))

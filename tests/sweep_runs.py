@@ -1,6 +1,8 @@
 """Runs of a few steps with inversion.cache or without it, and what they computed."""
 
+import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 HOW = InversionConfig(steps=4, model="reference", batch=1)
 FROZEN = replace(HOW, frozen=True, batch=64)
-DATA = DataConfig(vae_sample=False)
+DATA = DataConfig(vae_sample=False, vae_batch=8)  # what fits is not counted for each model anew
 OBJECTIVE = ObjectiveConfig(beta=500.0)
 PAIRS = 4
 STEP = 2 * 2 * PAIRS  # evaluations of a step without inversion: reference and policy, two images a pair
@@ -40,6 +42,21 @@ def models_of(world, base: str = "sd", precision: str = "fp32", rank: int = 0) -
     return Models(open_pipeline(settings), torch.device("cpu"), settings)
 
 
+@lru_cache
+def _opened(settings: ModelsConfig):
+    pipeline = open_pipeline(settings)
+    return pipeline, pipeline.unet
+
+
+def trained_models(world, base: str, precision: str, rank: int) -> Models:
+    """As models_of, with another copy of the UNet in a pipeline that is opened once: nothing else of it is trained."""
+    settings = ModelsConfig(base=str(world / base), precision=precision, lora=LoraSettings(rank))
+    pipeline, unet = _opened(settings)
+    pipeline.unet = copy.deepcopy(unet)
+    torch.manual_seed(0)
+    return Models(pipeline, torch.device("cpu"), settings)
+
+
 def windows(world, seed: int, data: DataConfig, first: int, last: int):
     source = open_source(str(world / "pairs.parquet"))
     return PairLoader(source, data, resolution=32, seed=seed, rank=0, world=1).steps(first, last, PAIRS)
@@ -57,6 +74,7 @@ def recipe_of(models, cache, how=HOW, objective=OBJECTIVE, data=DATA, seed=0, mi
         inversion=how,
         micro_batch=micro_batch,
         vae_sample=data.vae_sample,
+        vae_batch=data.vae_batch,
         seed=seed,
         trajectory_cache=trajectories,
     )
@@ -75,7 +93,7 @@ class Outcome:
 
 def run(world, cache=None, *, steps=3, first=0, lr=1e-3, base="sd", precision="fp32", rank=0, **options) -> Outcome:
     """What inpo_fast.train does from step `first` on."""
-    models = models_of(world, base, precision, rank)
+    models = trained_models(world, base, precision, rank)
     recipe = recipe_of(models, cache, **options)
     optimizer = make_optimizer(models.parameters(), OptimConfig(lr=lr))
     values, logits = [], []

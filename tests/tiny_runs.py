@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def _child(files: list[str], environment: dict[str, str], run: Callable, args: t
 def start(folder: Path, name: str, *extra: str) -> Forked:
     """The trainer's command in another process."""
     return Forked(folder / name, run_command, "inpo_fast.train", *_words(folder, name, *extra))
+
+
+def ran(place: Path, module: str, *words: str) -> SimpleNamespace:
+    """`python -m module words` to its end, in a process of its own that is forked with the imports done."""
+    process = Forked(place, run_command, module, *words)
+    code = process.wait()
+    return SimpleNamespace(returncode=code, stdout=process.said.read_text(), stderr=process.complaints.read_text())
+
+
+def run_code(code: str, *words: str) -> None:
+    """`python -c code words` in this process."""
+    sys.argv = ["-c", *words]
+    exec(code, {"__name__": "__main__"})
 
 
 def run_command(module: str, *words: str) -> None:

@@ -32,6 +32,22 @@ def tiny_unet() -> UNet2DConditionModel:
     )
 
 
+def one_level_unet() -> UNet2DConditionModel:
+    """With each kind of layer but those that halve and double an image."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
 def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     """Random weights; the UNet's output layer is widened so that its prediction is about unit size."""
     torch.manual_seed(seed)

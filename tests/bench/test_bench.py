@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plans import counted_once
 from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
 
 from bench import report
@@ -191,7 +192,8 @@ def test_turns_of_other_sizes_are_not_mixed(command, monkeypatch, tmp_path):
         pytest.param("sdxl", ["naive", "plain"], 139.8, 4, marks=pytest.mark.slow),
     ],
 )
-def test_sizes_from_the_cards_memory(capsys, model, names, memory, micro_batch):
+def test_sizes_from_the_cards_memory(monkeypatch, capsys, model, names, memory, micro_batch):
+    monkeypatch.setattr(train_step, "make_plan", counted_once)
     sizes = {"micro_batch": 16 if model == "sd15" else 4, "inversion_batch": 60 if model == "sd15" else 16}
     asked = argparse.Namespace(model=model, precision="bf16", resolution=None, **sizes)
     train_step.fit(asked, names, memory)

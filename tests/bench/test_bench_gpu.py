@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from tiny_runs import Forked, ran, run_code
 
 from bench import gpu, report, results
 
@@ -107,12 +109,12 @@ sys.exit(gpu.main())
 
 def test_a_call_that_is_killed_leaves_summary_and_few_files(tmp_path):
     at_work = "import os, time; print('on', os.getpid(), flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), at_work], cwd=results.ROOT)
+    process = Forked(beside(tmp_path), run_code, KILLED, str(tmp_path), at_work)
     log, until = tmp_path / "log.txt", time.monotonic() + 60
     while not (log.exists() and (at_work := re.search(r"^on (\d+)\n", log.read_text(), re.MULTILINE))):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     os.kill(int(at_work[1]), signal.SIGKILL)  # the slice, which nobody was left to end
     state = json.loads((tmp_path / "state.json").read_text())["slices"]
@@ -125,17 +127,14 @@ def test_a_call_that_is_killed_leaves_summary_and_few_files(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_call_that_is_ended_ends_its_slice(tmp_path, number):
     words = ("--rehearse", "--only", "step-sd15-naive", "--output", str(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDED, *words], cwd=results.ROOT, stderr=subprocess.PIPE, text=True
-    )
+    process = Forked(beside(tmp_path), run_code, ENDED, *words)
     log, until = tmp_path / "log.txt", time.monotonic() + 60
     while not (log.exists() and (at_work := re.search(r"^on (\d+)\n", log.read_text(), re.MULTILINE))):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 128 + number
-    assert said == f"bench.gpu: ended by {number.name}; the same command goes on\n"
+    assert process.wait(timeout=20) == 128 + number
+    assert process.complaints.read_text() == f"bench.gpu: ended by {number.name}; the same command goes on\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(at_work[1]), 0)
 
@@ -147,21 +146,29 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, broken):
         tmp_path.touch()
     else:
         (tmp_path / "state.json").write_text('{"commit": "a')
-    ran = command_line("--rehearse", "--only", "machine", "--output", str(tmp_path))
-    assert ran.returncode == 2 and ran.stderr.startswith("bench.gpu: ") and ran.stderr.count("\n") == 1
-    assert str(tmp_path) in ran.stderr
+    done = ran(beside(tmp_path), "bench.gpu", "--rehearse", "--only", "machine", "--output", str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith("bench.gpu: ") and done.stderr.count("\n") == 1
+    assert str(tmp_path) in done.stderr
 
 
-def command_line(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "bench.gpu", *words]
-    return subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
+def beside(folder: Path) -> Path:
+    """For what a process says: not in the folder, of which a test says what is there."""
+    return folder.with_name(f"{folder.name}-process")
 
 
-def test_names_and_plans():
-    ran = command_line("--list", "--only", "step-sdxl,nothing,machine")
-    assert ran.returncode == 2 and not ran.stdout
-    assert ran.stderr.startswith("bench.gpu: --only: no slice nothing; there are machine, step-sd15, kernel-tests, ")
-    nothing = command_line("--only", ",", "--rehearse")
+def test_every_named_file_is_there():
+    """No slice but those of the rehearsal is begun without a GPU."""
+    plans = [gpu.slices(results.ROOT / "x", tiny) for tiny in (False, True)]
+    words = {word.partition("::")[0] for plan in plans for of in plan.values() for it in of for word in it.command}
+    named = {word.removeprefix("--ignore=") for word in words if re.match(r"(--ignore=)?(tests|bench)/", word)}
+    assert len(named) > 10 and not [name for name in named if not (results.ROOT / name).exists()]
+
+
+def test_names_and_plans(tmp_path):
+    done = ran(tmp_path / "some", "bench.gpu", "--list", "--only", "step-sdxl,nothing,machine")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("bench.gpu: --only: no slice nothing; there are machine, step-sd15, kernel-tests, ")
+    nothing = ran(tmp_path / "none", "bench.gpu", "--only", ",", "--rehearse")
     assert nothing.returncode == 2 and nothing.stderr.startswith(
         "bench.gpu: --only: no slice named; there are machine, "
     )
@@ -186,21 +193,23 @@ def test_names_and_plans():
 
 def test_rehearsal(tmp_path):
     """The command itself, on a few slices: the files that a call leaves, and their names."""
-    names = "machine,attention,trainer-tests"
-    ran = command_line("--rehearse", "--only", names, "--output", str(tmp_path))
-    assert ran.returncode == 0 and "nothing left" in ran.stdout, ran.stdout + ran.stderr
+    names = "machine,attention,errors"
+    words = ("bench.gpu", "--rehearse", "--only", names, "--output", str(tmp_path))
+    done = ran(beside(tmp_path), *words)
+    assert done.returncode == 0 and "nothing left" in done.stdout, done.stdout + done.stderr
     found = sorted(path.name for path in tmp_path.iterdir())
     assert len(found) == 4 and {"log.txt", "state.json", "summary.md"} < set(found)
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in found)
     text = (tmp_path / "summary.md").read_text()
     assert [text.count(f"| {name} | passed |") for name in names.split(",")] == [1, 1, 1]
     assert "head size 40: torch" in text
-    again = command_line("--rehearse", "--only", names, "--output", str(tmp_path))
+    again = ran(beside(tmp_path), *words)
     assert again.returncode == 0 and "begun" not in again.stdout
 
 
 @pytest.mark.slow
 def test_whole_rehearsal(tmp_path):
-    ran = command_line("--rehearse", "--output", str(tmp_path))
-    assert ran.returncode == 0 and "nothing left" in ran.stdout, ran.stdout + ran.stderr
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing left" in done.stdout, done.stdout + done.stderr
     assert len(list(tmp_path.iterdir())) <= 8

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny_runs import ran
 
 from bench import results
 from bench.study import plot, reconstruct, table, train
@@ -174,8 +175,8 @@ if __name__ == "__main__":
 
 def test_what_is_there_is_shown_and_nothing_is_made(tmp_path):
     study, runs = PRESETS["batch"], tmp_path / "runs"
-    asked = [sys.executable, "-m", "bench.study", "batch", "--show", "--folder", str(tmp_path)]
-    told = subprocess.run(asked, capture_output=True, text=True, cwd=results.ROOT)
+    asked = (tmp_path / "process", "bench.study", "batch", "--show", "--folder", str(tmp_path))
+    told = ran(*asked)
     assert told.returncode == 2 and "nothing of batch is there yet" in told.stderr and not runs.exists()
     runs.mkdir()
     kept = [
@@ -183,7 +184,7 @@ def test_what_is_there_is_shown_and_nothing_is_made(tmp_path):
     ]
     for path in kept:
         shutil.copy(path, runs)
-    subprocess.run(asked, check=True, capture_output=True, cwd=results.ROOT)
+    assert ran(*asked).returncode == 0
     rows = [line.split("|")[1:4] for line in (tmp_path / "batch" / "table.md").read_text().splitlines()[4:]]
     assert [[cell.strip() for cell in row][::2] for row in rows[1:]] == [[cell.name, "2"] for cell in study.cells[:2]]
     assert len(list(runs.iterdir())) == len(kept) == 5

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,11 +46,9 @@ def test_which_grids_have_global_levels(path, steps):
     """By what the UNet would be asked on the way to every t: its times, and the levels it has come from."""
     for grid, at in GRIDS:
         trajectory = inversion_schedule(path, torch.arange(1000), steps=steps, grid=grid, evaluate_at=at)
-        k, asked, levels = trajectory.evaluations.tolist(), trajectory.times.tolist(), trajectory.levels.tolist()
-        good = all(
-            asked[t][: k[t]] == asked[-1][: k[t]] and levels[t][: k[t]] == levels[-1][: k[t]] and k[t] <= k[-1]
-            for t in range(1000)
-        )
+        taken = torch.arange(trajectory.times.shape[1]) < trajectory.evaluations[:, None]  # (t, step)
+        same = [x == x[-1:] for x in (trajectory.times, trajectory.levels[:, : taken.shape[1]])]
+        good = bool((taken <= same[0] & same[1] & taken[-1:]).all())
         assert shares_prefix(path, steps=steps, grid=grid, evaluate_at=at) == good, (grid, at)
         if steps in (3, 7, 10):
             assert good == ((grid, at) in GLOBAL), (grid, at)
@@ -78,11 +77,18 @@ def world(tmp_path_factory):
     return folder
 
 
+@lru_cache
+def models_of(settings):
+    return Models(open_pipeline(settings), torch.device("cpu"), settings)
+
+
 def opened(world, folder, *, how=HOW, data=DATA, objective=PAPER, base="sd", change=None, **settings):
-    """Opens (and makes) the folder for a model."""
+    """Opens (and makes) the folder for a model; one that is not changed is made once."""
     settings = ModelsConfig(base=str(world / base), **settings)
-    models = Models(open_pipeline(settings), torch.device("cpu"), settings)
-    if change is not None:
+    if change is None:
+        models = models_of(settings)
+    else:
+        models = models_of.__wrapped__(settings)
         with torch.no_grad():
             change(models)
     cache = open_trajectory_cache(models, replace(how, cache=str(folder)), objective, data)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plans import counted_once, network_passes, plan_of, recipe
+from plans import counted_once, network_passes, plan_of, plan_without_unet, recipe
 from rich.console import Console
 from safetensors.torch import save_file
 from tiny_world import save_tiny_model
@@ -204,10 +204,10 @@ def test_what_takes_turns_with_the_policy():
     assert more.largest_micro_batch(rest / GIB + 6) == 4 and more.largest_micro_batch(rest / GIB + 5) == 0
     just, mib = rest + 7 * small.activations, 2**20
     assert [small.largest_micro_batch((just + off) / GIB) for off in (-mib, mib)] == [6, 7]
-    pixels = plan_of("sd15-lora", "--data.resolution=1024")
+    pixels = plan_without_unet("sd15-lora", "--data.resolution=1024")
     assert pixels.vae_batch == 2 and pixels.encoding == small.encoding
-    wide = plan_of("sd15-lora", "--models.precision=fp32")
-    assert wide.vae_batch == 4 and plan_of("sd15-lora", "--models.precision=fp16").encoding == wide.encoding
+    wide = plan_without_unet("sd15-lora", "--models.precision=fp32")
+    assert wide.vae_batch == 4 and plan_without_unet("sd15-lora", "--models.precision=fp16").encoding == wide.encoding
     # drawn at the end: 64 guided pictures a pass of the UNet; of few, the VAE decides
     drawn = plan_of("sd15-lora", "--evaluate.prompts=x", "--evaluate.batch=64")
     assert small.drawing == 0 and drawn.drawing == 2 * 64 / 32 * small.inversion

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from diffusers.models.resnet import ResnetBlock2D
 from test_compiled_blocks import KINDS
 from test_fast_inversion import RECIPE, distance, move
@@ -44,6 +45,7 @@ def gradient_of(function, block, arguments: list, weight: torch.Tensor) -> torch
     return torch.cat([x.grad.double().flatten() for x in (*given, *block.parameters())])
 
 
+@torch._inductor.config.patch({"cpp.vec_isa_ok": True})  # what the compiler knows is else tried by compiling
 def test_a_block_by_inductor():
     """bf16: the same bits with and without gradient, and a gradient as near to float64's as eager's."""
     torch._dynamo.reset()

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from tiny_world import save_pairs, tiny_pipeline, tiny_unet, tiny_xl
+from tiny_world import one_level_unet, save_pairs, tiny_pipeline, tiny_unet, tiny_xl
 
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
@@ -28,7 +28,7 @@ ROUNDED = 2e-5  # relative, in norm: some fifty layers in fp32 that add up in an
 
 def make(kind: str, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    unet = UNETS[kind]().eval()
+    unet = (UNETS | {"one level": one_level_unet})[kind]().eval()
     with torch.no_grad():
         for p in unet.parameters():
             p.add_(0.05 * torch.randn(p.shape))  # norms start at exactly 1 and 0: a forgotten weight would not show
