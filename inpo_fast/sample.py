@@ -1,8 +1,6 @@
-"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only.
+"""The base's pictures beside the aligned model's: a contact sheet, same prompts and same initial noise.
 
-    python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --output sheet.png
-
-A contact sheet: the base's pictures above the aligned model's, same prompts and same noise.
+python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --output sheet.png
 """
 
 from pathlib import Path

@@ -139,7 +139,7 @@ def ddim_step_(
     if not x.is_cuda:
         if rows is None:
             rows = torch.arange(len(eps))
-        used = torch.nonzero(rows >= 0)[:, 0]  # only these are computed and written: a window has many more
+        used = torch.nonzero(rows >= 0)[:, 0]  # only these are computed and written: a step's batch has many more
         part = lambda v: None if v is None else v[used]  # noqa: E731
         moved = ddim_step_reference(
             x[rows[used]], eps[used], p[used], q[used], conditional=part(conditional), guidance=guidance,

@@ -19,7 +19,7 @@ from rich.console import Console
 from bench.results import ROOT, provenance
 from bench.study.cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
 from bench.study.measures import MEASURES
-from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
+from inpo_fast.comparison.drawing import draw, scaled_eps, use_deterministic_sampler
 from inpo_fast.comparison.evaluation import Gallery, diversity
 from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.comparison.win_rates import points
@@ -168,7 +168,7 @@ def gallery(study: Study, unet: torch.nn.Module | None, scale: float = 1.0) -> G
 @functools.cache
 def pipeline_of_base():
     pipeline = load_pipeline(parse("python -m bench.study", RECIPE_WORDS).models.base)
-    use_ddim(pipeline)
+    use_deterministic_sampler(pipeline)
     return pipeline
 
 

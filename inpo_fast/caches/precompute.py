@@ -1,7 +1,6 @@
-"""Latents and text embeddings of a run, before it: the VAE and the text encoders then need not run while training.
+"""Fills data.cache: a run's latents and text embeddings, before the run (`python -m inpo_fast.cache`).
 
-Makes what this very configuration will draw in its train.steps x train.pairs_per_step positions. Interrupted, it goes
-on where it stopped; shards are written whole or not at all.
+Shards are written whole or not at all, so an interrupted filling goes on where it stopped.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only."""
+"""Prompts to pictures with diffusers' own pipeline.
+
+A picture's initial noise depends on its key only, whatever the model or the batch: models are compared on the same.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -7,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.loading import load_pipeline, load_vae, open_network
@@ -99,19 +102,19 @@ def open_base(
     return pipeline
 
 
-def use_ddim(pipeline: DiffusionPipeline) -> None:
-    """Swap in the deterministic DDIM sampler with the model's own noise schedule."""
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+def use_deterministic_sampler(pipeline: DiffusionPipeline) -> None:
+    """In the place of the pipeline's own: for DDPM-type models DDIM."""
+    pipeline.scheduler = denoiser_of(pipeline).sampler(pipeline)
 
 
 @contextmanager
 def drawing_with(pipeline: DiffusionPipeline, network: torch.nn.Module):
-    """Within the block the pipeline draws with this network and the deterministic DDIM sampler."""
+    """Within the block the pipeline draws with this network and the deterministic sampler."""
     denoiser, scheduler = denoiser_of(pipeline), pipeline.scheduler
     own = denoiser.module(pipeline)
     try:
         denoiser.put(pipeline, network)
-        use_ddim(pipeline)
+        use_deterministic_sampler(pipeline)
         yield pipeline
     finally:
         denoiser.put(pipeline, own)
@@ -122,7 +125,7 @@ def draw_both(
     pipeline: DiffusionPipeline, network: torch.nn.Module, prompts: Sequence[str], keys: Sequence[keyed_rng.Key], **how
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The pictures of the pipeline's own network and of another, from the same noise. how: as in `draw`."""
-    use_ddim(pipeline)
+    use_deterministic_sampler(pipeline)
     with picture_progress(2 * len(prompts), "draw") as advance:
         before = draw(pipeline, prompts, keys, advance=lambda n: advance(n, "base"), **how)
         with drawing_with(pipeline, network):

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from inpo_fast.comparison.config import EvaluateConfig
-from inpo_fast.comparison.drawing import aligned, draw, scaled_eps, use_ddim
+from inpo_fast.comparison.drawing import aligned, draw, scaled_eps, use_deterministic_sampler
 from inpo_fast.comparison.model_comparison import BASE, NEGATIVE_CONTROL, ModelComparison, summarise
 from inpo_fast.comparison.picture_store import PictureStore
 from inpo_fast.comparison.prompts import read_prompt_set
@@ -78,7 +78,7 @@ def named_models(base: str, given: list[str]) -> dict[str, str]:
 def draw_all(comparison: ModelComparison, pipeline: DiffusionPipeline, config: EvaluateConfig, folder: Path) -> None:
     """Draws what is not on disk yet; every process its share, all see all of it afterwards."""
     rank, world = distributed.rank_and_world()
-    use_ddim(pipeline)
+    use_deterministic_sampler(pipeline)
     for name, place in comparison.models.items():  # a LoRA that does not fit is told before anything is drawn
         if name != BASE and lora_file(place, "--model"):
             read_lora("--model", place, denoiser_of(pipeline).module(pipeline))

@@ -5,7 +5,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from inpo_fast.comparison.config import EvaluateConfig
-from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
+from inpo_fast.comparison.drawing import draw, scaled_eps, use_deterministic_sampler
 from inpo_fast.comparison.evaluation import Evaluation, Gallery, summarise
 from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.judges import Judge
@@ -32,7 +32,7 @@ def evaluate(base: DiffusionPipeline, network: torch.nn.Module, config: Evaluate
     """Compares `network` with the base's own. Work is split over processes; every process gets the result."""
     rank, world = distributed.rank_and_world()
     prompts, seen, judge, independent = open_inputs(config, base.device)
-    use_ddim(base)
+    use_deterministic_sampler(base)
     denoiser = denoiser_of(base)
     own = denoiser.module(base)
     total = (3 * len(prompts) + 2 * len(seen)) * config.seeds // world

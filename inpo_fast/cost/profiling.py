@@ -1,11 +1,7 @@
-"""Where the time of a step goes, and how far each part is from the least it could take.
+"""Times the phases of a step on the machine at hand, beside their lower bounds (`python -m inpo_fast.profile`).
 
-Runs a few steps of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
-step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (step_cost.py); the
-floor of a phase is its matrix work at the ceiling, which is what the machine's own matrix product reaches, not the
-datasheet's. The roofline adds, one after the other, the bytes of what no matrix product can do on the way, at
-the copy ceiling; the fused path's floor the bytes of all that models.fast=fused does beside its matrix products. Both:
-step_cost.py, memory_traffic.py.
+The bounds are counted from shapes: matrix work (step_cost.py) and, one after the other, the bytes of what no matrix
+product can do on the way (memory_traffic.py), at the rates that the caller says the machine reaches.
 """
 
 import contextlib

@@ -1,8 +1,5 @@
-"""Looks at preference pairs before anybody spends GPU-hours on them.
-
-Reads and decodes pairs as the trainer would: counts, ties, what each filter leaves out, broken images, sizes, duplicate
-prompts and images, pairs whose images are the same, how sure the labels are; a contact sheet of sample pairs; how fast
-they can be read. What is judged is what the filters leave.
+"""What is in a source of pairs, read and decoded as the trainer would (`python -m inpo_fast.validate`): counts, broken
+and doubled images, sizes, how sure the labels are, and whether it is fit to train on.
 """
 
 import hashlib

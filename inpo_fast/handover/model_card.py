@@ -1,4 +1,5 @@
-"""README.md beside the weights: what they are, how they were made, what is known of them. For people and for the hub.
+"""README.md beside the weights, for people and for the hub: what they are, how they were made, what is known of them.
+
 Everything in it is read from the run's folder. It claims what evaluation.json says of this very model, no more.
 """
 

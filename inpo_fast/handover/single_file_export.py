@@ -1,7 +1,6 @@
-"""A trained model or LoRA as the single file that ComfyUI, A1111 and diffusers' `from_single_file` read.
+"""A diffusers folder or a LoRA as one .safetensors file with its metadata (`python -m inpo_fast.export`).
 
-A model's file holds UNet, VAE and text encoders under the names of the original checkpoints (original_keys.py). A LoRA
-in any program's names is written in kohya's or diffusers', alpha / rank inside, for readers that know no alpha.
+The names inside are the family's to say: models/unet.py `single_file`, `kohya_name`.
 """
 
 import json

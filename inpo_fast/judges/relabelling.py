@@ -1,9 +1,8 @@
-"""Preference labels by judges instead of people: any judge, or a vote of several, over any source of pairs.
+"""Labels of a source's pairs by judges, written as a sidecar in parts (`python -m inpo_fast.relabel`).
 
-Writes a sidecar; the source stays as it is. A judge's label is Bradley-Terry's: an image that scores s better is the
-better one with probability sigmoid(s / temperature). Several judges give the mean of their probabilities, or with
-vote "majority" the share of their votes (section 5.3 and supplement S8 of arXiv 2503.18454 relabel with single judges).
-Interrupted, it goes on where it stopped; on several processes with torchrun.
+Bradley-Terry: an image that scores s better is the better one with probability sigmoid(s / temperature); several judges
+give the mean of their probabilities or the share of their votes (section 5.3 and S8 of arXiv 2503.18454 take single
+judges). An interrupted relabelling goes on at the first part that is missing.
 """
 
 import json

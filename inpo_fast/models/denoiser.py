@@ -111,6 +111,10 @@ class Denoiser(ABC):
     def noise_path(self, pipeline) -> NoisePath:
         """What x, time and output are there: of the pipeline's own scheduler."""
 
+    @abstractmethod
+    def sampler(self, pipeline):
+        """The deterministic scheduler, at the pipeline's noise levels, that pictures are drawn with to compare models."""
+
     # ---- latents ----------------------------------------------------------------------------------------------------
     @property
     @abstractmethod

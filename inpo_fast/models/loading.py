@@ -188,7 +188,7 @@ def _tokenizer(key: str, folder: Path, text: CLIPTextConfig) -> CLIPTokenizer:
 def open_network(key: str, path: str, pipeline: DiffusionPipeline) -> torch.nn.Module:
     """The network that `path` stands for beside the pipeline's: a copy of it with the LoRA there, or another model's.
 
-    On the pipeline's device. key: the setting that named it, for the refusal.
+    On the pipeline's device. key: the setting that named it, for the error message.
     """
     base = denoiser_of(pipeline).module(pipeline)
     if lora_file(path, key):
@@ -204,9 +204,9 @@ def load_unet(
 ) -> UNet2DConditionModel:
     """The UNet of another model of the same shape: a pipeline's folder, a UNet's folder, a file or a hub id.
 
-    key: the setting that named it, for the refusal. scheduler: configuration of the base's; a model that says of itself
-    that it predicts something else, or knows other noise levels, is refused. A single file needs no configuration: it
-    has the shape of `like`.
+    key: the setting that named it, for the error message. scheduler: configuration of the base's; a model that says of
+    itself that it predicts something else, or knows other noise levels, is refused. A single file needs no
+    configuration: it has the shape of `like`.
     """
     place = path_or_id(key, path)
     if place is not None and place.is_file():

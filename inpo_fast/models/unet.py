@@ -131,6 +131,9 @@ class UNet(Denoiser):
         # as DDIM has the noise levels: with zero terminal SNR some samplers' classes keep a little signal at the last
         return DDPMPath.of(DDIMScheduler.from_config(pipeline.scheduler.config))
 
+    def sampler(self, pipeline: DiffusionPipeline) -> DDIMScheduler:
+        return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+
     # ---- latents ----------------------------------------------------------------------------------------------------
     @property
     def native_side(self) -> int | None:

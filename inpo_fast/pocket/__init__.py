@@ -1,4 +1,4 @@
-"""The pocket world: a tiny real text-to-image model with its scenes, judge and preference pairs."""
+"""The pocket world: a tiny real text-to-image model with its scenes and preference pairs."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from inpo_fast.comparison.drawing import draw, use_ddim
+from inpo_fast.comparison.drawing import draw, use_deterministic_sampler
 from inpo_fast.judges.pocket_rules import RuleJudge
 from inpo_fast.models.files.diffusers_folder import write_folder
 from inpo_fast.models.loading import quiet_libraries
@@ -79,7 +79,7 @@ def check_base(output: Path) -> None:
     """How good the base is: at least 85 % of samples on seen prompts show the right colour and shape."""
     seen, _ = split_scenes()
     pipeline = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None, dtype=torch.float32)
-    use_ddim(pipeline)
+    use_deterministic_sampler(pipeline)
     captions = [scene.caption for scene in seen[::2]]
     pictures = draw(
         pipeline,

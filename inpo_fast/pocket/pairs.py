@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.progress import Progress
 
-from inpo_fast.comparison.drawing import draw, use_ddim
+from inpo_fast.comparison.drawing import draw, use_deterministic_sampler
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 from inpo_fast.judges.pocket_rules import RuleJudge
 from inpo_fast.judges.pocket_scenes import Scene
@@ -26,7 +26,7 @@ MODEL_NAME = "pocket-base"
 
 def draw_pairs(pipeline: StableDiffusionPipeline, scenes: list[Scene], count: int, seed: int) -> pa.Table:
     """`count` rows over the scenes in turn; labels carry Bradley-Terry noise, the closest rows are ties."""
-    use_ddim(pipeline)
+    use_deterministic_sampler(pipeline)
     chosen = [scenes[keyed_rng.integer(0, len(scenes) - 1, "scene", seed, i)] for i in range(count)]
     captions = [scene.caption for scene in chosen for _ in range(2)]
     keys = [("pair", seed, i, side) for i in range(count) for side in range(2)]

@@ -1,1 +1,1 @@
-"""Processes, files, errors, signals, random numbers, progress: what every floor above uses."""
+"""Processes, files, errors, signals, random numbers, progress: what every room above uses."""

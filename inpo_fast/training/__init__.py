@@ -1,1 +1,1 @@
-"""One run: loader, step batch, step, optimizer, metrics, checkpoints, validation."""
+"""One run: step batch, step, loop, optimizer, metrics, checkpoints, validation."""

@@ -1,4 +1,4 @@
-"""One run from its first step to its last: the only file that knows time. What a step does is in step.py."""
+"""One run from its first step to its last: the training loop. What a step does is in step.py."""
 
 import contextlib
 import math

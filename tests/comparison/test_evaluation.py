@@ -11,7 +11,7 @@ from tiny_world import save_tiny_model, tiny_pipeline, tiny_unet
 
 from inpo_fast import evaluate as evaluate_command
 from inpo_fast.comparison import evaluation as ev
-from inpo_fast.comparison.drawing import draw, open_base, scaled_eps, use_ddim
+from inpo_fast.comparison.drawing import draw, open_base, scaled_eps, use_deterministic_sampler
 from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.comparison.run_evaluation import evaluate
 from inpo_fast.comparison.win_rates import win_rate
@@ -109,7 +109,7 @@ def test_summary_has_its_keys_and_sanity_checks_can_fail():
 
 def test_same_noise_for_both_models_whatever_the_batch():
     pipeline = tiny_pipeline()
-    use_ddim(pipeline)
+    use_deterministic_sampler(pipeline)
     prompts, keys = ["a small red circle on a blue background"] * 3, [("k", i) for i in range(3)]
     together = draw(pipeline, prompts, keys, steps=2, guidance=2.0, batch=3)
     alone = draw(pipeline, prompts[2:], keys[2:], steps=2, guidance=2.0, batch=1)

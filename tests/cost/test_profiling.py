@@ -36,7 +36,7 @@ PARTS = ("", "_precomputed", "_policy_step")
 
 
 def dry(name: str, steps: int = 10, ceiling: float = 790.0, copy_ceiling: float = 4.3) -> dict:
-    """The published landing grid (5.48 evaluations of 10 steps)."""
+    """The published script's grid (5.48 evaluations of 10 steps)."""
     words = (name, "--inversion.grid=diffusers-0.22", f"--inversion.steps={steps}")
     return profiling.summary(recipe(*words), plan_of(*words), ceiling, 2.0, None, copy_ceiling)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from inpo_fast.comparison.drawing import draw, use_ddim
+from inpo_fast.comparison.drawing import draw, use_deterministic_sampler
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 from inpo_fast.data.sources import open_source
 from inpo_fast.judges.pocket_rules import ALIGNMENT, LOOKS, RuleJudge
@@ -106,7 +106,7 @@ def test_pairs_have_the_schema_and_never_a_held_out_scene():
 
 def test_base_model_draws_what_is_asked_with_room_in_looks():
     pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "model", safety_checker=None, dtype=torch.float32)
-    use_ddim(pipeline)
+    use_deterministic_sampler(pipeline)
     captions = [scene.caption for scene in split_scenes()[0][::5]]
     pictures = draw(
         pipeline, captions, [("test", i) for i in range(len(captions))], steps=SAMPLER_STEPS, guidance=GUIDANCE

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_runs import Forked, free_port, metric, metrics, policy, run_command, same_bits, save_recipe, train_in
 from tiny_world import tiny_xl
 
-from inpo_fast.comparison.drawing import draw, use_ddim
+from inpo_fast.comparison.drawing import draw, use_deterministic_sampler
 from inpo_fast.config import OnlineConfig, parse
 from inpo_fast.cost.step_cost import _drawn
 from inpo_fast.data.images import png
@@ -265,7 +265,7 @@ def test_an_adapter_of_sdxl_draws_with_the_adapter(tmp_path):
     assert metrics(out)[0]["online_pairs"] and metrics(out)[1]["online_pairs"]
     row = rows(out, 1)[0]
     pipeline = load_pipeline(str(tmp_path / "xl"), torch.bfloat16)
-    use_ddim(pipeline)
+    use_deterministic_sampler(pipeline)
     keys = [("online", SEED, row["position"], k) for k in range(2)]
     base = draw(pipeline, [row["caption"]] * 2, keys, steps=3, guidance=2.0)
     nearest = min(np.abs(pixels(row["jpg_0"]) - picture.astype(int)).mean() for picture in base)

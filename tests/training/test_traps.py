@@ -1,7 +1,8 @@
 """The traps that made others' trainers slow or wrong, one test each.
 
 Elsewhere: strides at every convolution (test_fast_unet); weights changed in place are seen by compiled blocks, whose
-gradients are held to float64 (test_compiled); waits of the host (test_syncs); the schedule in bf16 (test_schedule).
+gradients are held to float64 (test_compiled_blocks); waits of the host (test_syncs); the schedule in bf16
+(test_inversion_schedule).
 """
 
 import math

@@ -51,8 +51,8 @@ LAYERS = torch.nn.Linear | torch.nn.Conv2d
 def read_lora(key: str, path: str | Path, unet: torch.nn.Module) -> Lora:
     """The LoRA of a file or folder for this UNet (which may be on the meta device).
 
-    key: the setting that named it, for the refusal. UserError where a tensor has no place in the UNet, does not fit, is
-    not finite, or belongs to another kind of adapter.
+    key: the setting that named it, for the error message. UserError where a tensor has no place in the UNet, does not
+    fit, is not finite, or belongs to another kind of adapter.
     """
     shapes = {name: layer.weight.shape for name, layer in unet.named_modules() if isinstance(layer, LAYERS)}
     return _lora(key, path, layer_names(unet), shapes)
