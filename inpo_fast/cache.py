@@ -37,7 +37,7 @@ def main() -> None:
             latents = fill(config.data, models, rank, world, console, seed=config.seed, pairs=pairs)
         if rank == 0:
             again = LatentCache(folder, models, config.data, latents.resolution, config.seed)  # what the others wrote
-            there = f"{len(again.pairs):,} pairs and {len(again.prompts):,} prompts"
+            there = f"{len(again.latent_store):,} pairs and {len(again.text_store):,} prompts"
             console.print(f"{there} in {folder}", highlight=False, markup=False)
     finally:
         distributed.stop()

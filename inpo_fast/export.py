@@ -10,9 +10,13 @@ in any program's names is written in kohya's or diffusers', alpha / rank inside,
 import argparse
 from pathlib import Path
 
-from inpo_fast.handover.single_file_export import FORMAT_HELP, FORMATS
-from inpo_fast.models.models import DTYPES
 from inpo_fast.runtime.errors import UserError, run_command
+
+FORMATS = ("kohya", "kohya-diffusers", "diffusers")
+FORMAT_HELP = (
+    "names of a LoRA: kohya (default; ComfyUI, A1111, Forge, InvokeAI, sd-scripts, OneTrainer); kohya-diffusers, the "
+    "same with diffusers' layers (ai-toolkit; InvokeAI and OneTrainer for an XL with other blocks); diffusers"
+)
 
 
 def main() -> None:
@@ -22,7 +26,7 @@ def main() -> None:
     parser.add_argument("--lora", type=Path, help="a LoRA: its folder or file, in the names of any program")
     parser.add_argument("--output", type=Path, required=True, help="FILE.safetensors")
     parser.add_argument("--format", choices=FORMATS, default="kohya", help=FORMAT_HELP)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp16 for a model, fp32 for a LoRA")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp16 for a model, fp32 for a LoRA")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     own = parser.parse_args()
     if own.model is None and own.lora is None:
@@ -31,26 +35,17 @@ def main() -> None:
         raise UserError(f"--output {own.output}: must end with .safetensors")
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} exists; replace it with --overwrite, or name another")
-    from inpo_fast.handover.single_file_export import about_model, convert, lora_tensors, provenance, save, single_file
-    from inpo_fast.models.files.safetensors_metadata import modelspec
-    from inpo_fast.models.loading import load_pipeline, quiet_libraries
+    from inpo_fast.handover.single_file_export import export_lora, export_model
+    from inpo_fast.models.loading import quiet_libraries
+    from inpo_fast.models.models import DTYPES
 
     quiet_libraries()
     dtype = DTYPES[own.dtype or ("fp16" if own.lora is None else "fp32")]
     if own.lora is not None:
-        tensors, metadata = lora_tensors(own.lora, own.format, own.model, own.output.stem)
-        folder = own.lora if own.lora.is_dir() else own.lora.parent
+        count = export_lora(own.lora, own.output, dtype, own.format, own.model)
     else:
-        if not own.model.is_dir():
-            raise UserError(f"--model: no such folder: {own.model}")
-        pipeline = load_pipeline(str(own.model), dtype, key="--model")
-        tensors = single_file(pipeline)
-        metadata = modelspec(about_model(own.model, pipeline.unet.config, own.output.stem))
-        folder = own.model
-    # a LoRA in diffusers' names has none, like the one that a run leaves
-    metadata = metadata | provenance(folder) if metadata else {}
-    save(convert(tensors, dtype), metadata, own.output)
-    print(f"{own.output}: {len(tensors)} tensors, {dtype}, {own.output.stat().st_size / 1e6:.1f} MB")
+        count = export_model(own.model, own.output, dtype)
+    print(f"{own.output}: {count} tensors, {dtype}, {own.output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

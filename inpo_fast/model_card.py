@@ -12,11 +12,12 @@ from inpo_fast.runtime.errors import run_command
 
 
 def main() -> None:
-    from inpo_fast.handover.model_card import write_cards
-
     parser = argparse.ArgumentParser(prog="python -m inpo_fast.model_card", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
-    for path in write_cards(parser.parse_args().run):
+    own = parser.parse_args()
+    from inpo_fast.handover.model_card import write_cards
+
+    for path in write_cards(own.run):
         print(path)
 
 

@@ -2,7 +2,7 @@
 
     python -m inpo_fast.profile --config configs/sd15.yaml [--ceiling 790] [--copy-ceiling 4.3] [--price 2.5]
                                 [--json FILE] [--trace FILE]
-    python -m inpo_fast.profile --config configs/sd15.yaml --dry-run      # work and floors only; no weights, no GPU
+    python -m inpo_fast.profile --config configs/sd15.yaml --dry-run      # work and lower bounds; no weights, no GPU
 
 Runs a few windows of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
 step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (step_cost.py); the

@@ -12,7 +12,7 @@ Interrupted, it goes on where it stopped; on several processes with torchrun.
 import argparse
 from pathlib import Path
 
-from inpo_fast.data.loader import DataConfig
+from inpo_fast.data.config import DataConfig
 from inpo_fast.judges.registry import NAMES
 from inpo_fast.runtime.errors import UserError, run_command
 

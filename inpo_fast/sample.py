@@ -11,8 +11,6 @@ from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 
 def main() -> None:
-    from inpo_fast.report.pictures import Comparison, contact_sheet
-
     parser = command_line("python -m inpo_fast.sample", __doc__)
     parser.add_argument("--base", required=True, help="a diffusers folder, .safetensors file or hub id")
     parser.add_argument("--model", required=True, help="aligned model: the same, or a LoRA (file or folder)")
@@ -39,28 +37,21 @@ def main() -> None:
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("no prompts: give --prompts FILE or --prompt TEXT")
-    from inpo_fast.comparison.drawing import draw, drawing_with, use_ddim
-    from inpo_fast.models.loading import load_pipeline, load_vae, open_unet, quiet_libraries
+    from inpo_fast.comparison.drawing import draw_both, open_base
+    from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
+    from inpo_fast.report.pictures import Comparison, contact_sheet
     from inpo_fast.runtime import distributed
     from inpo_fast.runtime.files import write_bytes
-    from inpo_fast.runtime.progress import picture_progress
 
     quiet_libraries()
     _, _, device = distributed.start()
-    pipeline = load_pipeline(own.base, DTYPES[own.precision], own.single_file_config, key="--base")
-    if own.vae:
-        pipeline.vae = load_vae(own.vae, pipeline, key="--vae").to(pipeline.unet.dtype)
-    pipeline.to(device)
-    use_ddim(pipeline)
-    unet = open_unet("--model", own.model, pipeline)  # before anything is drawn
+    pipeline = open_base("--base", own.base, DTYPES[own.precision], own.single_file_config, "--vae", own.vae).to(device)
+    unet = open_network("--model", own.model, pipeline)  # before anything is drawn
     captions = [prompt for prompt in prompts for _ in range(own.seeds)]
     keys = [("sample", own.seed, i, seed) for i in range(len(prompts)) for seed in range(own.seeds)]
     how = {"steps": own.steps, "guidance": own.guidance, "batch": own.batch}
-    with picture_progress(2 * len(captions), "draw") as advance:
-        before = draw(pipeline, captions, keys, advance=lambda n: advance(n, "base"), **how)
-        with drawing_with(pipeline, unet):
-            after = draw(pipeline, captions, keys, advance=lambda n: advance(n, "aligned"), **how)
+    before, after = draw_both(pipeline, unet, captions, keys, **how)
     sheet = contact_sheet([Comparison(*row) for row in zip(captions, before, after, strict=True)])
     Path(own.output).parent.mkdir(parents=True, exist_ok=True)
     write_bytes(Path(own.output), sheet)

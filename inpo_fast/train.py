@@ -2,18 +2,17 @@
 
     torchrun --nproc-per-node 8 -m inpo_fast.train --config configs/sd15.yaml [--group.key=value …]
 
-The loop: the only file that knows time. What a step does is in step.py.
+Writes the run's folder: checkpoints, the model, its card, the evaluation, a report. Interrupted, --resume goes on.
 """
 
 import errno
-import json
 import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from inpo_fast.config import parse
-from inpo_fast.runtime.errors import run_command
+from inpo_fast.runtime.errors import UserError, run_command
 
 
 def main() -> None:
@@ -23,15 +22,14 @@ def main() -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
-    from inpo_fast.comparison.evaluation import evaluate, verdict
+    from inpo_fast.comparison.run_evaluation import evaluate
     from inpo_fast.cost.plan import make_plan, show
-    from inpo_fast.handover.model_card import write_cards
     from inpo_fast.models.loading import quiet_libraries
     from inpo_fast.runtime import distributed, lock
-    from inpo_fast.runtime.errors import Hang, UserError
-    from inpo_fast.runtime.files import write_text
+    from inpo_fast.runtime.errors import Hang
     from inpo_fast.runtime.preemption import EXIT_CODE, Preempted
-    from inpo_fast.training.loop import finish, prepare, train
+    from inpo_fast.training.loop import finish, train
+    from inpo_fast.training.set_up import prepare
 
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)])
     quiet_libraries()
@@ -50,28 +48,11 @@ def main() -> None:
         run = prepare(config, rank, world, device)
         train(run, console)
         policy = finish(run)
+        evaluation = None
         if config.evaluate.prompts:
             evaluation = evaluate(run.models.pipeline, policy, config.evaluate, run.variant)
-            if rank == 0:
-                write_text(run.folder.path / "evaluation.json", json.dumps(evaluation.result, indent=1))
-        else:
-            evaluation = None
         if rank == 0:
-            from inpo_fast.report.write import write_report
-
-            write_cards(run.folder.path)
-            report = write_report(run.folder.path, evaluation)
-            console.print(
-                f"\nModel:  {run.folder.path / 'model'} (opens with diffusers)", highlight=False, markup=False
-            )
-            if run.models.adapters:
-                names = ", ".join(path.name for path in sorted((run.folder.path / "lora").glob("*.safetensors")))
-                console.print(
-                    f"LoRA:   {run.folder.path / 'lora'} ({names})", highlight=False, markup=False, soft_wrap=True
-                )
-            if evaluation is not None:
-                console.print(verdict(evaluation.result), highlight=False, markup=False, soft_wrap=True)
-            console.print(f"Report: {report}", highlight=False, markup=False, soft_wrap=True)
+            write_results(run, evaluation, console)
         distributed.barrier()
     except Preempted as asked:
         if rank == 0:
@@ -80,16 +61,40 @@ def main() -> None:
     except OSError as problem:  # of metrics, pictures, TensorBoard; checkpoints and models say more themselves
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        raise UserError(
-            f"{problem.filename or config.output}: {problem.strerror}; free some space and continue with --resume: "
-            "the last checkpoint is complete"
-        ) from problem
+        raise full_disk(problem, config.output) from problem
     finally:
         if run is not None:
             run.checkpoints.end()
             run.folder.release()
         if not isinstance(sys.exc_info()[1], Hang):  # leaving the group would wait for the process that hangs
             distributed.stop()
+
+
+def write_results(run, evaluation, console) -> None:
+    """Model card, evaluation and report of a finished run, and where they are. evaluation: None where there is none."""
+    from inpo_fast.handover.model_card import write_cards
+    from inpo_fast.report.results import verdict
+    from inpo_fast.report.write import write_report
+
+    folder = run.folder.path
+    if evaluation is not None:
+        evaluation.write(folder)
+    write_cards(folder)
+    report = write_report(folder, evaluation)
+    lines = ["", f"Model:  {folder / 'model'} (opens with diffusers)"]
+    if run.models.adapters:
+        names = ", ".join(path.name for path in sorted((folder / "lora").glob("*.safetensors")))
+        lines.append(f"LoRA:   {folder / 'lora'} ({names})")
+    if evaluation is not None:
+        lines.append(verdict(evaluation.result))
+    console.print("\n".join([*lines, f"Report: {report}"]), highlight=False, markup=False, soft_wrap=True)
+
+
+def full_disk(problem: OSError, output: str) -> UserError:
+    return UserError(
+        f"{problem.filename or output}: {problem.strerror}; free some space and continue with --resume: "
+        "the last checkpoint is complete"
+    )
 
 
 if __name__ == "__main__":

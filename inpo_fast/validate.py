@@ -1,7 +1,7 @@
 """Looks at preference pairs before anybody spends GPU-hours on them.
 
-    python -m inpo_fast.data.validate --source PATH [--sheet pairs.png] [--json FILE] [--limit N]
-    python -m inpo_fast.data.validate --config configs/sd15.yaml --source PATH [--data.filters.min_side=512 …]
+    python -m inpo_fast.validate --source PATH [--sheet pairs.png] [--json FILE] [--limit N]
+    python -m inpo_fast.validate --config configs/sd15.yaml --source PATH [--data.filters.min_side=512 …]
 
 Reads and decodes pairs as the trainer would: counts, ties, what each filter leaves out, broken images, sizes, duplicate
 prompts and images, pairs whose images are the same, how sure the labels are; a contact sheet of sample pairs; how fast
@@ -15,8 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from inpo_fast.config import parse
-from inpo_fast.data.examine import PROGRAM
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+
+PROGRAM = "python -m inpo_fast.validate"
 
 
 def main() -> None:

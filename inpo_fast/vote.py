@@ -12,15 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from inpo_fast.runtime.errors import run_command
+from inpo_fast.runtime.errors import UserError, run_command
 
 
 def main() -> None:
-    from inpo_fast.comparison.votes import Ballot, cases_of_evaluation, cases_of_source
-    from inpo_fast.comparison.voting_page import Server
-    from inpo_fast.data.sources import open_source
-    from inpo_fast.runtime.errors import UserError
-
     parser = argparse.ArgumentParser(
         prog="python -m inpo_fast.vote", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,18 +36,22 @@ def main() -> None:
         raise UserError("give --pictures FOLDER or --source PATH, one of them")
     if own.limit is not None and own.limit < 1:
         raise UserError(f"--limit {own.limit}: must be at least 1")
+    from inpo_fast.comparison.votes import Votes, cases_of_evaluation, cases_of_source
+    from inpo_fast.comparison.voting_page import Server
+    from inpo_fast.data.sources import open_source
+
     if own.pictures is not None:
         cases = cases_of_evaluation(own.pictures, own.models, own.seed)
     else:
         cases = cases_of_source(open_source(own.source), own.seed)
-    ballot = Ballot(cases[: own.limit], own.output, own.user)
+    votes = Votes(cases[: own.limit], own.output, own.user)
     try:
-        server = Server((own.host, own.port), ballot, own.pixelated)
+        server = Server((own.host, own.port), votes, own.pixelated)
     except OSError as problem:
         raise UserError(f"--host {own.host} --port {own.port}: {problem.strerror}; take another port") from problem
     if own.host not in ("127.0.0.1", "localhost", "::1"):
         print("warning: everybody who reaches this address can see the pictures and vote", file=sys.stderr)
-    said = f"{ballot.done} of {len(ballot.cases)} pairs have a vote."
+    said = f"{votes.done} of {len(votes.cases)} pairs have a vote."
     print(f"{said} Open http://{own.host}:{server.server_port}/ (Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
@@ -60,8 +59,8 @@ def main() -> None:
         pass
     finally:
         server.server_close()
-        look = f"python -m inpo_fast.data.validate --source {own.output}"
-        print(f"\n{ballot.save()} pairs in {own.output}; look at them: {look}")
+        look = f"python -m inpo_fast.validate --source {own.output}"
+        print(f"\n{votes.save()} pairs in {own.output}; look at them: {look}")
 
 
 if __name__ == "__main__":

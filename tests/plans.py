@@ -14,7 +14,9 @@ import torch
 from inpo_fast.config import RunConfig, parse
 from inpo_fast.cost import flops, memory_traffic, plan, step_cost
 from inpo_fast.models import peak_memory
+from inpo_fast.models.unet import UNet
 
+FORWARD_BYTES = UNet.forward_bytes
 COUNTED: dict[tuple, object] = {}
 TEXT_BYTES = plan.text_bytes
 
@@ -33,8 +35,8 @@ def plan_of(name: str, *more: str, gpus: int = 1) -> plan.Plan:
 def plan_without_unet(name: str, *more: str) -> plan.Plan:
     """What is not the UNet's: its counts, and the cost of a pair, are nothing here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "unet_passes", lambda *_: flops.Passes(0, {}, {}, 0, 0))
-        patch.setattr(plan, "forward_bytes", lambda *_: 0)
+        patch.setattr(plan, "network_passes", lambda *_: flops.Passes(0, {}, {}, 0, 0))
+        patch.setattr(UNet, "forward_bytes", lambda *_: 0)
         patch.setattr(plan, "cost_of_a_pair", lambda *_, **__: SimpleNamespace(flop={}))
         return plan.make_plan(recipe(name, *more), 1)
 
@@ -42,34 +44,41 @@ def plan_without_unet(name: str, *more: str) -> plan.Plan:
 def counted_once(config: RunConfig, gpus: int) -> plan.Plan:
     """plan.make_plan, with the counts below."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "unet_passes", unet_passes)
-        for count in (flops.forward_bytes, peak_memory.encoding_bytes, peak_memory.decoding_bytes):
+        patch.setattr(plan, "network_passes", network_passes)
+        for count in (peak_memory.encoding_bytes, peak_memory.decoding_bytes):
             patch.setattr(plan, count.__name__, partial(remembered, count))
         patch.setattr(plan, "text_bytes", text_bytes)
-        patch.setattr(step_cost, "unet_traffic", unet_traffic)
+        patch.setattr(UNet, "forward_bytes", forward_bytes)
+        patch.setattr(step_cost, "network_traffic", network_traffic)
         patch.setattr(step_cost, "forward_flop", partial(remembered_call, flops.forward_flop))
         patch.setattr(step_cost, "forward_traffic", partial(remembered_call, memory_traffic.forward_traffic))
         return plan.make_plan(config, gpus)
 
 
-def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bool = False) -> flops.Passes:
-    passes = remembered(flops.unet_passes, unet, side, tokens, checkpointing)
+def network_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bool = False) -> flops.Passes:
+    passes = remembered(flops.network_passes, unet, side, tokens, checkpointing)
     if checkpointing:
         unet.enable_gradient_checkpointing()  # as the count leaves it: the traffic is that of such a UNet
     return passes
 
 
-def text_bytes(texts: list[torch.nn.Module], tokens: int) -> int:
-    return _once(("text", *map(_described, texts), tokens), lambda: TEXT_BYTES(texts, tokens))
+def text_bytes(*how) -> int:
+    *_, texts, tokens = how
+    return _once(("text", *map(_described, texts), tokens), lambda: TEXT_BYTES(*how))
 
 
-def unet_traffic(unet: torch.nn.Module, side: int, tokens: int) -> memory_traffic.UnetTraffic:
-    return remembered(memory_traffic.unet_traffic, unet, side, tokens)
+def network_traffic(unet: torch.nn.Module, side: int, tokens: int) -> memory_traffic.NetworkTraffic:
+    return remembered(memory_traffic.network_traffic, unet, side, tokens)
 
 
-def remembered(count: Callable, unet: torch.nn.Module, *how):
-    """count(unet, *how), the first time that it is asked for such a UNet."""
-    return _once((count, _described(unet), how), lambda: count(unet, *how))
+def forward_bytes(denoiser: UNet, unet: torch.nn.Module, side: int, tokens: int) -> int:
+    return remembered(lambda *how: FORWARD_BYTES(denoiser, *how), unet, side, tokens, called=FORWARD_BYTES)
+
+
+def remembered(count: Callable, unet: torch.nn.Module, *how, called: Callable | None = None):
+    """count(unet, *how), the first time that it is asked for such a UNet. called: what it goes by, where it is new each
+    time."""
+    return _once((called or count, _described(unet), how), lambda: count(unet, *how))
 
 
 def remembered_call(count: Callable, run: partial):

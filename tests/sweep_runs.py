@@ -67,9 +67,17 @@ def recipe_of(models, cache, how=HOW, objective=OBJECTIVE, data=DATA, seed=0, mi
     how = replace(how, cache=None if cache is None else str(cache))
     trajectories = open_trajectory_cache(models, how, objective, data)
     if trajectories is not None:
-        trajectories.shards.start()
-    sizes = {"micro_batch": micro_batch, "vae_batch": data.vae_batch}
-    return StepConfig("inpo", objective, how, vae_sample=data.vae_sample, seed=seed, trajectories=trajectories, **sizes)
+        trajectories.store.start()
+    return StepConfig(
+        method="inpo",
+        objective=objective,
+        inversion=how,
+        micro_batch=micro_batch,
+        vae_sample=data.vae_sample,
+        seed=seed,
+        trajectory_cache=trajectories,
+        vae_batch=data.vae_batch,
+    )
 
 
 @dataclass
@@ -96,7 +104,7 @@ def run(world, cache=None, *, steps=3, first=0, lr=1e-3, base="sd", precision="f
         models.weights.refresh()
         values.append(tally.values())
         logits.append(own)
-    return Outcome([w.detach().clone() for w in models.weights.masters], values, logits, recipe.trajectories)
+    return Outcome([w.detach().clone() for w in models.weights.masters], values, logits, recipe.trajectory_cache)
 
 
 def same(one: Outcome, two: Outcome) -> bool:

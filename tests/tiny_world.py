@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
-from inpo_fast.judges.pocket_scenes import Finish, all_scenes, random_finish, render, split_scenes
 from inpo_fast.models.loading import load_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.pocket.base_model import WIDTH, make_pipeline, make_text_encoder, make_tokenizer
 from inpo_fast.pocket.pairs import png, write_pairs
+from inpo_fast.pocket.scenes import Finish, all_scenes, random_finish, render, split_scenes
 
 
 def tiny_unet() -> UNet2DConditionModel:

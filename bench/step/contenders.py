@@ -92,7 +92,15 @@ def build(name: str, models: Models, items: list[Item], asked: argparse.Namespac
     def ours(items: list[Item]) -> None:
         at_once = replace(inversion, batch=sizes["inversion_batch"])
         objective, vae_batch = ObjectiveConfig(beta=how["beta"]), sizes["vae_batch"]
-        recipe = StepConfig("inpo", objective, at_once, sizes["micro_batch"], True, SEED, vae_batch=vae_batch)
+        recipe = StepConfig(
+            method="inpo",
+            objective=objective,
+            inversion=at_once,
+            micro_batch=sizes["micro_batch"],
+            vae_sample=True,
+            seed=SEED,
+            vae_batch=vae_batch,
+        )
         with phase("encode"):
             window = make_step_batch(items, other, recipe, empty)
         train_step(window, other, recipe, len(items), clip=float("inf"))

@@ -126,7 +126,7 @@ def _condition(items: list[Item], models: Models) -> dict:
     options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     out = models.pipeline.encode_prompt([item.prompt for item in items], device=models.device, **options)
     more = {"encoder_hidden_states": out[0].repeat(2, 1, 1)}
-    if models.is_xl:
+    if models.denoiser.takes_sizes:
         views = [view for side in range(2) for item in items for view in [(item.winner, item.loser)[side]]]
         sizes = [(*view.original, *view.crop, *view.pixels.shape[:2]) for view in views]
         time_ids = torch.tensor(sizes, device=models.device).float()

@@ -5,9 +5,9 @@
 naive: the published script's shape (naive.py), one pair at a time, fp32 weights under autocast. lockstep: the same with
 working-precision weights, batches and torch.compile on a GPU. plain, fused, compiled: inpo_fast with models.fast so
 set. All draw the same pairs (their work depends on their timesteps) and noise at equal settings: grid diffusers-0.22,
-told the target, conditional inversion, n = 10, VAE and text encoders in the loop. sd15 and sdxl have the exact
-architecture with random weights, drawn on the device. All but naive share one set of weights, which lies in
-channels_last as soon as fused or compiled is among them.
+the UNet conditioned on the target level, conditional inversion, n = 10, VAE and text encoders in the loop. sd15 and
+sdxl have the exact architecture with random weights, drawn on the device. All but naive share one set of weights, which
+lies in channels_last as soon as fused or compiled is among them.
 
 One contender after the other is built, run once (warm-up, compilation; the gradient of this run is compared with the
 first contender's) and timed once. The further turns alternate, so that other load hits all alike; spreads are the

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.step.train_step import move_policy
+from bench.step.contenders import move_policy
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
@@ -20,8 +20,8 @@ from inpo_fast.models.loading import open_pipeline, quiet_libraries
 from inpo_fast.models.models import Models
 from inpo_fast.pocket import ASSETS
 from inpo_fast.runtime.errors import run_command
-from inpo_fast.training.metrics import MetricAccumulator
-from inpo_fast.training.step import micro_step, noise_window
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import micro_step
 from inpo_fast.training.step_batch import StepBatch, StepConfig, make_step_batch
 
 WAYS = {
@@ -42,20 +42,27 @@ def main() -> None:
     asked = parser.parse_args()
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = StepConfig("inpo", ObjectiveConfig(beta=asked.beta), InversionConfig(), 16, False, 0)
+    recipe = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(beta=asked.beta),
+        inversion=InversionConfig(),
+        micro_batch=16,
+        vae_sample=False,
+        seed=0,
+    )
     plain = open_models(ModelsConfig(base=asked.base), device)
     source = open_source(asked.source)
     reader = PairLoader(source, DataConfig(), resolution=plain.resolution, seed=0, rank=0, world=1)
     items = next(reader.steps(0, 1, asked.pairs))
     window = make_step_batch(items, plain, recipe, plain.encode_empty())
-    wanted = noise_window(window, plain, recipe)[0]
+    wanted = noisy_latents(window, plain, recipe)[0]
     gradient = gradient_at(window, wanted, plain, recipe)
     print(f"{'':18}  x_t       tau       gradient")
     for name, (config, fp8) in WAYS.items():
         models = open_models(replace(config, base=asked.base), device)
         own = replace(make_step_batch(items, models, recipe, models.encode_empty()), x_0=window.x_0)
         how = replace(recipe, inversion=replace(recipe.inversion, fp8=fp8))
-        x_t = noise_window(own, models, how)[0]
+        x_t = noisy_latents(own, models, how)[0]
         other = gradient_at(window, x_t, plain, recipe)
         taus = [tau_of(window, x) for x in (x_t, wanted)]
         row = (distance(x_t, wanted), distance(*taus), distance(other, gradient))
@@ -69,15 +76,15 @@ def open_models(config: ModelsConfig, device: torch.device) -> Models:
 
 
 def tau_of(window: StepBatch, x_t: torch.Tensor) -> torch.Tensor:
-    return target(x_t.flatten(0, 1), window.x_0.flatten(0, 1), window.a.flatten(), window.s.flatten())
+    return target(x_t.flatten(0, 2), window.x_0.flatten(0, 1), window.a.flatten(), window.s.flatten())
 
 
 def gradient_at(window: StepBatch, x_t: torch.Tensor, models: Models, recipe: StepConfig) -> torch.Tensor:
     models.weights.zero()
     for lo in range(0, len(window.items), recipe.micro_batch):
         part = slice(lo, min(lo + recipe.micro_batch, len(window.items)))
-        prediction, found = micro_step(window, x_t, part, models, recipe, MetricAccumulator(models.device))
-        prediction.backward(found.dpred)
+        found = micro_step(window, x_t, 0, part, models, recipe)
+        found.prediction.backward(found.objective.dpred)
     return torch.cat([g.reshape(-1) for g in models.weights.gradients])
 
 

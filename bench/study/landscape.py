@@ -28,8 +28,8 @@ from inpo_fast.data.loader import Item, PairLoader, open_data
 from inpo_fast.models.loading import open_pipeline, quiet_libraries
 from inpo_fast.models.models import Models, Text
 from inpo_fast.runtime import keyed_rng
-from inpo_fast.training.metrics import MetricAccumulator
-from inpo_fast.training.step import micro_step, noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import micro_step, train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 ALPHAS = (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
@@ -43,8 +43,7 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     torch.set_num_threads(1)
     config, begun = config_of(study, cell, seed), time.perf_counter()
     models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
-    settings = (config.method, config.objective, config.inversion, config.train.micro_batch, config.data.vae_sample)
-    recipe, empty = StepConfig(*settings, config.seed), models.encode_empty()
+    recipe, empty = StepConfig.of(config), models.encode_empty()
     first = config.train.steps * config.train.pairs_per_step
     items = load(config, models, first, PAIRS + BATCHES * BATCH)
     names, start = models.weights.names, [master.detach().clone() for master in models.weights.masters]
@@ -122,10 +121,10 @@ def loss_along(
     window, rows = make_step_batch(items, models, recipe, empty), []
     for alpha in ALPHAS:
         move(models, start, direction, alpha)
-        x_t, _ = noise_window(window, models, recipe)
+        x_t, _ = noisy_latents(window, models, recipe)
         parts = [slice(lo, min(lo + recipe.micro_batch, len(items))) for lo in range(0, len(items), recipe.micro_batch)]
-        found = [micro_step(window, x_t, pairs, models, recipe, MetricAccumulator(models.device))[1] for pairs in parts]
-        rows.append(torch.cat([objective.loss for objective in found]))
+        found = [micro_step(window, x_t, 0, pairs, models, recipe).objective.loss for pairs in parts]
+        rows.append(torch.cat(found))
     return torch.stack(rows)
 
 

@@ -32,7 +32,7 @@ from inpo_fast.method.noise_path import noised, target
 from inpo_fast.models.loading import open_pipeline, quiet_libraries
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
-from inpo_fast.training.step import noise_window
+from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 PAIRS = 192
@@ -111,9 +111,17 @@ FAULTS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str, np.ndarray]:
     """Of each image, (N, 2) all: c; the mean of eps^2; rms of tau before it is normalised; the correlation of tau
     with x_0, and of tau with itself one place to the right: both 0 for noise."""
-    recipe = StepConfig(config.method, config.objective, config.inversion, len(items), False, config.seed)
+    recipe = StepConfig(
+        method=config.method,
+        objective=config.objective,
+        inversion=config.inversion,
+        micro_batch=len(items),
+        vae_sample=False,
+        seed=config.seed,
+    )
     window = make_step_batch(items, models, recipe, models.encode_empty())
-    x_t = noise_window(window, models, recipe)[0].flatten(0, 1)
+    (x_t,), _ = noisy_latents(window, models, recipe)
+    x_t = x_t.flatten(0, 1)
     levels = window.a.flatten(), window.s.flatten()
     x_0 = window.x_0.flatten(0, 1)
     tau = target(x_t, x_0, *levels)

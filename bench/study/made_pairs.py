@@ -28,10 +28,11 @@ from rich.console import Console
 from bench.study.cells import Cell, Study, config_of
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 from inpo_fast.judges.pocket_rules import RuleJudge
-from inpo_fast.judges.pocket_scenes import Finish, Scene, random_finish, render, split_scenes
+from inpo_fast.judges.pocket_scenes import Scene
 from inpo_fast.models.loading import load_pipeline, quiet_libraries
 from inpo_fast.pocket import ASSETS
 from inpo_fast.pocket.pairs import draw_pairs, png, write_pairs
+from inpo_fast.pocket.scenes import Finish, random_finish, render, split_scenes
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.files import whole
 

@@ -22,7 +22,7 @@ def plot(results: list[dict], kind: str, path: Path) -> None:
 def trainings(results: list[dict], path: Path) -> None:
     """A row for each cell, in the study's order: win-rate and gain with their intervals, and what the training took.
 
-    The dashed line is the control, a cell without training.
+    The dashed line is the negative control, a cell without training.
     """
     cells = by_cell(results)
     trained = {name: runs for name, runs in cells.items() if "unet_evaluations" in runs[0]}

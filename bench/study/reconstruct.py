@@ -1,8 +1,8 @@
 """How well an inversion is undone by sampling: no training, the base model, images of the preference pairs.
 
 x_0 is inverted to x_t, then sampled back by DDIM with the same (empty) prompt: down the levels of a much finer grid, so
-that the error is the inversion's own, whatever levels it took. Grids that do not land on t are told t all the same,
-as the loss is.
+that the error is the inversion's own, whatever levels it took. Grids that do not land on t are conditioned on t all
+the same, as the loss is.
 """
 
 import time
@@ -36,7 +36,14 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     windows = PairLoader(
         open_source(config.data.source), config.data, resolution=models.resolution, seed=config.seed, rank=0, world=1
     )
-    recipe = StepConfig("dpo", ObjectiveConfig(), InversionConfig(), PAIRS, False, config.seed)
+    recipe = StepConfig(
+        method="dpo",
+        objective=ObjectiveConfig(),
+        inversion=InversionConfig(),
+        micro_batch=PAIRS,
+        vae_sample=False,
+        seed=config.seed,
+    )
     window = make_step_batch(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
     x_0, spent, errors, sizes = window.x_0.flatten(0, 1), 0, {}, {}
 

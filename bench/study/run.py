@@ -126,7 +126,7 @@ def run(
     """All results of the study's cells; makes those that are not in `runs`. UserError, after all others are done, where
     some failed.
 
-    work(study, cell, seed) makes one; cell None is the control.
+    work(study, cell, seed) makes one; cell None is the negative control.
     """
     runs.mkdir(parents=True, exist_ok=True)
     work, wanted = work or run_one, wanted_of(study, runs)

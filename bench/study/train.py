@@ -1,6 +1,6 @@
 """One cell and training seed of a study: train, draw the prompts of the split, judge them against the base's.
 
-The base and the control (its noise prediction times 1.01) are drawn once for all cells, from the same noise.
+The base and the negative control (its noise prediction times 1.01) are drawn once for all cells, from the same noise.
 """
 
 import functools
@@ -20,7 +20,8 @@ from bench.results import ROOT, provenance
 from bench.study.cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
 from bench.study.measures import MEASURES
 from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
-from inpo_fast.comparison.evaluation import Gallery, diversity, read_prompts
+from inpo_fast.comparison.evaluation import Gallery, diversity
+from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.comparison.win_rates import points
 from inpo_fast.config import EvaluateConfig, RunConfig, parse
 from inpo_fast.judges.registry import make_judge
@@ -29,6 +30,7 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import whole
 from inpo_fast.runtime.preemption import Preempted
 from inpo_fast.training import loop
+from inpo_fast.training.set_up import prepare
 
 RECIPE_WORDS = ["--config", "configs/pocket.yaml"]
 SCALARS = ("loss", "implicit_accuracy", "winner_delta", "loser_delta", "eps_scale", "tau_rms_winner", "tau_rms_loser")
@@ -82,7 +84,7 @@ def trained(config: RunConfig, console: Console | None = None) -> Trained:
     UserError where it is asked to stop."""
     config = replace(config, train=replace(config.train, checkpoint_every=config.train.steps))
     begun, cpu = time.perf_counter(), time.process_time()
-    run = loop.prepare(config, 0, 1, torch.device("cpu"))
+    run = prepare(config, 0, 1, torch.device("cpu"))
     try:
         loop.train(run, console or Console(file=io.StringIO()))
         lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
@@ -95,7 +97,7 @@ def trained(config: RunConfig, console: Console | None = None) -> Trained:
 
 
 def run_base(study: Study, scale: float) -> dict:
-    """The base with its noise prediction scaled, against the base itself: 1.01 is the control."""
+    """The base with its noise prediction scaled, against the base itself: 1.01 is the negative control."""
     quiet_libraries()
     torch.set_num_threads(1)
     name = f"control-{scale:g}-{study.split}-{study.pictures}"

@@ -27,8 +27,7 @@ def encode_views(
         part = views[lo : lo + chunk]
         filled = [*range(lo, lo + len(part)), *[lo] * (chunk - len(part))]
         pixels = torch.from_numpy(np.stack([views[i].pixels for i in filled]))
-        side = models.reference.config.sample_size * pixels.shape[1] // models.resolution
-        shape = (models.reference.config.in_channels, side, side)
+        shape = models.latent_shape(pixels.shape[1])
         noise = keyed_rng.normals(shape, [("vae", *keys[i]) for i in filled]) if vae_sample else None
         with fits("data.vae_batch", chunk):
             pixels = to_device(pixels, models.device).permute(0, 3, 1, 2).float() / 127.5 - 1

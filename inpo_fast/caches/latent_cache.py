@@ -17,7 +17,8 @@ import torch
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import DataConfig, Item
 from inpo_fast.data.pair import BadPair
-from inpo_fast.models.models import Models, Text
+from inpo_fast.models.denoiser import Text
+from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.fingerprint import fingerprint, source_fingerprint
 from inpo_fast.runtime.record_store import RecordStore, digest
@@ -33,7 +34,6 @@ class LatentCache:
         """Reads the index; writes nothing. UserError, naming what differs, where it was made for something else."""
         self.folder, self.resolution = folder, resolution
         self.vae_batch = config.vae_batch or models.vae_batch(resolution)
-        encoders = [getattr(models.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
         common = {"layout": 1, "device": models.device.type, "torch": version("torch")}
         data = asdict(config)
         latents = common | {
@@ -50,28 +50,29 @@ class LatentCache:
         }
         text = common | {
             "holds": "text",
-            "text": [fingerprint(encoder) for encoder in encoders if encoder is not None],
+            "text": [fingerprint(encoder) for encoder in models.encoders],
             "text_dtype": str(models.dtype),
             "transformers": version("transformers"),
         }
-        self.pairs, self.prompts = RecordStore(folder / "latents", latents), RecordStore(folder / "text", text)
+        self.latent_store = RecordStore(folder / "latents", latents)
+        self.text_store = RecordStore(folder / "text", text)
 
     def start(self) -> None:
         """Makes the folders and manifests."""
-        for shards in (self.pairs, self.prompts):
-            shards.start()
+        for store in (self.latent_store, self.text_store):
+            store.start()
 
     def has(self, position: int) -> bool:
-        return self._key(position) in self.pairs
+        return self._key(position) in self.latent_store
 
     def item(self, position: int) -> Item | None:
         """The pair at a position, without pixels. BadPair where it was found broken, None where it is not there."""
         key = self._key(position)
-        (said,) = self.pairs.read("item", [key])
-        (x_0,) = self.pairs.read("x_0", [key])
-        if said is None or x_0 is None:
+        (facts,) = self.latent_store.read("item", [key])
+        (x_0,) = self.latent_store.read("x_0", [key])
+        if facts is None or x_0 is None:
             return None
-        facts = json.loads(said[0].numpy().tobytes().rstrip(b"\0"))
+        facts = json.loads(facts[0].numpy().tobytes().rstrip(b"\0"))
         if "broken" in facts:
             raise BadPair(facts["broken"])
         views = [View(None, *map(tuple, sizes)) for sizes in facts.pop("views")]
@@ -83,33 +84,29 @@ class LatentCache:
         longest = max(map(len, texts))
         rows = np.stack([np.frombuffer(text.ljust(longest, b"\0"), np.uint8) for text in texts])
         parts = {"x_0": x_0, "item": torch.from_numpy(rows)[:, None]}
-        self.pairs.write([self._key(position) for position, _ in found], parts)
+        self.latent_store.write([self._key(position) for position, _ in found], parts)
 
     def unknown_prompts(self, prompts: list[str]) -> list[str]:
-        return [prompt for prompt in dict.fromkeys(prompts) if self.prompts.key(prompt.encode()) not in self.prompts]
+        store = self.text_store
+        return [prompt for prompt in dict.fromkeys(prompts) if store.key(prompt.encode()) not in store]
 
     def add_prompts(self, prompts: list[str], text: Text) -> None:
-        parts = {"hidden": text.hidden[:, None]}
-        if text.pooled is not None:
-            parts["pooled"] = text.pooled[:, None]
-        self.prompts.write([self.prompts.key(prompt.encode()) for prompt in prompts], parts)
+        parts = {name: x[:, None] for name, x in text.tensors.items()}
+        self.text_store.write([self.text_store.key(prompt.encode()) for prompt in prompts], parts)
 
     def encode_prompts(self, prompts: list[str], models: Models) -> Text:
         """As `Models.encode_prompts`; what is not there is encoded."""
-        keys = [self.prompts.key(prompt.encode()) for prompt in prompts]
-        names = ("hidden", "pooled") if models.is_xl else ("hidden",)
-        known = [self.prompts.read(name, keys) for name in names]
-        new = [i for i, parts in enumerate(zip(*known, strict=True)) if any(part is None for part in parts)]
+        keys = [self.text_store.key(prompt.encode()) for prompt in prompts]
+        known = {name: self.text_store.read(name, keys) for name in models.denoiser.text_names}
+        new = [i for i, parts in enumerate(zip(*known.values(), strict=True)) if any(part is None for part in parts)]
         made = models.encode_prompts([prompts[i] for i in new]) if new else None
-        out = []
-        for name, rows in zip(names, known, strict=True):
+        for name, rows in known.items():
             for place, i in enumerate(new):
-                rows[i] = getattr(made, name)[place : place + 1].cpu()
-            out.append(torch.cat(rows).to(models.device, non_blocking=True))
-        return Text(*out)
+                rows[i] = made.tensors[name][place : place + 1].cpu()
+        return Text(**{name: torch.cat(rows).to(models.device, non_blocking=True) for name, rows in known.items()})
 
     def _key(self, position: int) -> str:
-        return self.pairs.key(str(position).encode())
+        return self.latent_store.key(str(position).encode())
 
 
 def open_latent_cache(models: Models, config: DataConfig, resolution: int, seed: int) -> LatentCache | None:
@@ -117,7 +114,7 @@ def open_latent_cache(models: Models, config: DataConfig, resolution: int, seed:
     if config.cache is None:
         return None
     latents = LatentCache(Path(config.cache), models, config, resolution, seed)
-    if not len(latents.pairs):
+    if not len(latents.latent_store):
         raise UserError(
             f"data.cache={config.cache} holds no latents; fill it first: python -m inpo_fast.cache, with the same "
             "configuration and --data.cache"

@@ -1,8 +1,5 @@
 """Latents and text embeddings of a run, before it: the VAE and the text encoders then need not run while training.
 
-    torchrun --nproc-per-node 8 -m inpo_fast.cache --config configs/sd15.yaml --data.cache CACHE [--group.key=value …]
-    torchrun --nproc-per-node 8 -m inpo_fast.train --config configs/sd15.yaml --data.cache CACHE
-
 Makes what this very configuration will draw in its train.steps x train.pairs_per_step positions. Interrupted, it goes
 on where it stopped; shards are written whole or not at all.
 """
@@ -52,8 +49,8 @@ def check_room(latents: LatentCache, missing: int, record: int, prompts: int, te
     free = shutil.disk_usage(latents.folder).free
     what = (
         f"data.cache: at most {need / GIB:.3g} GiB for {missing:,} pairs and {prompts:,} prompts "
-        f"({len(latents.pairs):,} and {len(latents.prompts):,} there), {free / GIB:.3g} GiB free on the disk of "
-        f"{latents.folder}"
+        f"({len(latents.latent_store):,} and {len(latents.text_store):,} there), {free / GIB:.3g} GiB free on the disk "
+        f"of {latents.folder}"
     )
     console.print(what, highlight=False, markup=False, soft_wrap=True)
     if need > free:
@@ -76,22 +73,21 @@ def fill(
     distributed.barrier()
     groups = [range(lo, min(lo + ROWS, pairs)) for lo in range(0, pairs, ROWS)]
     todo = [[p for p in group if not latents.has(p)] for group in groups]
-    side = models.reference.config.sample_size * resolution // models.resolution
-    shape = (2, models.reference.config.in_channels, side, side)
+    shape = (2, *models.latent_shape(resolution))
     if rank == 0:
         missing = sum(map(len, todo))
-        prompts = max(0, different_prompts(source) + 1 - len(latents.prompts)) if missing else 0  # and the empty one
+        prompts = max(0, different_prompts(source) + 1 - len(latents.text_store)) if missing else 0  # and the empty one
         empty = models.encode_empty()
-        text = sum(part.nbytes for part in (empty.hidden, empty.pooled) if part is not None)
+        text = sum(x.nbytes for x in empty.tensors.values())
         check_room(latents, missing, 4 * prod(shape), min(missing, prompts), text, console)
-    windows = PairLoader(source, config, resolution=resolution, seed=seed, rank=rank, world=world)
+    loader = PairLoader(source, config, resolution=resolution, seed=seed, rank=rank, world=world)
     count = TextColumn("{task.completed}/{task.total} pairs")
     columns = (TextColumn("cache"), BarColumn(), count, TimeRemainingColumn())
     mine = [positions for positions in todo[rank::world] if positions]
     with Progress(*columns, console=console, disable=rank != 0) as bar, ThreadPoolExecutor(config.workers) as pool:
         task = bar.add_task("", total=sum(map(len, mine)))
         for positions in mine:
-            found = list(zip(positions, pool.map(lambda p: _load(windows, p), positions), strict=True))
+            found = list(zip(positions, pool.map(lambda p: _load(loader, p), positions), strict=True))
             good = [item for _, item in found if isinstance(item, Item)]
             x_0 = torch.zeros(len(found), *shape)
             if good:
@@ -115,8 +111,8 @@ def fill(
     return latents
 
 
-def _load(windows: PairLoader, position: int) -> Item | str:
+def _load(loader: PairLoader, position: int) -> Item | str:
     try:
-        return windows.load(position)
+        return loader.load(position)
     except BadPair as problem:
         return str(problem)

@@ -11,11 +11,11 @@ class EvaluateConfig:
     """Held-out prompts that decide: a text file, one a line; a folder with HPDv2's four lists; Parti's .tsv; .parquet
     or hf://… with captions. None: no evaluation."""
     seen_prompts: str | None = None
-    """Prompts from the training distribution, for the seen-against-held-out guard."""
+    """Prompts from the training distribution, for the sanity check of seen against held-out prompts."""
     judge: str = "pocket-rules"
     """Which judge decides the win-rate."""
     outside_judge: str | None = None
-    """A second judge that no reward was made from, reported as a guard."""
+    """The independent judge, which no reward was made from: one of the sanity checks."""
     judges: tuple[str, ...] = ()
     """Of a comparison of several models (inpo_fast.evaluate): all of these. Empty: judge and outside_judge."""
     seeds: int = 4
@@ -27,6 +27,7 @@ class EvaluateConfig:
     batch: int = 16
     """Pictures drawn at once."""
     control_eps_scale: float = 1.01
-    """The control row: the base with its noise prediction scaled by this. A judge it fools is a grain meter."""
+    """The negative control: the base with its noise prediction scaled by this. A judge that prefers it measures
+    grain."""
     seed: int = 0
     """Of the initial noise; independent of the training seed, so that runs are compared on the same noise."""

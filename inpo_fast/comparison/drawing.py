@@ -1,9 +1,4 @@
-"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only.
-
-    python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --output sheet.png
-
-A contact sheet: the base's pictures above the aligned model's, same prompts and same noise.
-"""
+"""Prompts to pictures with the stock diffusers pipeline; the noise of a picture depends on its key only."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,11 +9,13 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from inpo_fast.models.loading import open_unet
+from inpo_fast.models.families import denoiser_of
+from inpo_fast.models.loading import load_pipeline, load_vae, open_network
 from inpo_fast.models.peak_memory import one_by_one
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import TooLarge, fits, with_less
+from inpo_fast.runtime.progress import picture_progress
 
 log = logging.getLogger(__name__)
 FITTED: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # pictures at once, where fewer than asked fit
@@ -41,21 +38,21 @@ def draw(
     advance: called with the number of pictures after each batch (for a progress bar).
 
     The VAE decodes one picture at a time: 16 of SDXL's would take 24 GiB in bf16, 48 in fp32, and one is little work
-    beside the UNet's. Where memory does not suffice, the batch is halved, for this pipeline once and for all.
+    beside the network's. Where memory does not suffice, the batch is halved, for this pipeline once and for all.
     """
-    unet = pipeline.unet
-    side = unet.config.sample_size
+    denoiser = denoiser_of(pipeline)
+    network, shape = denoiser.module(pipeline), denoiser.latent_shape(denoiser.native_side)
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[np.ndarray] = []
 
     def some() -> np.ndarray:
         size = min(batch, FITTED.get(pipeline, batch))
         part = slice(len(pictures), len(pictures) + size)
-        noise = keyed_rng.normals((unet.config.in_channels, side, side), list(keys[part]))
+        noise = keyed_rng.normals(shape, list(keys[part]))
         with fits("batch", size), _decoding(pipeline.vae):
             return pipeline(
                 list(prompts[part]),
-                latents=noise.to(unet.device, unet.dtype),
+                latents=denoiser.pipeline_latents(noise.to(network.device, network.dtype)),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="np",
@@ -92,32 +89,55 @@ def _decoding(vae: torch.nn.Module):
             vae.to(dtype)
 
 
+def open_base(
+    key: str, place: str, dtype: torch.dtype, single_file_config: str | None, vae_key: str, vae: str | None
+) -> DiffusionPipeline:
+    """The pipeline that models are compared in. key, vae_key: the settings that named it and another VAE."""
+    pipeline = load_pipeline(place, dtype, single_file_config, key=key)
+    if vae:
+        pipeline.vae = load_vae(vae, pipeline, key=vae_key).to(dtype)
+    return pipeline
+
+
 def use_ddim(pipeline: DiffusionPipeline) -> None:
     """Swap in the deterministic DDIM sampler with the model's own noise schedule."""
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 
 
 @contextmanager
-def drawing_with(pipeline: DiffusionPipeline, unet: torch.nn.Module):
-    """Within the block the pipeline draws with this UNet and the deterministic DDIM sampler."""
-    own, scheduler = pipeline.unet, pipeline.scheduler
+def drawing_with(pipeline: DiffusionPipeline, network: torch.nn.Module):
+    """Within the block the pipeline draws with this network and the deterministic DDIM sampler."""
+    denoiser, scheduler = denoiser_of(pipeline), pipeline.scheduler
+    own = denoiser.module(pipeline)
     try:
-        pipeline.unet = unet
+        denoiser.put(pipeline, network)
         use_ddim(pipeline)
         yield pipeline
     finally:
-        pipeline.unet, pipeline.scheduler = own, scheduler
+        denoiser.put(pipeline, own)
+        pipeline.scheduler = scheduler
+
+
+def draw_both(
+    pipeline: DiffusionPipeline, network: torch.nn.Module, prompts: Sequence[str], keys: Sequence[keyed_rng.Key], **how
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The pictures of the pipeline's own network and of another, from the same noise. how: as in `draw`."""
+    use_ddim(pipeline)
+    with picture_progress(2 * len(prompts), "draw") as advance:
+        before = draw(pipeline, prompts, keys, advance=lambda n: advance(n, "base"), **how)
+        with drawing_with(pipeline, network):
+            return before, draw(pipeline, prompts, keys, advance=lambda n: advance(n, "aligned"), **how)
 
 
 @contextmanager
 def scaled_eps(pipeline: DiffusionPipeline, scale: float):
-    """Within the block the UNet's prediction is multiplied by `scale` (the control row of an evaluation)."""
+    """Within the block the network's prediction is multiplied by `scale` (the negative control of an evaluation)."""
 
     def multiply(_module, _inputs, output):
         output[0].mul_(scale)
         return output
 
-    handle = pipeline.unet.register_forward_hook(multiply)
+    handle = denoiser_of(pipeline).module(pipeline).register_forward_hook(multiply)
     try:
         yield pipeline
     finally:
@@ -126,10 +146,11 @@ def scaled_eps(pipeline: DiffusionPipeline, scale: float):
 
 @contextmanager
 def aligned(pipeline: DiffusionPipeline, model: str):
-    """Within the block the pipeline draws with another model: a LoRA, or anything whose UNet fits."""
-    own = pipeline.unet
-    pipeline.unet = open_unet("--model", model, pipeline)
+    """Within the block the pipeline draws with another model: a LoRA, or anything whose network fits."""
+    denoiser = denoiser_of(pipeline)
+    own = denoiser.module(pipeline)
+    denoiser.put(pipeline, open_network("--model", model, pipeline))
     try:
         yield pipeline
     finally:
-        pipeline.unet = own
+        denoiser.put(pipeline, own)

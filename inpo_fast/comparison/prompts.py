@@ -54,6 +54,10 @@ def read_prompt_set(path: str, limit: int | None = None) -> PromptSet:
     return PromptSet(found.kind, [found.prompts[i] for i in rows], groups)
 
 
+def read_prompts(path: str) -> list[str]:
+    return read_prompt_set(path).prompts
+
+
 def _read(path: str) -> PromptSet:
     here = Path(path).expanduser()
     if here.is_dir() and (here / f"{HPD_STYLES[0]}.json").exists():

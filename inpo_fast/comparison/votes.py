@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from inpo_fast.comparison.model_comparison import NEGATIVE_CONTROL
 from inpo_fast.data import records
 from inpo_fast.data.pair import BadPair, Source
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
@@ -52,7 +53,7 @@ def cases_of_evaluation(folder: Path, models: Sequence[str], seed: int) -> list[
             where[record["prompt"], record["seed"]] = folder / record["file"], record["image"]
         except (KeyError, TypeError) as problem:
             raise UserError(f"{listing}:{number}: no {problem}; run the evaluation again") from problem
-    models = list(models) or [name for name in by_model if name != "control"][:2]
+    models = list(models) or [name for name in by_model if name != NEGATIVE_CONTROL][:2]
     if len(models) != 2 or len({*models}) != 2 or not {*models} <= by_model.keys():
         raise UserError(f"--models {' '.join(models)}: give two of {', '.join(by_model)}")
     cases = []
@@ -88,14 +89,14 @@ def _shuffled(cases: list[Case], seed: int) -> list[Case]:
     return sorted(cases, key=lambda case: keyed_rng.hash_key("vote order", seed, case.key))
 
 
-class Ballot:
+class Votes:
     """The cases and the votes on them. Safe from several threads."""
 
     def __init__(self, cases: Sequence[Case], output: Path, user: int = 0):
         self.cases, self.output, self.user = list(cases), output, user
         self.log = output.with_name(f"{output.name}.votes.jsonl")
         self.lock = threading.Lock()
-        self.votes: dict[str, dict] = {}  # by case, in the order they were given
+        self.given: dict[str, dict] = {}  # by case, in the order they were given
         if output.exists() and not self.log.exists():
             raise UserError(f"--output {output} is there, and {self.log.name} beside it is not; name another file")
         if self.log.exists():
@@ -115,11 +116,11 @@ class Ballot:
     def next(self) -> int | None:
         """The number of the first case without a vote; None when all have one."""
         with self.lock:
-            return next((i for i, case in enumerate(self.cases) if case.key not in self.votes), None)
+            return next((i for i, case in enumerate(self.cases) if case.key not in self.given), None)
 
     @property
     def done(self) -> int:
-        return sum(case.key in self.votes for case in self.cases)
+        return sum(case.key in self.given for case in self.cases)
 
     def vote(self, number: int, choice: str) -> None:
         """ValueError for what is no choice or no case. A case keeps its first vote: a form sent twice counts once."""
@@ -127,7 +128,7 @@ class Ballot:
             raise ValueError(f"choice {choice!r} of case {number}")
         with self.lock:
             key = self.cases[number].key
-            if key in self.votes:
+            if key in self.given:
                 return
             self._write({"case": key, "choice": choice, "time": round(time.time(), 3)})
         if self.done % SAVE_EVERY == 0 or self.done == len(self.cases):
@@ -137,7 +138,7 @@ class Ballot:
         """Takes the last vote back."""
         with self.lock:
             own = {case.key for case in self.cases}
-            if last := [key for key in self.votes if key in own]:
+            if last := [key for key in self.given if key in own]:
                 self._write({"undo": last[-1]})
 
     def _write(self, line: dict) -> None:
@@ -148,16 +149,16 @@ class Ballot:
 
     def _apply(self, line: dict) -> None:
         if "undo" in line:
-            self.votes.pop(line["undo"], None)
+            self.given.pop(line["undo"], None)
         elif line["choice"] in CHOICES:
-            self.votes[line["case"]] = line
+            self.given[line["case"]] = line
 
     def save(self) -> int:
         """Writes the parquet: Pick-a-Pic v2's columns, image_0 the one that stood on the left. The number of rows."""
         with self.lock:
             rows = []
             for number, case in enumerate(self.cases):
-                vote = self.votes.get(case.key)
+                vote = self.given.get(case.key)
                 if vote is None or vote["choice"] == "skip":
                     continue
                 try:

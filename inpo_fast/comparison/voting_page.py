@@ -1,11 +1,6 @@
-"""Vote blind on pairs of pictures in the browser; the votes become preference pairs that training reads.
+"""The page on which people vote blind on pairs of pictures, and its server.
 
-    python -m inpo_fast.vote --pictures runs/compare --models base ours --output votes.parquet
-    python -m inpo_fast.vote --source PATH --output votes.parquet
-
-The first votes on pictures of an evaluation, the second on the pairs of a source anew. A small page on this machine
-only (127.0.0.1); which side is whose is drawn and never sent to the page. Keys: left and right arrow, t for a tie, s to
-skip, u to undo. Every vote is on disk before the next pair is shown; Ctrl-C ends, the same command goes on.
+On this machine only (127.0.0.1); which side is whose is drawn and never sent to the page.
 """
 
 import html
@@ -14,7 +9,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
-from inpo_fast.comparison.votes import Ballot
+from inpo_fast.comparison.votes import Votes
 from inpo_fast.data.pair import BadPair
 from inpo_fast.runtime.errors import UserError
 
@@ -58,13 +53,13 @@ THANKS = "<h1>Thank you.</h1><p>All pairs have a vote; the result is in {output}
 
 
 class Server(ThreadingHTTPServer):
-    """ballot, and the token that every form must send back: another page in the same browser cannot vote."""
+    """votes, and the token that every form must send back: another page in the same browser cannot vote."""
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], ballot: Ballot, pixelated: bool = False):
+    def __init__(self, address: tuple[str, int], votes: Votes, pixelated: bool = False):
         super().__init__(address, Handler)
-        self.ballot, self.token, self.pixelated = ballot, secrets.token_urlsafe(16), pixelated
+        self.votes, self.token, self.pixelated = votes, secrets.token_urlsafe(16), pixelated
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -94,9 +89,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             if self.path == "/vote":
-                self.server.ballot.vote(int(form.get("case", "")), form.get("choice", ""))
+                self.server.votes.vote(int(form.get("case", "")), form.get("choice", ""))
             elif self.path == "/undo":
-                self.server.ballot.undo()
+                self.server.votes.undo()
             else:
                 raise ValueError(self.path)
         except ValueError as problem:
@@ -123,27 +118,27 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def _page(self) -> None:
-        ballot, nonce = self.server.ballot, secrets.token_urlsafe(12)
-        number = ballot.next()
+        votes, nonce = self.server.votes, secrets.token_urlsafe(12)
+        number = votes.next()
         if number is None:
-            body = THANKS.format(output=html.escape(str(ballot.output)))
+            body = THANKS.format(output=html.escape(str(votes.output)))
         else:
-            prompt = html.escape(ballot.cases[number].prompt)
+            prompt = html.escape(votes.cases[number].prompt)
             body = BODY.format(prompt=prompt, number=number, token=self.server.token)
         rendering = "pixelated" if self.server.pixelated else "auto"
-        counts = {"done": ballot.done, "total": len(ballot.cases), "rendering": rendering}
+        counts = {"done": votes.done, "total": len(votes.cases), "rendering": rendering}
         page = PAGE.format(body=body, token=self.server.token, nonce=nonce, **counts).encode()
         rules = f"default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'"
         self._send(page, "text/html; charset=utf-8", f"{rules}; form-action 'self'; frame-ancestors 'none'")
 
     def _image(self) -> None:
         _, _, number, side = [*self.path.split("/"), "", ""][:4]
-        ballot = self.server.ballot
-        if not number.isdigit() or int(number) >= len(ballot.cases) or side not in ("0", "1"):
+        votes = self.server.votes
+        if not number.isdigit() or int(number) >= len(votes.cases) or side not in ("0", "1"):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         try:
-            content = ballot.cases[int(number)].images[int(side)]()
+            content = votes.cases[int(number)].images[int(side)]()
         except (OSError, BadPair, UserError) as problem:
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(problem))
             return

@@ -6,7 +6,7 @@ from typing import Literal
 import yaml
 
 from inpo_fast.comparison.config import EvaluateConfig
-from inpo_fast.data.loader import DataConfig
+from inpo_fast.data.config import DataConfig
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.method.methods import MethodName, variant_name
 from inpo_fast.models.config import ModelsConfig

@@ -1,4 +1,4 @@
-"""What a UNet, VAE and text encoder compute and keep: parameters, FLOPs, saved activations, on the meta device.
+"""What a network, VAE and text encoder compute and keep: parameters, FLOPs, saved activations, on the meta device.
 
 Exact for the shapes that run (2 FLOPs a multiply-add; convolutions, matrix products and attention only). Nothing is
 loaded or computed: a model's configuration is enough.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.peak_memory import fused_attention
 
 CLASSES = {  # operation -> class of the table
@@ -43,67 +44,25 @@ class Passes:
         return sum(self.backward.values())
 
 
-def unet_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing: bool = False) -> Passes:
-    """unet: a UNet2DConditionModel on the meta device, in the dtype it computes in; side: of the latent; tokens: of the
-    text embedding. checkpointing: blocks keep their inputs only, and one block at a time is computed again."""
-    parameters = sum(p.numel() for p in unet.parameters())
+def network_passes(network: torch.nn.Module, side: int, tokens: int, checkpointing: bool = False) -> Passes:
+    """network: a denoiser's, on the meta device, in the dtype it computes in; side: of the latent; tokens: of the text
+    embedding. checkpointing: blocks keep their inputs only, and one block at a time is computed again."""
+    parameters, denoiser = sum(p.numel() for p in network.parameters()), denoiser_of(network)
     with fused_attention():
-        kept = _Kept(unet)
+        kept = _Kept(network, denoiser.blocks(network))
         with FlopCounterMode(display=False) as forward, kept.watching():
-            answer = ask_unet(unet, side, tokens)
-        forward = _by_class(forward, unet)
+            output = denoiser.meta_pass(network, side, tokens)
+        forward = _by_class(forward, network)
         activations, largest = kept.bytes, kept.largest_block
         if checkpointing:
-            unet.enable_gradient_checkpointing()
-            kept = _Kept(unet)
+            network.enable_gradient_checkpointing()
+            kept = _Kept(network, denoiser.blocks(network))
             with kept.watching():
-                answer = ask_unet(unet, side, tokens)
+                output = denoiser.meta_pass(network, side, tokens)
             activations = kept.bytes + largest
         with FlopCounterMode(display=False) as backward:
-            answer.backward(torch.empty_like(answer))
-    return Passes(parameters, forward, _by_class(backward, unet), activations, largest)
-
-
-def ask_unet(unet: torch.nn.Module, side: int, tokens: int) -> torch.Tensor:
-    """One image through a meta UNet, as `unet_passes` describes it: the prediction (1, C, side, side)."""
-    config, dtype = unet.config, unet.dtype
-    sample = torch.empty(1, config.in_channels, side, side, dtype=dtype, device="meta")
-    text = torch.empty(1, tokens, config.cross_attention_dim, dtype=dtype, device="meta")
-    more = {}
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        more["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, pooled, dtype=dtype, device="meta"),
-            "time_ids": torch.empty(1, 6, dtype=dtype, device="meta"),
-        }
-    time = torch.empty(1, dtype=torch.int64, device="meta")
-    return unet(sample, time, text, **more).sample
-
-
-def forward_bytes(unet: torch.nn.Module, side: int, tokens: int) -> int:
-    """Memory of one image in a pass without gradient, estimated: all skip connections, and three tensors of the size
-    of the largest that a layer reads or writes."""
-    largest, skips, handles = 0, 0, []
-
-    def look(module, inputs, output):
-        nonlocal largest
-        sizes = [x.numel() for x in (*inputs, output) if isinstance(x, torch.Tensor)]
-        largest = max(largest, *sizes)
-
-    def skip(module, inputs, output):
-        nonlocal skips
-        skips += sum(x.numel() for x in output[1])
-
-    for module in unet.modules():
-        if not list(module.children()):
-            handles.append(module.register_forward_hook(look))
-    for block in unet.down_blocks:
-        handles.append(block.register_forward_hook(skip))
-    with torch.no_grad(), fused_attention():
-        ask_unet(unet, side, tokens)
-    for handle in handles:
-        handle.remove()
-    return (skips + 3 * largest) * unet.dtype.itemsize
+            output.backward(torch.empty_like(output))
+    return Passes(parameters, forward, _by_class(backward, network), activations, largest)
 
 
 def forward_flop(run: Callable[[], object]) -> int:
@@ -126,10 +85,10 @@ def ask_texts(encoders: Sequence[torch.nn.Module], tokens: int) -> object:
 class _Kept:
     """Bytes of the storages that autograd keeps, weights left out, and how many of them the largest block adds."""
 
-    def __init__(self, module: torch.nn.Module):
+    def __init__(self, module: torch.nn.Module, blocks: list[torch.nn.Module]):
         self.weights = {p.untyped_storage()._cdata for p in module.parameters()}
         self.storages: dict[int, torch.UntypedStorage] = {}  # held on to: a freed one's number would be used again
-        self.blocks = [m for m in module.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
+        self.blocks = blocks
         self.largest_block = 0
 
     @property

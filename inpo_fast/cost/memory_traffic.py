@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from inpo_fast.cost.flops import ask_unet
-from inpo_fast.models.fast.fast_unet import inverting
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.peak_memory import fused_attention
 
 SECOND = "second read"
@@ -55,8 +54,8 @@ RIDING = ("bias", "bias gradient", "scale", "silu")
 
 
 @dataclass(frozen=True)
-class UnetTraffic:
-    """Bytes of one image by kind. inversion: a forward pass that only moves the inversion (fast_unet.inverting)."""
+class NetworkTraffic:
+    """Bytes of one image by kind. inversion: a forward pass that only moves the inversion (Denoiser.inverting)."""
 
     inversion: dict[str, int]
     forward: dict[str, int]
@@ -73,18 +72,19 @@ def least_bytes(kinds: dict[str, float]) -> float:
     return sum(size for kind, size in kinds.items() if kind != SECOND)
 
 
-def unet_traffic(unet: torch.nn.Module, side: int, tokens: int) -> UnetTraffic:
-    """unet: a UNet2DConditionModel on the meta device, plain or made fast, in the dtype it computes in; side: of the
-    latent; tokens: of the text embedding."""
-    unet.zero_grad()  # a gradient left over would be added to
+def network_traffic(network: torch.nn.Module, side: int, tokens: int) -> NetworkTraffic:
+    """network: a denoiser's, on the meta device, plain or made fast, in the dtype it computes in; side: of the latent;
+    tokens: of the text embedding."""
+    denoiser = denoiser_of(network)
+    network.zero_grad()  # a gradient left over would be added to
     with fused_attention():
-        with torch.no_grad(), inverting(unet), Traffic() as inversion:
-            ask_unet(unet, side, tokens)
+        with torch.no_grad(), denoiser.inverting(network), Traffic() as inversion:
+            denoiser.meta_pass(network, side, tokens)
         with Traffic() as forward:
-            answer = ask_unet(unet, side, tokens)
+            output = denoiser.meta_pass(network, side, tokens)
         with Traffic() as backward:
-            answer.backward(torch.empty_like(answer))
-    return UnetTraffic(dict(inversion.bytes), dict(forward.bytes), dict(backward.bytes))
+            output.backward(torch.empty_like(output))
+    return NetworkTraffic(dict(inversion.bytes), dict(forward.bytes), dict(backward.bytes))
 
 
 def forward_traffic(run: Callable[[], object]) -> dict[str, int]:

@@ -5,49 +5,26 @@ window's arithmetic, FLOPs. Activations and states are exact for the tensors tha
 allocator's slack are not known beforehand and stand as RESERVE.
 """
 
-import os
 from dataclasses import dataclass
 from math import prod
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from inpo_fast.config import RunConfig, split_batch, variant_of
-from inpo_fast.cost.flops import Passes, forward_bytes, unet_passes
+from inpo_fast.cost.flops import Passes, network_passes
 from inpo_fast.cost.step_cost import PairCost, cost_of_a_pair
 from inpo_fast.method.methods import method_of
-from inpo_fast.models.config import ModelsConfig
-from inpo_fast.models.files.hub import path_or_id
-from inpo_fast.models.files.lora_files import lora_file, read_lora
-from inpo_fast.models.files.model_files import find_model, opening
-from inpo_fast.models.models import DTYPES, TEXT_BATCH, add_adapter, encode_tokens
+from inpo_fast.models.denoiser import Denoiser
+from inpo_fast.models.lora import add_adapter
+from inpo_fast.models.models import DTYPES, TEXT_BATCH, vae_dtype
 from inpo_fast.models.peak_memory import decoding_bytes, encoding_bytes, peak_bytes
-from inpo_fast.models.random_weights import (
-    CLIP_L,
-    OPENCLIP_G,
-    PUBLISHED,
-    make_tokenizer,
-    make_unet,
-    make_vae,
-    text_config,
-)
+from inpo_fast.models.shapes import Shapes, open_shapes
 from inpo_fast.runtime.memory import GIB, largest_batch
 from inpo_fast.training.optim import lr_at
 
 RESERVE = 2.0  # GiB: CUDA context, workspaces of cuDNN and cuBLAS
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The parts of a model on the meta device."""
-
-    unet: torch.nn.Module
-    vae: torch.nn.Module
-    texts: list[torch.nn.Module]
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +45,7 @@ class Plan:
     pairs_per_gpu: int
     micro_batches: int
     work: PairCost
-    forward: dict[str, int]  # FLOPs of one image through the UNet, by class
+    forward: dict[str, int]  # FLOPs of one image through the network, by class
     gpu_hours: float
 
     def peak(self, micro_batch: int) -> int:
@@ -95,20 +72,20 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
     """UserError where the batch does not divide over the GPUs or the model's configuration cannot be read."""
     micro_batches = split_batch(config.train, gpus)
     shapes = open_shapes(config.models)
-    dtype = DTYPES[config.models.precision]
-    vae_dtype = torch.float32 if dtype == torch.float16 and not config.models.vae else dtype
-    for part, into in ((shapes.unet, dtype), (shapes.vae, vae_dtype), *((text, dtype) for text in shapes.texts)):
+    network, denoiser, dtype = shapes.network, shapes.denoiser, DTYPES[config.models.precision]
+    parts = ((network, dtype), (shapes.vae, vae_dtype(config.models)), *((text, dtype) for text in shapes.texts))
+    for part, into in parts:
         torch.nn.Module.to(part, into)
     if config.models.lora.rank:
-        shapes.unet.requires_grad_(False)
-        add_adapter(shapes.unet, config.models.lora)
-    factor = 2 ** (len(shapes.vae.config.block_out_channels) - 1)
-    pixels = config.data.resolution or shapes.unet.config.sample_size * factor
-    passes = unet_passes(shapes.unet, pixels // factor, shapes.tokens, config.models.gradient_checkpointing)
-    trained = [p for p in shapes.unet.parameters() if p.requires_grad]
+        network.requires_grad_(False)
+        add_adapter(network, config.models.lora)
+    factor = denoiser.downscale(shapes.vae.config)
+    pixels = config.data.resolution or denoiser.native_side * factor
+    passes = network_passes(network, pixels // factor, shapes.tokens, config.models.gradient_checkpointing)
+    trained = [p for p in network.parameters() if p.requires_grad]
     kept = _kept(config, shapes, passes, trained, gpus)
     activations = method_of(config.method).sides * passes.activations
-    image = forward_bytes(shapes.unet, pixels // factor, shapes.tokens)
+    image = denoiser.forward_bytes(network, pixels // factor, shapes.tokens)
     if (
         config.models.fast == "compiled"
     ):  # compiled_blocks.py: without a gradient too, a block keeps what it had for one
@@ -118,7 +95,7 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
     work = cost_of_a_pair(
         config,
         passes,
-        shapes.unet,
+        network,
         shapes.vae,
         shapes.texts,
         pixels=pixels,
@@ -135,7 +112,7 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
         inversion=image * config.inversion.batch,
         vae_batch=vae_batch,
         encoding=each * vae_batch,
-        text=text_bytes(shapes.texts, shapes.tokens),
+        text=text_bytes(denoiser, shapes.texts, shapes.tokens),
         drawing=_drawing(config, shapes, image),
         activations=activations,
         pairs_per_gpu=config.train.pairs_per_step // gpus,
@@ -144,34 +121,6 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
         forward=passes.forward,
         gpu_hours=sum(work.flop.values()) * pairs / (config.plan.tflops * 1e12) / 3600,
     )
-
-
-def open_shapes(models: ModelsConfig) -> Shapes:
-    """A model's parts on the meta device, from its configuration files alone; what else it names is looked for."""
-    for key, place in (("models.init", models.init), ("models.vae", models.vae)):
-        if place:
-            path_or_id(key, place)
-    shapes = _open_shapes(models)
-    if models.init and lora_file(models.init, "models.init"):
-        read_lora("models.init", models.init, shapes.unet)
-    return shapes
-
-
-def _open_shapes(models: ModelsConfig) -> Shapes:
-    if known := models.random or (None if os.path.isdir(models.base) else PUBLISHED.get(models.base)):
-        with torch.device("meta"):
-            tokenizer = make_tokenizer()
-            texts = [text_config(tokenizer, shape) for shape in (CLIP_L, OPENCLIP_G)[: 1 + (known == "sdxl")]]
-            return Shapes(make_unet(known), make_vae(known), _encoders(texts), 77)
-    found = find_model("models.base", models.base, models.single_file_config)
-    with opening("models.base", models.base), torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(found.unet)
-        vae = AutoencoderKL.from_config(found.vae)
-        return Shapes(unet, vae, _encoders(found.texts), found.texts[0].max_position_embeddings)
-
-
-def _encoders(texts: list[CLIPTextConfig]) -> list[torch.nn.Module]:
-    return [CLIPTextModel(config) for config in texts]
 
 
 def _kept(
@@ -200,26 +149,26 @@ def _kept(
 
 def _windows(config: RunConfig, shapes: Shapes, side: int, gpus: int) -> int:
     """Latents (fp32) and text (no prompt twice) of this window and of the next, or x_t in the place of the latter's."""
-    pairs, unet = config.train.pairs_per_step // gpus, shapes.unet.config
-    latents = 4 * method_of(config.method).sides * pairs * unet.in_channels * side**2
-    text = pairs * shapes.tokens * unet.cross_attention_dim * DTYPES[config.models.precision].itemsize
+    pairs, denoiser = config.train.pairs_per_step // gpus, shapes.denoiser
+    latents = 4 * method_of(config.method).sides * pairs * prod(denoiser.latent_shape(side))
+    text = pairs * shapes.tokens * denoiser.text_width * DTYPES[config.models.precision].itemsize
     return latents * (1 + config.objective.timesteps.per_pair) + 2 * text
 
 
-def text_bytes(texts: list[torch.nn.Module], tokens: int) -> int:
+def text_bytes(denoiser: Denoiser, texts: list[torch.nn.Module], tokens: int) -> int:
     """Of one batch of prompts, as Models.encode_prompts makes them on a GPU."""
     ids = torch.zeros(TEXT_BATCH["cuda"], tokens, dtype=torch.int64, device="meta")
-    return peak_bytes(lambda: encode_tokens(texts, [ids] * len(texts), [None] * len(texts)), texts)
+    return peak_bytes(lambda: denoiser.encode_tokens(texts, [ids] * len(texts), [None] * len(texts)), texts)
 
 
 def _drawing(config: RunConfig, shapes: Shapes, image: int) -> int:
-    """Of a batch of pictures, the UNet's part or the decoder's; image: bytes of one in a pass of the UNet."""
+    """Of a batch of pictures, the network's part or the decoder's; image: bytes of one in a pass of the network."""
     sizes = [(config.online.batch, config.online.guidance)] if config.online.every else []
     if config.evaluate.prompts or config.observe.images_every:
         sizes.append((config.evaluate.batch, config.evaluate.guidance))
-    side = shapes.unet.config.sample_size  # pictures have the model's own size
-    unet = (batch * image * (2 if guidance > 1 else 1) for batch, guidance in sizes)
-    return max((*unet, *(decoding_bytes(shapes.vae, side, batch) for batch, _ in sizes)), default=0)
+    side = shapes.denoiser.native_side  # pictures have the model's own size
+    passes = (batch * image * (2 if guidance > 1 else 1) for batch, guidance in sizes)
+    return max((*passes, *(decoding_bytes(shapes.vae, side, batch) for batch, _ in sizes)), default=0)
 
 
 def _state_bytes(p: torch.Tensor, kind: str) -> int:

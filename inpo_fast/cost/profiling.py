@@ -1,14 +1,10 @@
 """Where the time of a step goes, and how far each part is from the least it could take.
 
-    python -m inpo_fast.profile --config configs/sd15.yaml [--ceiling 790] [--copy-ceiling 4.3] [--price 2.5]
-                                [--json FILE] [--trace FILE]
-    python -m inpo_fast.profile --config configs/sd15.yaml --dry-run      # work and floors only; no weights, no GPU
-
 Runs a few windows of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
 step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (step_cost.py); the
-floor of a phase is its matrix work at --ceiling, which is what the machine's own matrix product reaches, not the
+floor of a phase is its matrix work at the ceiling, which is what the machine's own matrix product reaches, not the
 datasheet's. The roofline adds, one after the other, the bytes of what no matrix product can do on the way, at
---copy-ceiling; the fused path's floor the bytes of all that models.fast=fused does beside its matrix products. Both:
+the copy ceiling; the fused path's floor the bytes of all that models.fast=fused does beside its matrix products. Both:
 step_cost.py, memory_traffic.py.
 """
 

@@ -15,12 +15,12 @@ import torch
 
 from inpo_fast.config import RunConfig
 from inpo_fast.cost.flops import Passes, ask_texts, ask_vae, forward_flop
-from inpo_fast.cost.memory_traffic import forward_traffic, least_bytes, roofline_bytes, unet_traffic
+from inpo_fast.cost.memory_traffic import forward_traffic, least_bytes, network_traffic, roofline_bytes
 from inpo_fast.method.ddpm_path import DDPMPath
 from inpo_fast.method.inversion import evaluations_of
 from inpo_fast.method.methods import method_of, uses_inversion
 from inpo_fast.method.solvers import evaluations_a_step
-from inpo_fast.models.fast.fast_unet import make_fast
+from inpo_fast.models.families import denoiser_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PairCost:
 def cost_of_a_pair(
     config: RunConfig,
     passes: Passes,
-    unet: torch.nn.Module,
+    network: torch.nn.Module,
     vae: torch.nn.Module,
     texts: Sequence[torch.nn.Module],
     *,
@@ -46,8 +46,8 @@ def cost_of_a_pair(
     side: int,
     tokens: int,
 ) -> PairCost:
-    """The models: on the meta device, in the dtypes they compute in; the UNet is made fast in place, `passes` are its
-    own from before. pixels, side: edge of an image and of its latent."""
+    """The models: on the meta device, in the dtypes they compute in; the network is made fast in place, `passes` are
+    its own from before. pixels, side: edge of an image and of its latent."""
     method, evaluations, each = method_of(config.method), _evaluations(config), config.objective.timesteps.per_pair
     sides, forward = method.sides, each * (2 if method.reference_point else 1)  # which takes all errors first
     times = {
@@ -65,13 +65,13 @@ def cost_of_a_pair(
     flop |= dict.fromkeys(("inversion", "reference", "policy forward", "drawing"), passes.forward_flop)
     flop["policy backward"] = passes.backward_flop
 
-    make_fast(unet, "fused")
-    moved = unet_traffic(unet, side, tokens)
+    denoiser_of(network).make_fast(network, "fused")
+    moved = network_traffic(network, side, tokens)
     traffic = {"VAE encoding": forward_traffic(run_vae), "text encoding": forward_traffic(run_texts)}
     traffic |= {"inversion": moved.inversion, "reference": moved.forward}
     traffic |= {"policy forward": moved.forward, "policy backward": moved.backward, "drawing": moved.forward}
     fused = {phase: n * least_bytes(traffic[phase]) for phase, n in times.items()}
-    fused["policy backward"] += each * _gradient_sums(unet) / config.train.micro_batch
+    fused["policy backward"] += each * _gradient_sums(network) / config.train.micro_batch
     alike = traffic | {"inversion": moved.forward}  # one kernel for product and gate is the fused path's own choice
     return PairCost(
         evaluations=evaluations,
@@ -98,6 +98,6 @@ def _drawn(config: RunConfig) -> float:
     return how.mix * how.evaluations_a_pair * max(0, steps - how.start) / steps
 
 
-def _gradient_sums(unet: torch.nn.Module) -> int:
+def _gradient_sums(network: torch.nn.Module) -> int:
     """Bytes of a micro-batch: each gradient is read and added to an fp32 sum (master_weights.py)."""
-    return sum(p.nbytes + 8 * p.numel() for p in unet.parameters() if p.requires_grad)
+    return sum(p.nbytes + 8 * p.numel() for p in network.parameters() if p.requires_grad)

@@ -1,12 +1,8 @@
 """Looks at preference pairs before anybody spends GPU-hours on them.
 
-    python -m inpo_fast.data.validate --source PATH [--sheet pairs.png] [--json FILE] [--limit N]
-    python -m inpo_fast.data.validate --config configs/sd15.yaml --source PATH [--data.filters.min_side=512 …]
-
 Reads and decodes pairs as the trainer would: counts, ties, what each filter leaves out, broken images, sizes, duplicate
 prompts and images, pairs whose images are the same, how sure the labels are; a contact sheet of sample pairs; how fast
 they can be read. What is judged is what the filters leave.
-Exit status: 0 fit to train on, 1 not fit, 2 the source cannot be opened, or the filters leave nothing.
 """
 
 import hashlib
@@ -18,12 +14,11 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+from inpo_fast.data.config import DataConfig
 from inpo_fast.data.images import decode
-from inpo_fast.data.loader import DataConfig
 from inpo_fast.data.order import make_order
 from inpo_fast.data.pair import BadPair, Pair, Source
 
-PROGRAM = "python -m inpo_fast.data.validate"
 SAMPLES = 8  # pairs on the contact sheet
 AHEAD = 64  # pairs that are read before they are looked at: bounds the memory
 SHOWN = 20  # broken pairs that are named

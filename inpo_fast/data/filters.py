@@ -8,46 +8,17 @@ their size matters. What was left out, and why, is counted and stands in the run
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from inpo_fast.data.config import MODELS, FilterConfig
 from inpo_fast.data.images import short_side
 from inpo_fast.data.pair import BadPair, Pair, Source
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
 
-MODELS = ("model_0", "model_1")  # of the two images, as Pick-a-Pic v2 names them
 READERS, AHEAD = 8, 256  # threads that look at headers (disks are mostly waited for), pairs they are given at a time
-
-
-@dataclass(frozen=True)
-class FilterConfig:
-    """Pairs that are left out, and weights by words. Nothing is left out unless it is named here."""
-
-    block_words: tuple[str, ...] = ()
-    """Leave out pairs whose prompt has one of these words or phrases (whole words, any case)."""
-    block_list: str | None = None
-    """A text file of such words or phrases, one a line; lines that begin with # are comments."""
-    score: str | None = None
-    """Name of a column or field with a number; pairs below min_score are left out, as are those without one."""
-    min_score: float = 0.0
-    models: tuple[str, ...] = ()
-    """Keep only pairs both of whose images were drawn by one of these (model_0, model_1)."""
-    min_side: int = 0
-    """Leave out pairs with an image whose shorter side has fewer pixels, as it is stored (read from its header)."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """Word or phrase -> factor of the weight of pairs whose prompt has it, e.g. {"anime": 0.5}; factors multiply."""
-
-    @property
-    def active(self) -> bool:
-        return bool(self.block_words or self.block_list or self.score or self.models or self.weights or self.min_side)
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """What a filter looks at beside the prompt."""
-        return (*((self.score,) if self.score else ()), *(MODELS if self.models else ()))
 
 
 class FilteredSource:

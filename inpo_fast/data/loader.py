@@ -4,70 +4,24 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from inpo_fast.data.balance import fair_shares
-from inpo_fast.data.filters import FilterConfig, filtered
+from inpo_fast.data.config import DataConfig
+from inpo_fast.data.filters import filtered
 from inpo_fast.data.images import View, decode, make_view
-from inpo_fast.data.order import FULL_BYTES, Shuffle, make_order, step_positions
+from inpo_fast.data.order import FULL_BYTES, make_order, step_positions
 from inpo_fast.data.pair import BadPair, Pair, Source
-from inpo_fast.data.relabelled import LabelsAs, RelabelledSource, source_identity
-from inpo_fast.data.sources import Format, open_source
+from inpo_fast.data.relabelled import RelabelledSource, source_identity
+from inpo_fast.data.sources import open_source
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the preference pairs come from and how an image becomes a training view."""
-
-    source: str = ""
-    """Parquet in the Pick-a-Pic v2 schema, webdataset .tar shards (a file, a folder, a pattern in quotes or an fsspec
-    URL such as hf://datasets/NAME), a folder with metadata.jsonl, or a JSON file in the manner of HPDv2 and HPDv3."""
-    format: Format = "auto"
-    """auto: by what lies there: metadata.jsonl, the endings .json, .jsonl, .parquet, .tar, in this order."""
-    images: str | None = None
-    """Folder that the image paths of a JSON listing start from. None: the listing's own."""
-    labels: str | None = None
-    """A sidecar of `python -m inpo_fast.relabel`: judges' labels in place of the source's own. None: the source's."""
-    labels_as: LabelsAs = "hard"
-    """hard: the better image by the judges (the paper's 5.3). soft: with the probability that it is the better one."""
-    shuffle: Shuffle = "auto"
-    """full: any pair may follow any other. blocks: parquet row groups are shuffled, and pairs among several of them, so
-    that each is read once an epoch. auto: full where pairs can be read alone or all take up to 256 MiB, else blocks."""
-    resolution: int | None = None
-    """Pixels per side. None: the model's own (UNet sample size times the VAE's factor)."""
-    crop: Literal["center", "random"] = "center"
-    """Where the square is cut out after the short side was resized."""
-    flip: bool = True
-    """Mirror each image with probability 1/2; the two images of a pair independently (as published)."""
-    prompt_dropout: float = 0.0
-    """Share of prompts replaced by the empty one. The published script: 0.2; the paper does not mention it."""
-    vae_sample: bool = True
-    """Draw latents from the VAE's posterior (as published), or take its mean."""
-    vae_batch: int | None = None
-    """Images that the VAE encodes at once. No effect beyond rounding. None: from the model and the resolution, so that
-    it takes at most 3 GiB."""
-    max_pixels: int = 50_000_000
-    """A larger image is dropped with its pair (decompression bombs)."""
-    bad_pair_limit: float = 0.001
-    """Stop when more than this share of the pairs read so far had to be dropped (never before the second)."""
-    workers: int = 2
-    """Threads that read and decode images."""
-    filters: FilterConfig = field(default_factory=FilterConfig)
-    cache: str | None = None
-    """Folder of latents and text embeddings that `python -m inpo_fast.cache` made for this very configuration."""
-    prefetch_mb: int = 1024
-    """MiB of decoded views per process that are kept ready for the next steps. No effect on the result."""
-    cache_mb: int | None = None
-    """MiB of parquet row groups per process that are kept in memory. None: what the order needs. No effect on the
-    result; with less, row groups are read again and again."""
 
 
 def open_data(config: DataConfig) -> Source:
@@ -81,7 +35,8 @@ def open_data(config: DataConfig) -> Source:
 
 @dataclass(frozen=True)
 class Item:
-    """One pair, ready for the VAE and the text encoder."""
+    """One pair, ready for the VAE and the text encoder. position: its global sample index, counted over all steps and
+    processes."""
 
     position: int
     id: str
@@ -93,7 +48,7 @@ class Item:
     x_0: torch.Tensor | None = None  # (2, C, h, w) latents from a cache; the views then have no pixels
 
 
-class Ready(Protocol):
+class CachedItems(Protocol):
     """Pairs that need not be decoded."""
 
     def item(self, position: int) -> Item | None:
@@ -101,8 +56,8 @@ class Ready(Protocol):
         ...
 
 
-class Drawn(Protocol):
-    """Pairs that take the place of stored ones for a while."""
+class OnlinePairs(Protocol):
+    """Pairs of the policy's own pictures that take the place of stored ones for a while."""
 
     def pair(self, position: int) -> Pair | None:
         """None where the stored pair stays."""
@@ -121,13 +76,13 @@ class PairLoader:
         seed: int,
         rank: int,
         world: int,
-        ready: Ready | None = None,
+        cached: CachedItems | None = None,
         costs: Callable[[Sequence[int]], Sequence[int]] | None = None,
-        drawn: Drawn | None = None,
+        online: OnlinePairs | None = None,
     ):
         """costs: what pairs at given positions will take; where it is given, processes get shares of equal cost."""
-        self.costs, self.drawn = costs, drawn
-        self.source, self.config, self.resolution, self.ready = source, config, resolution, ready
+        self.costs, self.online = costs, online
+        self.source, self.config, self.resolution, self.cached = source, config, resolution, cached
         self.seed, self.rank, self.world = seed, rank, world
         self.order = make_order(source, config.shuffle, seed)
         if self.order.blocks is None and getattr(source, "bytes", 0) > FULL_BYTES and config.cache_mb is None:
@@ -143,9 +98,9 @@ class PairLoader:
         self.dropped: list[str] = []
 
     def steps(self, first: int, last: int, pairs_per_step: int) -> Iterator[list[Item]]:
-        """Windows of steps first .. last - 1.
+        """The pairs of steps first .. last - 1.
 
-        In memory: the window that is being filled and, decoded or under way, at most `prefetch` pairs beyond it.
+        In memory: those of the step that is being filled and, decoded or under way, at most `prefetch` pairs beyond it.
         """
         positions = (p for step in range(first, last) for p in self._share(step, pairs_per_step))
         ahead: deque[Future[Item]] = deque()
@@ -176,8 +131,8 @@ class PairLoader:
 
     def load(self, position: int) -> Item:
         """The pair at a position. BadPair with its id if any part of it is unusable."""
-        pair = None if self.drawn is None else self.drawn.pair(position)
-        if pair is None and self.ready is not None and (item := self.ready.item(position)) is not None:
+        pair = None if self.online is None else self.online.pair(position)
+        if pair is None and self.cached is not None and (item := self.cached.item(position)) is not None:
             return item
         key = (self.seed, position)
         pair = pair or self.source.read(self.order.index(position))
@@ -222,5 +177,5 @@ class PairLoader:
 
 
 def side_keys(items: list[Item], seed: int, sides: int) -> list[keyed_rng.Key]:
-    """What is drawn for each image is drawn from this: (seed, position, side)."""
+    """What is drawn for each image is drawn from this: (seed, global sample index, side)."""
     return [(seed, item.position, side) for item in items for side in range(sides)]

@@ -11,15 +11,14 @@ blocks  for pairs that are read in blocks (row groups). The blocks are permuted 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 
+from inpo_fast.data.config import Shuffle
 from inpo_fast.data.pair import Source
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
 
-Shuffle = Literal["auto", "full", "blocks"]
 ROUNDS = 6
 FULL_BYTES = 256 * 2**20  # auto: a source of blocks up to this size is read into memory whole
 RUN_PAIRS = 8192  # a run holds as many pairs, a few optimizer steps',

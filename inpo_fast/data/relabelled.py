@@ -9,13 +9,13 @@ import glob
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from inpo_fast.data.config import LabelsAs
 from inpo_fast.data.pair import Pair, Source
 from inpo_fast.data.places import find
 from inpo_fast.runtime import git_lfs
@@ -23,7 +23,6 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.fingerprint import source_fingerprint
 from inpo_fast.runtime.record_store import digest
 
-LabelsAs = Literal["hard", "soft"]
 METADATA = b"inpo_fast.labels"
 TIE = 1e-6
 

@@ -7,13 +7,15 @@ webdataset  tar shards (webdataset.py)
 """
 
 from pathlib import Path
-from typing import Literal
 
+from inpo_fast.data.config import Format
+from inpo_fast.data.folder import FolderSource
+from inpo_fast.data.hpd import HpdSource
 from inpo_fast.data.pair import Source
+from inpo_fast.data.parquet import ParquetSource
 from inpo_fast.data.places import File, find, is_url
+from inpo_fast.data.webdataset import WebdatasetSource
 from inpo_fast.runtime.errors import UserError
-
-Format = Literal["auto", "parquet", "folder", "hpd", "webdataset"]
 
 
 def open_source(
@@ -34,7 +36,6 @@ def open_source(
 
 
 def _open(path: str, format: Format, images: str | None, cache_bytes: int | None) -> Source:
-    # a reader is imported when a source of its kind is opened: the readers import this file
     if format == "auto" and not is_url(path):
         place = Path(path).expanduser()
         if place.name == "metadata.jsonl" or (place / "metadata.jsonl").exists():
@@ -48,13 +49,7 @@ def _open(path: str, format: Format, images: str | None, cache_bytes: int | None
         if not place.exists():
             raise _nothing_there(path)
         root = None if images is None else Path(images).expanduser()
-        if format == "folder":
-            from inpo_fast.data.folder import FolderSource
-
-            return FolderSource(place, root)
-        from inpo_fast.data.hpd import HpdSource
-
-        return HpdSource(place, root)
+        return FolderSource(place, root) if format == "folder" else HpdSource(place, root)
     if images is not None:
         raise UserError("data.images: only a listing (metadata.jsonl, JSON) names images by path; remove the key")
     suffixes = (".tar",) if format == "webdataset" else (".parquet",)
@@ -65,13 +60,7 @@ def _open(path: str, format: Format, images: str | None, cache_bytes: int | None
     if not files:
         what = {"auto": "neither metadata.jsonl nor *.parquet nor *.tar", "webdataset": "no *.tar"}
         raise UserError(f"data.source: {path} holds {what.get(format, 'no *.parquet')}")
-    if format == "webdataset":
-        from inpo_fast.data.webdataset import WebdatasetSource
-
-        return WebdatasetSource(files)
-    from inpo_fast.data.parquet import ParquetSource
-
-    return ParquetSource(files, cache_bytes)
+    return WebdatasetSource(files) if format == "webdataset" else ParquetSource(files, cache_bytes)
 
 
 def _files(path: str, suffixes: tuple[str, ...]) -> list[File]:

@@ -1,7 +1,4 @@
 """README.md beside the weights: what they are, how they were made, what is known of them. For people and for the hub.
-
-    python -m inpo_fast.model_card runs/sd15      writes it again, e.g. after another evaluation
-
 Everything in it is read from the run's folder. It claims what evaluation.json says of this very model, no more.
 """
 
@@ -11,14 +8,12 @@ from pathlib import Path
 
 import yaml
 
-from inpo_fast.comparison.evaluation import verdict
 from inpo_fast.config import flat
 from inpo_fast.handover.output_model import KOHYA_NAME
 from inpo_fast.method.methods import METHODS, Method
-from inpo_fast.models.files.diffusers_folder import base_folder, hub_id
-from inpo_fast.models.files.hub import ID
-from inpo_fast.models.files.lora_files import lora_file
-from inpo_fast.report.results import guards
+from inpo_fast.models.files.hub import ID, base_folder, hub_id
+from inpo_fast.models.files.lora_place import lora_file
+from inpo_fast.report.results import sanity_checks, verdict
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
 
@@ -161,13 +156,13 @@ def _licence_in_words(front: dict) -> str:
 
 
 def _evaluation(result: dict | None) -> str:
-    """The verdict in its own words, then every guard; a failing one stands first and in bold."""
+    """The verdict in its own words, then every sanity check; a failing one stands first and in bold."""
     if result is None:
         return "Its run's folder holds no evaluation of this model: it is not known whether it is better than its base."
     lines = [verdict(result), ""]
-    for guard in sorted(guards(result), key=lambda guard: guard.ok):
-        state = "holds" if guard.ok else "**FAILS**"
-        lines.append(f"- {guard.name}: {state}{f', {guard.value}' if guard.value else ''}. {guard.meaning}")
+    for check in sorted(sanity_checks(result), key=lambda check: check.ok):
+        state = "holds" if check.ok else "**FAILS**"
+        lines.append(f"- {check.name}: {state}{f', {check.value}' if check.value else ''}. {check.meaning}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a run gives away: a pipeline with the aligned UNet in fp32, and of LoRA the adapter."""
+"""What a run gives away: a pipeline with the aligned network in fp32, and of LoRA the adapter."""
 
 import copy
 import json
@@ -11,10 +11,11 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from inpo_fast.models.config import ModelsConfig
-from inpo_fast.models.files.diffusers_folder import base_folder, hub_id
+from inpo_fast.models.families import PARTS
+from inpo_fast.models.files.hub import base_folder, hub_id
 from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, write_tensors
 from inpo_fast.models.loading import open_pipeline
-from inpo_fast.models.lora import Lora, kohya_tensors, tensors
+from inpo_fast.models.lora import Lora, add_adapter, kohya_tensors, tensors
 from inpo_fast.models.models import Models
 from inpo_fast.runtime.warn_once import warn_once
 
@@ -26,24 +27,24 @@ KOHYA_NAME = "kohya-for-comfyui-a1111-forge.safetensors"
 @torch.no_grad()
 def whole_masters(models: Models, keep: bool = True) -> dict[str, torch.Tensor]:
     """The fp32 masters by name, on the CPU where they come from several processes. Every process must call it where
-    the weights are split; one that does not `keep` them gets none."""
+    the weights are partitioned; one that does not `keep` them gets none."""
     weights, kept = models.weights, {}
     for name, master in weights.whole():
         if keep:
-            kept[name] = master if weights.split is None else master.cpu()
+            kept[name] = master if weights.partition is None else master.cpu()
     return kept
 
 
 @torch.no_grad()
 def output_pipeline(models: Models, masters: dict[str, torch.Tensor] | None = None) -> DiffusionPipeline:
-    """The pipeline to save: the base's parts as they were loaded, the UNet from the fp32 masters; adapters merged.
+    """The pipeline to save: the base's parts as they were loaded, the network from the fp32 masters; adapters merged.
 
-    masters: what `whole_masters` gave, needed where the weights are split over processes.
+    masters: what `whole_masters` gave, needed where the weights are partitioned over processes.
     """
-    config = models.config
+    config, denoiser = models.config, models.denoiser
     if config.precision == "fp32" and not models.adapters:
         pipeline = copy.copy(models.pipeline)
-        pipeline.unet = models.policy
+        denoiser.put(pipeline, models.policy)
         return pipeline
     # the running pipeline holds rounded weights: the parts that were not trained are opened again
     if config.random:  # weights drawn in bf16 are not those drawn in fp32 and rounded
@@ -51,31 +52,32 @@ def output_pipeline(models: Models, masters: dict[str, torch.Tensor] | None = No
     else:
         pipeline = open_pipeline(replace(config, precision="fp32"))
     if models.adapters:
-        pipeline.unet = merged(models, pipeline.unet, masters)
+        merge_adapter_(models, denoiser.module(pipeline), masters)
     else:
         masters = masters or whole_masters(models)
-        pipeline.unet.load_state_dict({name: master.cpu() for name, master in masters.items()}, strict=False)
+        denoiser.module(pipeline).load_state_dict({name: x.cpu() for name, x in masters.items()}, strict=False)
     return pipeline
 
 
-def merged(models: Models, unet: torch.nn.Module, masters: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
-    """The base `unet` in fp32 with the trained adapter added into its weights, in place."""
-    from inpo_fast.models.models import add_adapter
-
-    add_adapter(unet, models.config.lora)
-    own = dict(unet.named_parameters())
+def merge_adapter_(
+    models: Models, network: torch.nn.Module, masters: dict[str, torch.Tensor] | None = None
+) -> torch.nn.Module:
+    """Adds the trained adapter into the weights of the base's network in fp32, in place."""
+    add_adapter(network, models.config.lora)
+    own = dict(network.named_parameters())
     for name, master in (masters or whole_masters(models)).items():
         own[name].data.copy_(master)
-    unet.fuse_lora()
-    unet.unload_lora()
-    return unet
+    network.fuse_lora()
+    network.unload_lora()
+    return network
 
 
 def untouched_parts(config: ModelsConfig) -> dict[str, Path]:
-    """Part of the pipeline -> the folder that it was loaded from, where there is one. Everything but the UNet."""
+    """Part of the pipeline -> the folder that it was loaded from, where there is one. Everything but the network."""
     base = None if config.random else base_folder(config.base)
     parts = {path.name: path for path in base.iterdir() if path.is_dir()} if base else {}
-    parts.pop("unet", None)
+    for part in PARTS:
+        parts.pop(part, None)
     if config.vae:
         vae = Path(config.vae).expanduser()
         parts["vae"] = vae / "vae" if (vae / "vae").is_dir() else vae
@@ -109,17 +111,18 @@ def save_adapter(models: Models, folder: Path, masters: dict[str, torch.Tensor] 
     """The LoRA in fp32, once for each kind of reader: diffusers' names without metadata, which `load_lora_weights`
     takes, and kohya's, which ComfyUI, A1111, Forge, InvokeAI and sd-scripts read whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    lora, config = trained_lora(models, masters), models.policy.config
-    write_tensors(tensors(lora, "unet."), {}, folder / LORA_WEIGHT_NAME_SAFE)
-    about = About(config, folder.parent.name, models.resolution, models.noise_path.output, hub_id(models.config.base))
+    lora, denoiser = trained_lora(models, masters), models.denoiser
+    write_tensors(tensors(lora, f"{denoiser.part}."), {}, folder / LORA_WEIGHT_NAME_SAFE)
+    predicts, base = models.noise_path.output, hub_id(models.config.base)
+    about = About(denoiser, folder.parent.name, models.resolution, predicts, base)
     try:
-        write_tensors(kohya_tensors(lora, config), kohya_metadata(about, lora.rank), folder / KOHYA_NAME)
+        write_tensors(kohya_tensors(lora, denoiser), kohya_metadata(about, lora.rank), folder / KOHYA_NAME)
     except KeyError as problem:
         warn_once(log, "lora/: no kohya file, the original UNet has no name for the layer %s", problem.args[0])
 
 
 def detach_policy(models: Models) -> torch.nn.Module:
-    """The aligned UNet as a module of its own, in the working precision; models.pipeline keeps the untouched base."""
+    """The aligned network as its own module, in the working precision; models.pipeline keeps the untouched base."""
     if not models.adapters:
         return models.policy
     aligned = copy.deepcopy(models.policy)

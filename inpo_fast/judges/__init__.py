@@ -1,10 +1,15 @@
-"""Judges score images against prompts. One interface: `judge.score(images, prompts) -> Scores`."""
+"""Judges score images against prompts. One interface: `judge.score(images, prompts) -> Scores`.
+
+score_file.py is a short judge to imitate; registry.py has the table of all, where a new one is entered.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+
+SUMMARIES = ("alignment", "looks")  # parts that are means of other parts, where there are others
 
 
 @dataclass(frozen=True)

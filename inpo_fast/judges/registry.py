@@ -1,6 +1,11 @@
-"""Judges by name: NAME, NAME:WEIGHTS or NAME:WEIGHTS@PROCESSOR; folders, files, or hub ids."""
+"""Judges by name: NAME, NAME:WEIGHTS or NAME:WEIGHTS@PROCESSOR; folders, files, or hub ids.
 
-from collections.abc import Sequence
+To add one: a class with what `judges.Judge` asks for (score_file.py is a short one to imitate), a function here that
+makes it, an entry in JUDGES. The class is imported when it is made: transformers takes seconds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,69 +15,65 @@ from inpo_fast.runtime.errors import UserError
 
 HPS_FILES = {"hps-v2.0": "HPS_v2_compressed.pt", "hps-v2.1": "HPS_v2.1_compressed.pt"}  # of the hub's xswu/HPSv2
 PICKSCORE = "yuvalkirstain/PickScore_v1"
-NAMES = {
-    "pocket-rules": "the pocket world's rule",
-    "clip:FOLDER": "any CLIP model in transformers layout",
-    "clip-h": "CLIP ViT-H/14 of LAION",
-    "pickscore": "PickScore v1",
-    "hps-v2.0, hps-v2.1": "Human Preference Score; -antialias behind the name for today's resizing",
-    "aesthetic:HEAD.pth": "LAION's aesthetic predictor",
-    "http:JUDGE.yaml": "a model behind an OpenAI-compatible chat address",
-    "scores:FILE.jsonl": "scores made elsewhere",
-}
 
 
-def make_judge(spec: str, device: torch.device | str = "cpu", batch: int = 64) -> Judge:
-    """batch: pictures at once. UserError for an unknown name and for weights that cannot be opened."""
-    name, _, rest = spec.partition(":")
-    weights, _, processor = rest.rpartition("@") if "@" in rest else (rest, "", "")
-    base = name.removesuffix("-antialias")
-    if spec == "pocket-rules":
-        from inpo_fast.judges.pocket_rules import RuleJudge
+@dataclass(frozen=True)
+class Asked:
+    """A judge as it was asked for. rest: all behind the first colon; weights and processor: its halves, "" for none."""
 
-        return RuleJudge()
-    if name in ("clip", "clip-h", "pickscore"):
-        from inpo_fast.judges.clip import CLIP_H, ClipJudge, has_processor
-
-        place = weights or {"clip-h": CLIP_H, "pickscore": PICKSCORE}.get(name)
-        if place is None:
-            raise UserError("judge clip: names no model; write clip:FOLDER")
-        if name == "pickscore" and not processor and not has_processor(place):
-            processor = CLIP_H  # as published: the model was tuned from CLIP-H
-        return ClipJudge(place, device, batch, name=name, processor=processor or None)
-    if base in HPS_FILES:
-        from inpo_fast.judges.clip import CLIP_H, HpsJudge
-
-        file = Path(weights).expanduser() if weights else _download(base)
-        return HpsJudge(name, file, processor or CLIP_H, device, batch, antialias=name != base)
-    if name == "aesthetic":
-        from inpo_fast.judges.aesthetic import CLIP_L, AestheticJudge
-
-        if not weights:
-            raise UserError(
-                "judge aesthetic: names no file; write aesthetic:sac+logos+ava1-l14-linearMSE.pth, the file of "
-                "github.com/christophschuhmann/improved-aesthetic-predictor"
-            )
-        return AestheticJudge(Path(weights).expanduser(), processor or CLIP_L, device, batch)
-    if name == "http":
-        from inpo_fast.judges.http import HttpJudge
-
-        return HttpJudge(Path(rest).expanduser())
-    if name == "scores":
-        from inpo_fast.judges.score_file import ScoreFileJudge
-
-        return ScoreFileJudge(Path(rest).expanduser())
-    raise UserError(f"unknown judge {spec!r}; one of {', '.join(NAMES)}")
+    name: str
+    rest: str
+    weights: str
+    processor: str
+    device: torch.device | str
+    batch: int  # pictures at once
 
 
-def make_judges(specs: Sequence[str], device: torch.device | str = "cpu", batch: int = 64) -> list[Judge]:
-    """UserError where two have the same name."""
-    judges = [make_judge(spec, device, batch) for spec in specs]
-    names = [judge.name for judge in judges]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"judge {name} is named twice; name it once")
-    return judges
+@dataclass(frozen=True)
+class Entry:
+    written: str  # as --help and errors write it
+    about: str
+    make: Callable[[Asked], Judge]
+
+
+def _pocket_rules(asked: Asked) -> Judge:
+    from inpo_fast.judges.pocket_rules import RuleJudge
+
+    if asked.rest:
+        raise UserError(f"judge pocket-rules: has no weights; leave out :{asked.rest}")
+    return RuleJudge()
+
+
+def _clip(asked: Asked, published: str = "", processor: str = "") -> Judge:
+    from inpo_fast.judges.clip import ClipJudge
+
+    place = asked.weights or published
+    if not place:
+        raise UserError("judge clip: names no model; write clip:FOLDER")
+    processor = asked.processor or processor
+    return ClipJudge(place, asked.device, asked.batch, name=asked.name, processor=processor or None)
+
+
+def _clip_h(asked: Asked) -> Judge:
+    from inpo_fast.judges.clip import CLIP_H
+
+    return _clip(asked, CLIP_H)
+
+
+def _pickscore(asked: Asked) -> Judge:
+    from inpo_fast.judges.clip import CLIP_H, has_processor
+
+    # as published: the model was tuned from CLIP-H
+    return _clip(asked, PICKSCORE, "" if has_processor(asked.weights or PICKSCORE) else CLIP_H)
+
+
+def _hps(asked: Asked) -> Judge:
+    from inpo_fast.judges.clip import CLIP_H, HpsJudge
+
+    name = asked.name.removesuffix("-antialias")
+    file = Path(asked.weights).expanduser() if asked.weights else _download(name)
+    how = {"antialias": name != asked.name}
+    return HpsJudge(asked.name, file, asked.processor or CLIP_H, asked.device, asked.batch, **how)
 
 
 def _download(name: str) -> Path:
@@ -86,3 +87,59 @@ def _download(name: str) -> Path:
             f"judge {name}: {HPS_FILES[name]} of xswu/HPSv2 cannot be had ({line}); write {name}:FILE.pt for a file on "
             "this machine"
         ) from problem
+
+
+def _aesthetic(asked: Asked) -> Judge:
+    from inpo_fast.judges.aesthetic import CLIP_L, AestheticJudge
+
+    if not asked.weights:
+        raise UserError(
+            "judge aesthetic: names no file; write aesthetic:sac+logos+ava1-l14-linearMSE.pth, the file of "
+            "github.com/christophschuhmann/improved-aesthetic-predictor"
+        )
+    return AestheticJudge(Path(asked.weights).expanduser(), asked.processor or CLIP_L, asked.device, asked.batch)
+
+
+def _http(asked: Asked) -> Judge:
+    from inpo_fast.judges.http import HttpJudge
+
+    return HttpJudge(Path(asked.rest).expanduser())
+
+
+def _scores(asked: Asked) -> Judge:
+    from inpo_fast.judges.score_file import ScoreFileJudge
+
+    return ScoreFileJudge(Path(asked.rest).expanduser())
+
+
+HPS = Entry("hps-v2.0, hps-v2.1", "Human Preference Score; -antialias behind the name for today's resizing", _hps)
+JUDGES = {
+    "pocket-rules": Entry("pocket-rules", "the pocket world's rule", _pocket_rules),
+    "clip": Entry("clip:FOLDER", "any CLIP model in transformers layout", _clip),
+    "clip-h": Entry("clip-h", "CLIP ViT-H/14 of LAION", _clip_h),
+    "pickscore": Entry("pickscore", "PickScore v1", _pickscore),
+    **{name + kind: HPS for name in HPS_FILES for kind in ("", "-antialias")},
+    "aesthetic": Entry("aesthetic:HEAD.pth", "LAION's aesthetic predictor", _aesthetic),
+    "http": Entry("http:JUDGE.yaml", "a model behind an OpenAI-compatible chat address", _http),
+    "scores": Entry("scores:FILE.jsonl", "scores made elsewhere", _scores),
+}
+NAMES = {entry.written: entry.about for entry in JUDGES.values()}
+
+
+def make_judge(spec: str, device: torch.device | str = "cpu", batch: int = 64) -> Judge:
+    """batch: pictures at once. UserError for an unknown name and for weights that cannot be opened."""
+    name, _, rest = spec.partition(":")
+    weights, _, processor = rest.rpartition("@") if "@" in rest else (rest, "", "")
+    if name not in JUDGES:
+        raise UserError(f"unknown judge {spec!r}; one of {', '.join(NAMES)}")
+    return JUDGES[name].make(Asked(name, rest, weights, processor, device, batch))
+
+
+def make_judges(specs: Sequence[str], device: torch.device | str = "cpu", batch: int = 64) -> list[Judge]:
+    """UserError where two have the same name."""
+    judges = [make_judge(spec, device, batch) for spec in specs]
+    names = [judge.name for judge in judges]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"judge {name} is named twice; name it once")
+    return judges

@@ -1,11 +1,8 @@
 """Preference labels by judges instead of people: any judge, or a vote of several, over any source of pairs.
 
-    python -m inpo_fast.relabel --source PATH --judge pickscore --judge hps-v2.0 --output labels.parquet
-    python -m inpo_fast.train --config configs/sd15.yaml --data.source=PATH --data.labels=labels.parquet
-
 Writes a sidecar; the source stays as it is. A judge's label is Bradley-Terry's: an image that scores s better is the
 better one with probability sigmoid(s / temperature). Several judges give the mean of their probabilities, or with
---vote majority the share of their votes (section 5.3 and supplement S8 of arXiv 2503.18454 relabel with single judges).
+vote "majority" the share of their votes (section 5.3 and supplement S8 of arXiv 2503.18454 relabel with single judges).
 Interrupted, it goes on where it stopped; on several processes with torchrun.
 """
 
@@ -19,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from inpo_fast.data.config import DataConfig
 from inpo_fast.data.images import decode
-from inpo_fast.data.loader import DataConfig
 from inpo_fast.data.pair import BadPair, Source
 from inpo_fast.data.relabelled import METADATA, source_identity
 from inpo_fast.judges import Judge, judge_id

@@ -23,14 +23,16 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.files import alignable, recognise, single_file
-from inpo_fast.models.files.folder_weights import NARROW, choose, choose_here
+from inpo_fast.models.files.folder_weights import NARROW, choose_files, choose_in_folder
 from inpo_fast.models.files.hub import HubModel, path_or_id
-from inpo_fast.models.files.lora_files import lora_file, read_lora
+from inpo_fast.models.files.lora_files import read_lora
+from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.models.files.model_files import (
     MODULES,
     TOKENIZERS,
-    Found,
+    ModelFiles,
     check_unet_file,
     find_model,
     opening,
@@ -62,12 +64,14 @@ def open_pipeline(config: ModelsConfig, device: torch.device | None = None) -> D
         pipeline = random_pipeline(config.random, dtype, device=device)
     else:
         pipeline = load_pipeline(config.base, dtype, config.single_file_config)
+    denoiser = denoiser_of(pipeline)
+    network = denoiser.module(pipeline)
     if config.init and lora_file(config.init, "models.init"):
-        pipeline.init_lora = read_lora("models.init", config.init, pipeline.unet)
-        merge_(pipeline.unet, pipeline.init_lora)
+        pipeline.init_lora = read_lora("models.init", config.init, network)
+        merge_(network, pipeline.init_lora)
     elif config.init:
         own = pipeline.scheduler.config
-        pipeline.unet = load_unet("models.init", config.init, pipeline.unet, scheduler=own)
+        denoiser.put(pipeline, load_unet("models.init", config.init, network, scheduler=own))
     if config.vae:
         pipeline.vae = load_vae(config.vae, pipeline)
     return pipeline
@@ -100,14 +104,14 @@ def load_pipeline(
     return pipeline
 
 
-def _parts_of_folder(found: Found, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+def _parts_of_folder(found: ModelFiles, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     key = found.key
     names = MODULES[: 2 + len(found.texts)]
     if found.hub is not None and found.hub.folder is None:
         wanted = [
             f"{part}/{file}"
             for part in names
-            for file in choose(key, f"{found.place}/{part}", found.hub.files(part)).names
+            for file in choose_files(key, f"{found.place}/{part}", found.hub.files(part)).names
         ]
         found.hub.fetch(wanted)
     folder = found.folder
@@ -122,7 +126,7 @@ def _parts_of_folder(found: Found, dtype: torch.dtype) -> dict[str, torch.nn.Mod
 
 def _open_part(key: str, kind: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """A model of diffusers or transformers, every tensor of which was in its files."""
-    weights = choose_here(key, folder)
+    weights = choose_in_folder(key, folder)
     if weights.variant in NARROW and dtype == torch.float32:
         warn_once(log, "%s: %s holds %s weights only: what was rounded stays so", key, folder, weights.variant)
     how = weights.options()
@@ -142,7 +146,7 @@ def _open_part(key: str, kind: type, folder: Path, dtype: torch.dtype) -> torch.
     return model.eval()
 
 
-def _parts_of_file(found: Found, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+def _parts_of_file(found: ModelFiles, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     key, file = found.key, found.file
     parts = {"unet": single_file.read_unet(key, file, found.unet, dtype)}
     parts["vae"] = single_file.read_vae(key, file, found.vae, dtype)
@@ -153,7 +157,7 @@ def _parts_of_file(found: Found, dtype: torch.dtype) -> dict[str, torch.nn.Modul
     return parts
 
 
-def _extras(found: Found, names: set[str]) -> dict:
+def _extras(found: ModelFiles, names: set[str]) -> dict:
     """Parts that no training or drawing from text needs: kept where they are there, else None."""
     out = dict.fromkeys(names)
     folder = found.folder / "feature_extractor"
@@ -181,12 +185,12 @@ def _tokenizer(key: str, folder: Path, text: CLIPTextConfig) -> CLIPTokenizer:
     return tokenizer
 
 
-def open_unet(key: str, path: str, pipeline: DiffusionPipeline) -> UNet2DConditionModel:
-    """The UNet that `path` stands for beside the pipeline's: a copy of it with the LoRA there, or another model's.
+def open_network(key: str, path: str, pipeline: DiffusionPipeline) -> torch.nn.Module:
+    """The network that `path` stands for beside the pipeline's: a copy of it with the LoRA there, or another model's.
 
     On the pipeline's device. key: the setting that named it, for the refusal.
     """
-    base = pipeline.unet
+    base = denoiser_of(pipeline).module(pipeline)
     if lora_file(path, key):
         return with_lora(base, read_lora(key, path, base))
     return load_unet(key, path, base, scheduler=pipeline.scheduler.config).to(base.device)
@@ -239,7 +243,7 @@ def load_unet(
     if scheduler is not None and index is not None and (place / "scheduler" / "scheduler_config.json").is_file():
         alignable.check_same_noise(key, path, scheduler_config(key, path, place, index), dict(scheduler))
     if hub is not None and hub.folder is None:
-        names = choose(key, path, hub.files(inside)).names
+        names = choose_files(key, path, hub.files(inside)).names
         place = hub.fetch([f"{inside}/{name}" if inside else name for name in names])
     unet = _open_part(key, UNet2DConditionModel, place / inside, like.dtype)
     side = like.config.sample_size  # the rest is the base's, the size of the pictures too
@@ -299,7 +303,7 @@ def load_vae(path: str, pipeline: DiffusionPipeline, key: str = "models.vae") ->
             "times; they do not belong together"
         )
     if hub is not None and hub.folder is None:
-        names = choose(key, path, hub.files(inside)).names
+        names = choose_files(key, path, hub.files(inside)).names
         place = hub.fetch([f"{inside}/{name}" if inside else name for name in names])
     vae = _open_part(key, AutoencoderKL, place / inside, torch.float32)
     if "scaling_factor" not in config:  # folders of old: diffusers would say 0.18215, SD 1.x's, of any

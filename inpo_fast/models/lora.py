@@ -1,4 +1,5 @@
-"""A LoRA (arXiv 2106.09685): W + B A for some layers of a UNet; used, merged, and written in two programs' names.
+"""A LoRA (arXiv 2106.09685): W + B A for some layers of a network; used, merged, trained, and written in two programs'
+names.
 
 alpha / rank is part of B, inside and in what is written, whatever a reader believes of alpha. diffusers 0.32,
 OneTrainer and SimpleTuner ignore the metadata in which diffusers keeps alpha, and diffusers 0.34 to 0.39 stop at
@@ -6,19 +7,18 @@ metadata of a newer peft. lora_files.py reads what others wrote.
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 
-from inpo_fast.models.files.original_keys import unet_name
+from inpo_fast.models.config import LoraSettings
+from inpo_fast.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
 class Lora:
-    """layers: name of a layer of UNet2DConditionModel -> A (rank, in, …) and B (out, rank, …) in fp32; the layer's
-    weight becomes W + B A. Convolutions have their kernel in A and 1 x 1 in B."""
+    """layers: diffusers' name of a layer -> A (rank, in, …) and B (out, rank, …) in fp32; the layer's weight becomes
+    W + B A. Convolutions have their kernel in A and 1 x 1 in B."""
 
     layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -54,25 +54,44 @@ def _padded(x: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
 
 
 # ---- using ----------------------------------------------------------------------------------------------------------
-def with_lora(unet: UNet2DConditionModel, lora: Lora) -> UNet2DConditionModel:
-    """A copy of the UNet with the LoRA beside its weights, as `load_lora_weights` has it."""
-    adapted = copy.deepcopy(unet)
-    adapted.load_lora_adapter({name: x.to(unet.dtype) for name, x in tensors(lora).items()}, prefix=None)
+def with_lora(network: torch.nn.Module, lora: Lora) -> torch.nn.Module:
+    """A copy of the network with the LoRA beside its weights, as `load_lora_weights` has it."""
+    adapted = copy.deepcopy(network)
+    adapted.load_lora_adapter({name: x.to(network.dtype) for name, x in tensors(lora).items()}, prefix=None)
     own, layers = dict(adapted.named_parameters()), lora.padded().layers
     for name, sides in layers.items():
         for side, x in zip("AB", sides, strict=True):
             landed = next((p for n, p in own.items() if n.startswith(f"{name}.lora_{side}.")), None)
             assert landed is not None and torch.equal(landed.cpu(), x.to(landed.dtype)), f"{name} did not get its LoRA"
-    return adapted.to(unet.device)
+    return adapted.to(network.device)
 
 
 @torch.no_grad()
-def merge_(unet: torch.nn.Module, lora: Lora) -> None:
+def merge_(network: torch.nn.Module, lora: Lora) -> None:
     """Adds the LoRA into the weights, in place; the sum is rounded once where they are narrower than fp32."""
-    modules = dict(unet.named_modules())
+    modules = dict(network.named_modules())
     for name in lora.layers:
         weight = modules[name].weight
         weight.copy_(weight.float() + lora.delta(name).to(weight.device))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+def add_adapter(network: torch.nn.Module, settings: LoraSettings) -> list:
+    """Adds trainable adapters in place; returns the layers that have one."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    network.add_adapter(
+        LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(settings.targets), init_lora_weights=True)
+    )
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def zero_factors(adapters: list) -> list[tuple[torch.nn.Module, torch.nn.Parameter]]:
+    """The last layer of each adapter, and a weight of zeros for it: with it in place the model is its base."""
+    last = [factor for layer in adapters for factor in layer.lora_B.values()]
+    return [(factor, torch.nn.Parameter(torch.zeros_like(factor.weight))) for factor in last]
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -82,17 +101,11 @@ def tensors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
     return {f"{prefix}{name}.lora_{s}.weight": x for name, ab in layers.items() for s, x in zip("AB", ab, strict=True)}
 
 
-def kohya_tensors(lora: Lora, config: Mapping, diffusers_layers: bool = False) -> dict[str, torch.Tensor]:
-    """In kohya's names, alpha being the rank. config: of the UNet; XL's layers are named as in the original UNet, those
-    of 1.x and 2.x as in diffusers, as sd-scripts trains them.
-
-    diffusers_layers: XL's as in diffusers too, which ai-toolkit wants, and InvokeAI and OneTrainer of XLs with other
-    blocks than SDXL's. KeyError for a layer without a name in the original.
-    """
+def kohya_tensors(lora: Lora, denoiser: Denoiser, diffusers_layers: bool = False) -> dict[str, torch.Tensor]:
+    """In kohya's names (Denoiser.kohya_name), alpha being the rank. KeyError for a layer without a name there."""
     out = {}
-    is_xl = config.get("addition_embed_type") == "text_time" and not diffusers_layers
-    for module, (down, up) in lora.layers.items():
-        name = "lora_unet_" + (unet_name(module, config) if is_xl else module).replace(".", "_")
+    for layer, (down, up) in lora.layers.items():
+        name = denoiser.kohya_name(layer, diffusers_layers)
         out[f"{name}.lora_down.weight"], out[f"{name}.lora_up.weight"] = down, up
         out[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return out

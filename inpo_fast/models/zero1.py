@@ -1,5 +1,5 @@
-"""One part of each tensor per process, cut along the first dimension as FSDP2 does, and the two messages of a step:
-sums are reduced to parts, parts are gathered to whole tensors."""
+"""ZeRO-1 (arXiv 1910.02054): each process keeps one part of each tensor, cut along the first dimension as FSDP2 does.
+Two messages a step: sums are reduced to parts, parts are gathered to whole tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

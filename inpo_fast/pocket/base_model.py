@@ -14,7 +14,8 @@ from rich.progress import track
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from inpo_fast.judges.pocket_scenes import BACKGROUNDS, COLOURS, RADIUS, SHAPES, SIZE, Scene, random_finish, render
+from inpo_fast.judges.pocket_scenes import BACKGROUNDS, COLOURS, RADIUS, SHAPES, SIZE, Scene
+from inpo_fast.pocket.scenes import random_finish, render
 from inpo_fast.runtime import distributed
 
 MAX_TOKENS = 16

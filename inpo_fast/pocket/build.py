@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from inpo_fast.comparison.drawing import draw, use_ddim
 from inpo_fast.judges.pocket_rules import RuleJudge
-from inpo_fast.judges.pocket_scenes import all_scenes, split_scenes
 from inpo_fast.models.files.diffusers_folder import write_folder
 from inpo_fast.models.loading import quiet_libraries
 from inpo_fast.pocket import ASSETS, base_model, clip_model, pairs
+from inpo_fast.pocket.scenes import all_scenes, split_scenes
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import run_command
 from inpo_fast.runtime.files import write_text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inpo_fast.comparison.compare import Contest
+from inpo_fast.comparison.model_comparison import NEGATIVE_CONTROL, ModelComparison
 from inpo_fast.comparison.win_rates import disagreement
 from inpo_fast.report.page import render
 from inpo_fast.report.pictures import ENLARGED, picture_uris
@@ -35,42 +35,42 @@ class Row:
     shots: list[Shot]
 
 
-def write_comparison(folder: Path, result: dict, contest: Contest) -> Path:
+def write_comparison(folder: Path, result: dict, comparison: ModelComparison) -> Path:
     """comparison.json, comparison.md, comparison.html; the path of the page."""
     write_text(folder / "comparison.json", json.dumps(result, indent=1))
     write_text(folder / "comparison.md", markdown(result))
     page = folder / "comparison.html"
-    write_text(page, html(result, rows(contest)))
+    write_text(page, html(result, rows(comparison)))
     return page
 
 
-def rows(contest: Contest, count: int = SHOWN) -> list[Row]:
+def rows(comparison: ModelComparison, count: int = SHOWN) -> list[Row]:
     """The comparisons that the judges differ most about; with one judge, those it finds most different."""
-    names = [name for name in contest.pictures if name != "control"]
+    names = [name for name in comparison.pictures if name != NEGATIVE_CONTROL]
     others = names[1:]
     spreads = []
     for name in others:
-        differences = [each[name].total - each[names[0]].total for each in contest.scores.values()]
+        differences = [each[name].total - each[names[0]].total for each in comparison.scores.values()]
         spreads.append(disagreement(differences) if len(differences) > 1 else np.abs(differences[0]))
-    spread = np.max(spreads, axis=0) if spreads else np.zeros(len(contest.captions))
+    spread = np.max(spreads, axis=0) if spreads else np.zeros(len(comparison.captions))
     chosen, seen = [], set()
     for i in np.argsort(-spread, kind="stable"):
-        if int(i) // contest.seeds not in seen and len(chosen) < count:  # one row a prompt
-            seen.add(int(i) // contest.seeds)
+        if int(i) // comparison.seeds not in seen and len(chosen) < count:  # one row a prompt
+            seen.add(int(i) // comparison.seeds)
             chosen.append(int(i))
-    return [_row(contest, names, i, float(spread[i])) for i in chosen]
+    return [_row(comparison, names, i, float(spread[i])) for i in chosen]
 
 
-def _row(contest: Contest, names: list[str], i: int, spread: float) -> Row:
+def _row(comparison: ModelComparison, names: list[str], i: int, spread: float) -> Row:
     shots = []
     for name in names:
         said = []
-        for judge, each in contest.scores.items():
+        for judge, each in comparison.scores.items():
             own, base = float(each[name].total[i]), float(each[names[0]].total[i])
             said.append((judge, own, None if name == names[0] else own - base))
-        shots.append(Shot(name, contest.pictures[name][i], said))
-    labels = [values[i // contest.seeds] for values in contest.prompts.groups.values()]
-    return Row(contest.captions[i], labels, spread, shots)
+        shots.append(Shot(name, comparison.pictures[name][i], said))
+    labels = [values[i // comparison.seeds] for values in comparison.prompts.groups.values()]
+    return Row(comparison.captions[i], labels, spread, shots)
 
 
 def html(result: dict, shown: list[Row]) -> str:
@@ -99,7 +99,7 @@ def intervals(result: dict) -> list[Interval]:
     out.sort(key=lambda row: _order(result, row))
     for judge, pairs in result["win_rates"].items():
         for pair in pairs:
-            if "control" in (pair["model"], pair["against"]):
+            if NEGATIVE_CONTROL in (pair["model"], pair["against"]):
                 continue
             for kind, labels in pair["groups"].items():
                 group = f"{pair['model']} against {pair['against']}, by {kind}: {judge}"
@@ -130,8 +130,9 @@ def markdown(result: dict) -> str:
         "",
         *(f"- {_cell(name)}: `{place}`" for name, place in result["models"].items()),
     ]
-    if "control" in models:
-        lines.append(f"- control: the base, noise prediction x {sampler['control_eps_scale']:g}")
+    if NEGATIVE_CONTROL in models:
+        scale = f"{sampler['control_eps_scale']:g}"
+        lines.append(f"- {NEGATIVE_CONTROL}: the negative control, the base with its noise prediction x {scale}")
     lines += ["", "## Scores, median (mean)", "", _table("judge", models)]
     for judge, by_model in result["scores"].items():
         lines.append(_line(judge, [_score(by_model[name]) for name in models]))
@@ -144,16 +145,16 @@ def markdown(result: dict) -> str:
         rates = [_rate(result["win_rates"][judge][number]) for judge in judges]
         lines.append(_line(f"{pair['model']} against {pair['against']}", rates))
     for number, pair in enumerate(result["win_rates"][judges[0]]):
-        for kind in pair["groups"] if "control" not in (pair["model"], pair["against"]) else ():
+        for kind in pair["groups"] if NEGATIVE_CONTROL not in (pair["model"], pair["against"]) else ():
             title = f"## {_cell(pair['model'])} against {_cell(pair['against'])}, by {kind}"
             lines += ["", title, "", _table(kind, judges)]
             for label in pair["groups"][kind]:
                 each = [result["win_rates"][judge][number]["groups"][kind][label] for judge in judges]
                 lines.append(_line(label, [_rate(values) for values in each]))
-    return "\n".join([*lines, *_paper(result)]) + "\n"
+    return "\n".join([*lines, *_published(result)]) + "\n"
 
 
-def _paper(result: dict) -> list[str]:
+def _published(result: dict) -> list[str]:
     """The paper's numbers, where base, prompts and guidance are the paper's."""
     paper = result["paper"]
     if paper is None:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from inpo_fast.comparison.evaluation import Gallery
-from inpo_fast.judges import Scores
+from inpo_fast.judges import SUMMARIES, Scores
 from inpo_fast.report.pictures import Comparison, comparison
 
 CASES = 4  # gains and losses shown, each
 CHANGES = 3  # parts named per case
-SUMMARIES = {"alignment", "looks"}  # parts that are means of other parts where there are others
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Writes report.html, and samples.png when there are pictures. Standing above evaluate: it only reads results."""
+"""Writes report.html, and samples.png when there are pictures, from what a run and its evaluation left."""
 
 import json
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def page(folder: Path, evaluation: Evaluation | None) -> str:
         strips=pictures.strips(folder / "images", STRIP_BYTES),
         src=lambda picture: uris[id(picture)],
         win_rates=results.win_rates(result) if result else [],
-        guards=results.guards(result) if result else [],
+        checks=results.sanity_checks(result) if result else [],
         curves=[(curve, curve.latest(series), plots.draw(curve, series)) for curve in curves.chosen(series)],
         palette=plots.PALETTE,
         config=_text(folder / "config.yaml"),

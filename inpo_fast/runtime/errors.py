@@ -35,13 +35,11 @@ def run_command(program: str, main: Callable[[], None]) -> None:
         os._exit(2)  # threads and messages under way would wait for the other process
     except UserError as problem:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(
-                2
-            )  # if the first process refuses for the same reason, torchrun ends this one before it repeats it
+            time.sleep(2)  # torchrun ends this process if the first one had the same error: said once
         print(f"{program}: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as problem:
-        if type(problem).__name__ != "OutOfMemoryError":  # torch's; importing it would slow down every refusal
+        if type(problem).__name__ != "OutOfMemoryError":  # torch's; importing it would slow down every error
             raise
         said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
         remedy = "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from inpo_fast.models.master_weights import Weights
+from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import Hang, UserError
 from inpo_fast.training.optim import Average
@@ -76,7 +76,7 @@ class Checkpoints:
     def save(
         self,
         state: State,
-        weights: Weights,
+        weights: MasterWeights,
         optimizer: torch.optim.Optimizer,
         average: Average | None,
         wait: bool = False,
@@ -88,9 +88,9 @@ class Checkpoints:
         self.wait()
         self._path = final = self.folder / f"step-{state.step:04d}"
         tensors, numbers = _collect(weights, optimizer, average)
-        owners = _owners(tensors, self.world if weights.split is None else 1)
+        owners = _owners(tensors, self.world if weights.partition is None else 1)
         files = _files(tensors, owners)
-        if weights.split is None:
+        if weights.partition is None:
             tensors = {name: tensor for name, tensor in tensors.items() if owners[name] == self.rank}
         state = replace(state, numbers={k: v for part in distributed.gather(numbers) for k, v in part.items()})
         aside = self.folder / f".tmp-{final.name}"
@@ -161,7 +161,11 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def load_newest(
-        self, weights: Weights, optimizer: torch.optim.Optimizer, average: Average | None, warn: Callable[[str], None]
+        self,
+        weights: MasterWeights,
+        optimizer: torch.optim.Optimizer,
+        average: Average | None,
+        warn: Callable[[str], None],
     ) -> State | None:
         """Puts the newest whole checkpoint back, in place; None where there is none at all. All processes call it.
 
@@ -208,7 +212,7 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
 
 
 @torch.no_grad()
-def load(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer, average: Average | None) -> State:
+def load(folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer, average: Average | None) -> State:
     """Puts one checkpoint back, in place; all processes call it.
 
     UserError when it does not fit the run or is damaged.
@@ -252,7 +256,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _collect(
-    weights: Weights, optimizer: torch.optim.Optimizer, average: Average | None
+    weights: MasterWeights, optimizer: torch.optim.Optimizer, average: Average | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Everything of this process that is to be saved, under its name, and what is not a tensor."""
     tensors, numbers = {}, {}
@@ -291,11 +295,11 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.empty(x.shape, dtype=x.dtype).copy_(x) for name, x in tensors.items()}
 
 
-def _parts(tensors: dict[str, torch.Tensor], weights: Weights) -> dict[str, torch.Tensor]:
-    """Of split weights: what is a part of a parameter told as that, so that others can cut it otherwise."""
-    if weights.split is None:
+def _parts(tensors: dict[str, torch.Tensor], weights: MasterWeights) -> dict[str, torch.Tensor]:
+    """Of partitioned weights: what is a part of a parameter told as that, so that others can cut it otherwise."""
+    if weights.partition is None:
         return tensors
-    mesh = init_device_mesh("cpu", (weights.split.world,))
+    mesh = init_device_mesh("cpu", (weights.partition.world,))
     triples = zip(weights.names, weights.masters, weights.working, strict=True)
     of = {name: (master, working) for name, master, working in triples}
     out = {}
@@ -335,8 +339,8 @@ class _AlreadyOnHost:
         pass
 
 
-def _targets(shapes: dict[str, tuple], weights: Weights) -> dict[str, torch.Tensor]:
-    """Host memory for each saved tensor: of split weights for this process's part of what has a parameter's shape."""
+def _targets(shapes: dict[str, tuple], weights: MasterWeights) -> dict[str, torch.Tensor]:
+    """Host memory for each saved tensor: of partitioned weights, this process's part of what has their shapes."""
     pairs = dict(zip(weights.names, zip(weights.masters, weights.working, strict=True), strict=True))
     out = {}
     for key, (shape, dtype) in shapes.items():
@@ -345,7 +349,7 @@ def _targets(shapes: dict[str, tuple], weights: Weights) -> dict[str, torch.Tens
     return out
 
 
-def _check_fits(shapes: dict[str, tuple], weights: Weights, average: Average | None) -> None:
+def _check_fits(shapes: dict[str, tuple], weights: MasterWeights, average: Average | None) -> None:
     for kind in ("policy",) if average is None else ("policy", "average"):
         want = {f"{kind}/{name}": tuple(p.shape) for name, p in zip(weights.names, weights.working, strict=True)}
         saved = {key: shape for key, (shape, _) in shapes.items() if key.startswith(f"{kind}/")}

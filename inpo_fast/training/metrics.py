@@ -41,7 +41,7 @@ class MetricAccumulator:
         return self.cells[name][1]
 
     @torch.no_grad()
-    def observe(self, *, loss, logit, image, tau_rms, bucket, sides, contrast) -> None:
+    def add_micro_batch(self, *, loss, logit, image, tau_rms, bucket, sides, contrast) -> None:
         """Everything worth watching of a micro-batch of B pairs; images are (S B), winners first.
 
         image: (S B, 7), the means over elements that `inpo_kernels.inpo_loss.COLUMNS` names. tau_rms: (S B,).

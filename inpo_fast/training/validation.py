@@ -19,13 +19,15 @@ from inpo_fast.data.loader import Item, PairLoader
 from inpo_fast.data.order import step_positions
 from inpo_fast.data.pair import BadPair, Source
 from inpo_fast.data.sources import open_source
-from inpo_fast.models.models import Models, Text
+from inpo_fast.models.denoiser import Text
+from inpo_fast.models.models import Models
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_bytes
 from inpo_fast.runtime.memory import fits
 from inpo_fast.training.metrics import BUCKETS, MetricAccumulator
-from inpo_fast.training.step import micro_step, noise_window
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import add_metrics, micro_batches, micro_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 from inpo_fast.training.trackers import Tracker
 
@@ -35,9 +37,9 @@ SEEN += tuple(f"{name}_t{b}" for name in ("margin", "winner_delta", "loser_delta
 
 
 class Validation:
-    """`step(done, tracker, recipe)` after each optimizer step, on every process; gives more metrics of that step.
+    """`step(done, tracker, step_config)` after each optimizer step, on every process; gives more metrics of that step.
 
-    TooLarge where the recipe's batches do not fit: nothing was shown yet."""
+    TooLarge where the batches of step_config do not fit: nothing was shown yet."""
 
     def __init__(self, config: RunConfig, models: Models, empty: Text, folder: Path, done: int):
         self.config, self.models, self.empty, self.folder = config, models, empty, folder / FOLDER
@@ -53,11 +55,11 @@ class Validation:
                 shutil.rmtree(self.folder)
         self.items = [] if how.held_out is None else self._held_out(open_held_out(config))
 
-    def step(self, done: int, tracker: Tracker | None, recipe: StepConfig) -> dict[str, float]:
+    def step(self, done: int, tracker: Tracker | None, step_config: StepConfig) -> dict[str, float]:
         how, last = self.config.observe, done == self.config.train.steps
         values: dict[str, float] = {}
         if how.held_out is not None and (done % how.held_out_every == 0 or done == 1 or last):
-            values = self.held_out_metrics(recipe)
+            values = self.held_out_metrics(step_config)
         if self.prompts and (done % how.images_every == 0 or last):
             strip = self.draw_strip()
             if self.rank == 0:
@@ -68,20 +70,25 @@ class Validation:
         return values
 
     @torch.no_grad()
-    def held_out_metrics(self, recipe: StepConfig) -> dict[str, float]:
-        tally = MetricAccumulator(self.models.device)
-        plain = replace(recipe.inversion, cache=None, frozen=False)
-        recipe = replace(recipe, trajectories=None, latents=None, inversion=plain)
+    def held_out_metrics(self, step_config: StepConfig) -> dict[str, float]:
+        """Each pair at one timestep, without caches."""
+        metrics, models = MetricAccumulator(self.models.device), self.models
+        config = replace(
+            step_config,
+            trajectory_cache=None,
+            latent_cache=None,
+            inversion=replace(step_config.inversion, cache=None, frozen=False),
+            objective=replace(step_config.objective, timesteps=replace(step_config.objective.timesteps, per_pair=1)),
+        )
         if self.items:
-            window = make_step_batch(self.items, self.models, recipe, self.empty)
-            with fits("inversion.batch", recipe.inversion.batch):
-                x_t, _ = noise_window(window, self.models, recipe)
-            for lo in range(0, len(self.items), recipe.micro_batch):
-                pairs = slice(lo, min(lo + recipe.micro_batch, len(self.items)))
-                with fits("train.micro_batch", recipe.micro_batch):
-                    micro_step(window, x_t, pairs, self.models, recipe, tally)
-        tally.reduce()
-        found = tally.values()
+            batch = make_step_batch(self.items, models, config, self.empty)
+            with fits("inversion.batch", config.inversion.batch):
+                x_t, _ = noisy_latents(batch, models, config)
+            for k, pairs in micro_batches(batch, config):
+                with fits("train.micro_batch", config.micro_batch):
+                    add_metrics(metrics, micro_step(batch, x_t, k, pairs, models, config), config)
+        metrics.reduce()
+        found = metrics.values()
         return {f"held_out_{name}": found[name] for name in SEEN if name in found}
 
     @torch.no_grad()
@@ -91,23 +98,23 @@ class Validation:
         mine = self.prompts[self.rank :: self.world]
         settings = {"steps": how.sampler_steps, "guidance": how.guidance, "batch": how.batch}
         with drawing_with(pipeline, self.models.policy):
-            drawn = draw(pipeline, mine, [("evaluate", how.seed, prompt, 0) for prompt in mine], **settings)
-        pictures: list = [None] * len(self.prompts)
-        for other, part in enumerate(distributed.gather(drawn)):
-            pictures[other :: self.world] = part
-        return np.concatenate(pictures, axis=1)
+            pictures = draw(pipeline, mine, [("evaluate", how.seed, prompt, 0) for prompt in mine], **settings)
+        strip: list = [None] * len(self.prompts)
+        for other, part in enumerate(distributed.gather(pictures)):
+            strip[other :: self.world] = part
+        return np.concatenate(strip, axis=1)
 
     def _held_out(self, source: Source) -> list[Item]:
         config = self.config
         resolution = config.data.resolution or self.models.resolution
         data = replace(config.data, prompt_dropout=0.0)
-        windows = PairLoader(source, data, resolution=resolution, seed=0, rank=self.rank, world=self.world)
+        loader = PairLoader(source, data, resolution=resolution, seed=0, rank=self.rank, world=self.world)
         count = min(config.observe.held_out_pairs, len(source))
         count -= count % self.world if count >= self.world else 0
         items = []
         for position in step_positions(0, count, self.rank, self.world):
             try:
-                items.append(windows.load(position))
+                items.append(loader.load(position))
             except BadPair:
                 continue
         return items

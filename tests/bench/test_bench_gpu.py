@@ -182,6 +182,11 @@ def test_names_and_plans(tmp_path):
     first = ["machine", "step-sd15", "kernel-tests", "gpu-tests", "attention", "step-sd15-compiled"]
     assert [it.name for it in gpu.chosen(plans, "first", None)] == first
     assert sum(it.expected for it in plans["first"]) <= 470 and sum(it.expected for it in plans["second"]) <= 230
+    words = [
+        word.partition("::")[0] for it in (*every, *(it for of in tiny.values() for it in of)) for word in it.command
+    ]
+    named = {word.removeprefix("--ignore=") for word in words if word.removeprefix("--ignore=").startswith("tests/")}
+    assert named and not [name for name in named if not (results.ROOT / name).exists()]
     benches = {path.stem for path in (results.ROOT / "bench" / "kernels").glob("bench_*.py")}
     assert {name for name in benches if any(f"bench/kernels/{name}.py" in it.command for it in every)} == benches
 

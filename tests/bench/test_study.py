@@ -21,11 +21,11 @@ from bench.study.cells import RECIPE, SPLITS, Cell, Study, config_of, grid, resu
 from bench.study.measures import MEASURES
 from bench.study.presets import CHEAP, METHODS, PRESETS, methods
 from bench.study.run import run, wanted_of, write
-from inpo_fast.comparison.evaluation import read_prompts
+from inpo_fast.comparison.prompts import read_prompts
 from inpo_fast.config import parse
 from inpo_fast.data.loader import PairLoader
-from inpo_fast.judges.pocket_scenes import Finish, render, split_scenes
 from inpo_fast.pocket import ASSETS
+from inpo_fast.pocket.scenes import Finish, render, split_scenes
 from inpo_fast.runtime.errors import UserError
 
 SMALL = Study("small", grid({"method": ["inpo", "dpo"], "objective.beta": ["100", "200"]}), (0, 1))

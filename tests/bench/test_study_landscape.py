@@ -41,7 +41,14 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
         assert all(values[1] == pytest.approx(math.log(2), abs=1e-7) for values in losses.values())
         config = config_of(tiny, cell, 0)
         models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
-        recipe = StepConfig(config.method, config.objective, config.inversion, 3, config.data.vae_sample, config.seed)
+        recipe = StepConfig(
+            method=config.method,
+            objective=config.objective,
+            inversion=config.inversion,
+            micro_batch=3,
+            vae_sample=config.data.vae_sample,
+            seed=config.seed,
+        )
         items, empty = landscape.load(config, models, 2, 9), models.encode_empty()
         assert [item.position for item in items] == list(range(2, 11))
         some = landscape.cosines([items[3:5], items[5:7], items[7:]], models, recipe, empty)

@@ -12,8 +12,8 @@ from bench.study.presets import PRESETS
 from bench.study.run import write
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
-from inpo_fast.training.metrics import MetricAccumulator
-from inpo_fast.training.step import micro_step, noise_window
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import micro_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 LEAK = PRESETS["leak"]
@@ -33,9 +33,16 @@ def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
     config = config_of(LEAK, LEAK.cells[number], 0)
     items = leak.stored(config, config.data.source, models)
     found = leak.amplitudes(items, models, config)
-    recipe = StepConfig("inpo", config.objective, config.inversion, 4, False, config.seed)
+    recipe = StepConfig(
+        method="inpo",
+        objective=config.objective,
+        inversion=config.inversion,
+        micro_batch=4,
+        vae_sample=False,
+        seed=config.seed,
+    )
     window = make_step_batch(items, models, recipe, models.encode_empty())
-    x_t, _ = noise_window(window, models, recipe)
+    x_t, _ = noisy_latents(window, models, recipe)
     scale = 1.0
 
     def scaled(_module, _inputs, out):
@@ -46,9 +53,7 @@ def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
     try:
         for k in (1e-3, -1e-3):
             scale = 1 + k
-            losses.append(
-                micro_step(window, x_t, slice(0, 4), models, recipe, MetricAccumulator(models.device))[1].loss
-            )
+            losses.append(micro_step(window, x_t, 0, slice(0, 4), models, recipe).objective.loss)
     finally:
         handle.remove()
     slope = ((losses[0] - losses[1]) / 2e-3).double().numpy()

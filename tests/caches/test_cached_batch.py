@@ -1,4 +1,4 @@
-"""Held: x_t replayed from records against x_t inverted, bit for bit, and what is computed for it."""
+"""CachedBatch: x_t replayed from records against x_t inverted, bit for bit, and what is computed for it."""
 
 from dataclasses import replace
 from itertools import product
@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from inpo_fast.caches.cached_batch import CachedBatch, Recording
-from inpo_fast.caches.trajectory_cache import TrajectoryCache
+from inpo_fast.caches.frozen_steps import FrozenSteps
+from inpo_fast.caches.trajectory_replay import OutputRecorder, TrajectoryRecord, TrajectoryReplay
 from inpo_fast.method.ddpm_path import DDPMPath
 from inpo_fast.method.inversion import invert
 from inpo_fast.method.inversion_schedule import inversion_schedule
@@ -38,10 +38,16 @@ def eps(x, time, rows):
     return torch.tanh(1.7 * x + wave) + 0.3 * x.roll(1, -1)
 
 
-def store(folder: Path, answers: int, dtype: torch.dtype = torch.float32) -> TrajectoryCache:
-    shards = RecordStore(folder, {})
-    shards.start()
-    return TrajectoryCache(shards, False, False, False, False, 999, (3, 4, 6), answers, dtype, 2.0)
+def store(folder: Path) -> RecordStore:
+    opened = RecordStore(folder, {})
+    opened.start()
+    return opened
+
+
+def replay(
+    folder: Path, keys: list[str], outputs: int, dtype: torch.dtype = torch.float32, highest: int = 999
+) -> TrajectoryReplay:
+    return TrajectoryReplay(store(folder), keys, TrajectoryRecord(highest, outputs, (3, 4, 6), dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,9 +68,7 @@ def test_replayed_is_inverted(tmp_path, nan_in_empty, grid, evaluate_at, steps, 
         answers = int(schedule_of(torch.tensor([999])).evaluations[0])
         keys = [digest(f"{output}{i}".encode()) for i in range(len(t))]
         for spent in (len(t) * answers, 0):  # written, then read
-            got, evaluations = CachedBatch(store(tmp_path, answers, dtype), keys, []).noise(
-                narrow, x_0, t, schedule_of, batch=5
-            )
+            got, evaluations = replay(tmp_path, keys, answers, dtype).x_t(narrow, x_0, t, schedule_of, batch=5)
             assert torch.equal(got, want) and got.dtype == torch.float32 and evaluations == spent
 
 
@@ -81,10 +85,8 @@ def test_a_lower_trajectory_serves_all_below(tmp_path, nan_in_empty, grid, evalu
     top = int((counts >= answers).nonzero()[0])
     t = torch.tensor([450, 0, 449, 99, 100, 300, 1, min(top, 450)])
     x_0 = torch.randn(len(t), 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    cache = replace(store(tmp_path, answers), top=top)
-    got, spent = CachedBatch(cache, [digest(b"%d" % i) for i in range(len(t))], []).noise(
-        eps, x_0, t, schedule_of, batch=5
-    )
+    cached = replay(tmp_path, [digest(b"%d" % i) for i in range(len(t))], answers, highest=top)
+    got, spent = cached.x_t(eps, x_0, t, schedule_of, batch=5)
     assert torch.equal(got, invert(eps, x_0, schedule_of(t), batch=5)[0]) and spent == len(t) * answers
 
 
@@ -94,7 +96,6 @@ def test_every_call_has_one_width(tmp_path, frozen, images, width):
     """Whatever is new: as many samples in each call as a compiled graph has; the same x_t, the same count, no record
     of a filled place."""
     t, x_0, sizes = torch.arange(images) * 90, torch.randn(images, 3, 4, 6), []
-    cache = replace(store(tmp_path, 3), frozen=frozen)
     keys = [digest(b"%d" % i) for i in range(images)]
     schedule_of = lambda t: inversion_schedule(PATHS[0], t, steps=3)  # noqa: E731
 
@@ -102,15 +103,15 @@ def test_every_call_has_one_width(tmp_path, frozen, images, width):
         sizes.append(len(x))
         return eps(x, time, rows)
 
-    held = CachedBatch(cache, keys, [])
-    got, spent = held.noise(counted, x_0, t, schedule_of, batch=width, width=width)
+    cached = FrozenSteps(store(tmp_path), keys, []) if frozen else replay(tmp_path, keys, 3)
+    got, spent = cached.x_t(counted, x_0, t, schedule_of, batch=width, width=width)
     want, evaluations = invert(eps, x_0, schedule_of(t), batch=width)
     assert set(sizes) == {width} and torch.equal(got, want)
     assert spent == (evaluations if frozen else 3 * images)
     if not frozen:
-        again = CachedBatch(store(tmp_path, 3), keys, [])
-        assert len(again.cache.shards) == images and not again.missing
-        assert torch.equal(again.noise(counted, x_0, t, schedule_of, batch=1)[0], want)
+        again = replay(tmp_path, keys, 3)
+        assert len(again.store) == images and not again.missing
+        assert torch.equal(again.x_t(counted, x_0, t, schedule_of, batch=1)[0], want)
 
 
 def test_one_image_many_times_in_a_window_is_one_record(tmp_path):
@@ -119,25 +120,25 @@ def test_one_image_many_times_in_a_window_is_one_record(tmp_path):
     kind, x_0 = torch.tensor([0, 0, 1, 0]), torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     schedule_of = lambda t: inversion_schedule(PATHS[0], t, steps=3)  # noqa: E731
     conditioned = lambda x, time, rows: eps(x, time, kind[rows])  # noqa: E731
-    held = CachedBatch(store(tmp_path, 3), keys, [])
-    assert held.missing == [0, 2]
-    latents = held.x_0([x_0[:1], x_0[1:]], x_0.device)
+    cached = replay(tmp_path, keys, 3)
+    assert cached.missing == [0, 2]
+    latents = cached.x_0([x_0[:1], x_0[1:]], x_0.device)
     assert torch.equal(latents, x_0[kind])
-    got, spent = held.noise(conditioned, latents, t, schedule_of, batch=2)
+    got, spent = cached.x_t(conditioned, latents, t, schedule_of, batch=2)
     want, _ = invert(conditioned, latents, schedule_of(t), batch=2)
-    assert torch.equal(got, want) and spent == 2 * 3 and len(held.cache.shards) == 2
-    warm = CachedBatch(store(tmp_path, 3), keys, [])
+    assert torch.equal(got, want) and spent == 2 * 3 and len(cached.store) == 2
+    warm = replay(tmp_path, keys, 3)
     assert warm.missing == [] and torch.equal(warm.x_0([], x_0.device), latents) and warm.hits.tolist() == [1] * 4
-    part = CachedBatch(store(tmp_path, 3), [digest(b"c"), *keys], [])
+    part = replay(tmp_path, [digest(b"c"), *keys], 3)
     assert part.missing == [0] and part.hits.tolist() == [0, 1, 1, 1, 1]
     assert torch.equal(part.x_0([x_0[1:]], x_0.device), torch.cat([x_0[1:], latents]))
 
 
 @pytest.mark.parametrize("batch", [60, 64, 300])
 def test_a_large_window_is_recorded_in_full_batches(tmp_path, batch):
-    """700 images: as few calls as groups of whole batches need; the answers of one group are held at a time."""
+    """700 images: as few calls as groups of whole batches need; the answers of one group are kept at a time."""
     sizes, x_0 = [], torch.zeros(700, 3, 4, 6)
-    held = CachedBatch(store(tmp_path, 2), [digest(b"%d" % i) for i in range(700)], [])
+    cached = replay(tmp_path, [digest(b"%d" % i) for i in range(700)], 2)
 
     def counted(x, time, rows):
         sizes.append(len(x))
@@ -147,7 +148,7 @@ def test_a_large_window_is_recorded_in_full_batches(tmp_path, batch):
         return inversion_schedule(PATHS[0], t, steps=2)
 
     t = torch.arange(700)
-    got, spent = held.noise(counted, x_0, t, schedule_of, batch)
+    got, spent = cached.x_t(counted, x_0, t, schedule_of, batch)
     assert torch.equal(got, invert(eps, x_0, schedule_of(t), batch=batch)[0])
     group = max(1, 256 // batch) * batch
     groups = [min(group, 700 - lo) for lo in range(0, 700, group)]
@@ -158,23 +159,23 @@ def test_a_large_window_is_recorded_in_full_batches(tmp_path, batch):
 
 def test_empty_slots_are_not_recorded():
     """An inversion that fills its batches up with row -1 records the same; one that repeats a row is noticed."""
-    recording = Recording(eps, torch.tensor([4, 2]), 2)
+    recorder = OutputRecorder(eps, torch.tensor([4, 2]), 2)
     x, time = torch.randn(3, 3, 4, 6), torch.tensor([5, 6, 7])
     for rows in ([0, 1, -1], [1, 0, -1]):
-        recording(x, time, torch.tensor(rows))
+        recorder(x, time, torch.tensor(rows))
     want, turned = (eps(x, time, torch.tensor(rows)) for rows in ([4, 2, 2], [2, 4, 2]))
     assert torch.equal(
-        recording.answers(), torch.stack([torch.stack([want[0], turned[1]]), torch.stack([want[1], turned[0]])])
+        recorder.outputs(), torch.stack([torch.stack([want[0], turned[1]]), torch.stack([want[1], turned[0]])])
     )
-    recording(x[:1], time[:1], torch.tensor([0]))
+    recorder(x[:1], time[:1], torch.tensor([0]))
     with pytest.raises(AssertionError, match="planned were 2"):
-        recording.answers()
+        recorder.outputs()
 
 
 def test_a_disk_that_forgets_is_refused(tmp_path, monkeypatch):
-    held = CachedBatch(store(tmp_path, 3), [digest(b"a")], [])
-    monkeypatch.setattr(held.cache.shards, "write", lambda keys, parts: None)
+    cached = replay(tmp_path, [digest(b"a")], 3)
+    monkeypatch.setattr(cached.store, "write", lambda keys, parts: None)
     with pytest.raises(UserError, match="cannot be read back"):
-        held.noise(
+        cached.x_t(
             eps, torch.zeros(1, 3, 4, 6), torch.tensor([5]), lambda t: inversion_schedule(PATHS[0], t, steps=3), 2
         )

@@ -76,10 +76,18 @@ def models_of(pipeline=tiny_pipeline, **how) -> Models:
 
 def trained(config: RunConfig, models: Models, store: LatentCache | None) -> tuple[torch.Tensor, list]:
     """Weights and metrics of three steps."""
-    how = (config.inversion, 4, config.data.vae_sample, config.seed)
-    recipe = StepConfig("inpo", ObjectiveConfig(beta=500.0), *how, latents=store, vae_batch=config.data.vae_batch)
+    recipe = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(beta=500.0),
+        inversion=config.inversion,
+        micro_batch=4,
+        vae_sample=config.data.vae_sample,
+        seed=config.seed,
+        latent_cache=store,
+        vae_batch=config.data.vae_batch,
+    )
     reader = PairLoader(
-        open_source(config.data.source), config.data, resolution=32, seed=config.seed, rank=0, world=1, ready=store
+        open_source(config.data.source), config.data, resolution=32, seed=config.seed, rank=0, world=1, cached=store
     )
     optimizer, seen, empty = torch.optim.AdamW(models.parameters(), lr=1e-4), [], models.encode_empty()
     for items in reader.steps(0, 3, 12):
@@ -227,7 +235,8 @@ def test_two_processes_share_the_work(source, tmp_path):
     models = Models(load_pipeline(model), torch.device("cpu"), ModelsConfig(base=model))
     one = fill(config, models)
     two = LatentCache(tmp_path / "two", models, replace(config.data, cache=str(tmp_path / "two")), 32, 0)
-    assert two.pairs.places.keys() == one.pairs.places.keys() and two.prompts.places.keys() == one.prompts.places.keys()
+    for kind in ("latent_store", "text_store"):
+        assert getattr(two, kind).places.keys() == getattr(one, kind).places.keys()
     for position in (0, 255, 256, 599):
         a, b = (store.item(position) for store in (one, two))
         assert a.id == b.id and a.prompt == b.prompt and torch.equal(a.x_0, b.x_0)
@@ -271,13 +280,13 @@ def test_prompts_are_kept_once_and_a_missing_half_is_made_again(source, tmp_path
     assert store.unknown_prompts(["a", "b", "a"]) == ["a", "b"]
     store.add_prompts(["a", "b"], models.encode_prompts(["a", "b"]))
     assert store.unknown_prompts(["c", "a", "c"]) == ["c"]
-    want, read = models.encode_prompts(["b", "c", "a"]), store.prompts.read
+    want, read = models.encode_prompts(["b", "c", "a"]), store.text_store.read
 
     def half(part, keys):
         rows = read(part, keys)
         return [None, *rows[1:]] if part == "pooled" else rows
 
-    store.prompts.read = half
+    store.text_store.read = half
     got = store.encode_prompts(["b", "c", "a"], models)
     assert torch.equal(got.hidden, want.hidden) and torch.equal(got.pooled, want.pooled)
 

@@ -21,13 +21,15 @@ from sweep_runs import (
     windows,
 )
 
-from inpo_fast.caches.cached_batch import CachedBatch
+from inpo_fast.caches.frozen_steps import FrozenSteps
+from inpo_fast.caches.trajectory_replay import TrajectoryReplay
 from inpo_fast.data.images import decode, make_view
 from inpo_fast.data.loader import DataConfig
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import ObjectiveConfig
 from inpo_fast.runtime.memory import TooLarge
-from inpo_fast.training.step import noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import make_step_batch
 
 
@@ -88,7 +90,7 @@ def test_x_t_of_other_batches(world, tmp_path, precision, batch):
     for folder, own in ((None, 16), (tmp_path, batch)):
         recipe = recipe_of(models, folder, replace(HOW, batch=own))
         (items,) = windows(world, 0, DATA, 0, 1)
-        x_t.append(noise_window(make_step_batch(items, models, recipe, models.encode_empty()), models, recipe)[0])
+        x_t.append(noisy_latents(make_step_batch(items, models, recipe, models.encode_empty()), models, recipe)[0])
     bound = {"fp32": 1e-5, "bf16": 2.0**-6}[precision]
     assert (x_t[0] - x_t[1]).abs().max() <= bound * x_t[0].abs().max()
 
@@ -101,12 +103,12 @@ def test_a_full_cache_serves_every_seed(world, tmp_path):
             views.add(make_view(decode(image, 10**6), 32, flip=flip, crop="center", draw=(0, 0)).pixels.tobytes())
     for seed in range(20):
         full = run(world, tmp_path, seed=seed, steps=4)
-        if len(full.cache.shards) == len(views):
+        if len(full.cache.store) == len(views):
             break
     options = {"seed": 100, "objective": ObjectiveConfig(beta=50.0, tau_norm="rms"), "lr": 1e-4}
     warm = run(world, tmp_path, **options)
     assert warm.each("unet_evaluations") == 3 * [STEP] and same(warm, run(world, **options))
-    assert len(warm.cache.shards) == len(views) > 14
+    assert len(warm.cache.store) == len(views) > 14
 
 
 def test_latents_drawn_for_each_seed_serve_their_seed(world, tmp_path):
@@ -114,7 +116,7 @@ def test_latents_drawn_for_each_seed_serve_their_seed(world, tmp_path):
     data = DataConfig(vae_sample=True)
     cold, warm = run(world, tmp_path, data=data), run(world, tmp_path, data=data, lr=1e-3)
     assert same(cold, run(world, data=data)) and same(cold, warm)
-    assert warm.each("trajectories_hit") == 3 * [1] and len(warm.cache.shards) == 3 * 2 * PAIRS
+    assert warm.each("trajectories_hit") == 3 * [1] and len(warm.cache.store) == 3 * 2 * PAIRS
     assert run(world, tmp_path, data=data, seed=1).each("trajectories_hit") == 3 * [0]
 
 
@@ -127,7 +129,7 @@ def test_each_image_draws_its_own_latent(world, tmp_path):
     for folder, batch in ((None, 1), (None, 64), (tmp_path, 1), (tmp_path, 64)):
         recipe = recipe_of(models, folder, replace(HOW, batch=batch), data=data)
         window = make_step_batch(items, models, recipe, models.encode_empty())
-        assert folder is None or window.held.missing == [0, 1]
+        assert folder is None or window.cached.missing == [0, 1]
         latents.append(window.x_0)
     for other in latents[1:]:
         torch.testing.assert_close(other, latents[0], rtol=1e-5, atol=1e-5)
@@ -160,13 +162,14 @@ def test_what_gets_damaged_is_made_again(world, tmp_path, caplog, monkeypatch, f
     assert same(again, plain) and again.each("unet_evaluations") == plain.each("unet_evaluations")
     assert [record.args[0] for record in caplog.records if record.name == "inpo_fast.runtime.record_store"] == [shard]
 
-    noise = CachedBatch.noise
+    kind = FrozenSteps if frozen else TrajectoryReplay
+    x_t = kind.x_t
 
     def damaged(self, *arguments):
         spoil(shard, part)
-        return noise(self, *arguments)
+        return x_t(self, *arguments)
 
-    monkeypatch.setattr(CachedBatch, "noise", damaged)
+    monkeypatch.setattr(kind, "x_t", damaged)
     again = run(world, tmp_path, **options)
     assert same(again, plain)
     if frozen:  # its first record is read first

@@ -9,7 +9,8 @@ from sweep_runs import DATA, FROZEN, HOW, OBJECTIVE, PAIRS, STEP, models_of, rec
 
 from inpo_fast.method.config import ObjectiveConfig, Timesteps
 from inpo_fast.models.models import Models
-from inpo_fast.training.step import noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import make_step_batch
 
 
@@ -89,8 +90,10 @@ def test_frozen_x_t_of_what_is_new(world, tmp_path, base, guidance):
     run(world, tmp_path, base=base, how=how, seed=5, steps=1)
     recipe, (items,) = recipe_of(models, tmp_path, how), windows(world, 0, DATA, 0, 1)
     window = make_step_batch(items, models, recipe, models.encode_empty())
-    assert 0 < len(window.held.missing) < 2 * PAIRS and window.held.missing != list(range(len(window.held.missing)))
-    got, want = (noise_window(w, models, recipe)[0] for w in (window, replace(window, held=None)))
+    assert 0 < len(window.cached.missing) < 2 * PAIRS and window.cached.missing != list(
+        range(len(window.cached.missing))
+    )
+    got, want = (noisy_latents(w, models, recipe)[0] for w in (window, replace(window, cached=None)))
     assert torch.equal(got, want)
 
 
@@ -102,7 +105,7 @@ def test_frozen_t_belongs_to_the_pair(world, tmp_path):
         recipe = recipe_of(models, tmp_path, FROZEN, objective, seed=seed)
         for items in windows(world, seed, DATA, 0, 4):
             window = make_step_batch(items, models, recipe, models.encode_empty())
-            for item, t in zip(items, window.t.tolist(), strict=True):
+            for item, t in zip(items, window.t[0].tolist(), strict=True):
                 seen.setdefault(item.id, set()).add(t)
     values = {t for own in seen.values() for t in own}
     assert len(seen) == 7 and all(len(own) == 1 for own in seen.values())

@@ -16,6 +16,7 @@ from tiny_world import tiny_pipeline, tiny_xl
 
 from inpo_fast.caches import trajectory_cache
 from inpo_fast.caches.trajectory_cache import TrajectoryCache, open_trajectory_cache
+from inpo_fast.caches.trajectory_replay import TrajectoryRecord
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import DataConfig, Item
 from inpo_fast.method import inversion_schedule as schedule_module
@@ -91,13 +92,13 @@ def opened(world, folder, *, how=HOW, data=DATA, objective=PAPER, base="sd", cha
         with torch.no_grad():
             change(models)
     cache = open_trajectory_cache(models, replace(how, cache=str(folder)), objective, data)
-    cache.shards.start()
+    cache.store.start()
     return cache
 
 
 def keys_of(cache: TrajectoryCache, item: Item, seed: int = 0) -> list[str]:
-    held = cache.of([item], [(seed, item.position, side) for side in range(2)])
-    return [held.keys[r] for r in held.record]
+    cached = cache.batch([item], [(seed, item.position, side) for side in range(2)])
+    return [cached.keys[r] for r in cached.record]
 
 
 @pytest.mark.parametrize("base", ["sd", "xl"])
@@ -185,7 +186,7 @@ def test_a_folder_of_another_kind_is_refused(world, tmp_path, entry, options):
     with pytest.raises(UserError) as refusal:
         opened(world, tmp_path / "theirs", **options)
     theirs, ours = (
-        json.loads((cache.shards.folder / "manifest.json").read_text())
+        json.loads((cache.store.folder / "manifest.json").read_text())
         for cache in (opened(world, tmp_path / "theirs"), opened(world, tmp_path / "ours", **options))
     )
     assert theirs[entry] != ours[entry]
@@ -206,10 +207,10 @@ def test_no_answer_beyond_the_highest_timestep(world, tmp_path, highest, answers
     """Levels 249, 499, 749, 999. A folder with more answers serves; one with fewer is refused."""
     objective = ObjectiveConfig(timesteps=Timesteps(0, highest))
     cache = opened(world, tmp_path / "own", objective=objective)
-    assert cache.answers == answers and cache.record_bytes == 4 * 256 + 8 + answers * (4 * 256 + 8) + 33
+    assert cache.form.outputs == answers and cache.record_bytes == 4 * 256 + 8 + answers * (4 * 256 + 8) + 33
     full = opened(world, tmp_path / "full")
     shared = opened(world, tmp_path / "full", objective=objective)
-    assert shared.answers == full.answers == 4 and shared.top == full.top == 750
+    assert shared.form.outputs == full.form.outputs == 4 and shared.form.highest == full.form.highest == 750
     if answers < 4:
         with pytest.raises(UserError, match=rf"\(answers is {answers} there, 4 here\); name another folder"):
             opened(world, tmp_path / "own")
@@ -272,12 +273,12 @@ def test_grids_without_global_levels_are_refused(world, tmp_path, grid, evaluate
 def test_record_bytes_are_what_lies_on_disk(world, tmp_path, precision, frozen):
     """A full shard of the tiny model's, headers left out of the account: they are below 1 % of it."""
     cache = opened(world, tmp_path, how=replace(HOW, frozen=frozen), precision=precision)
-    latents = torch.zeros(256, 1, *cache.latent)
-    answers = torch.zeros(256, max(1, cache.answers), *cache.latent, dtype=cache.dtype)
+    latents = torch.zeros(256, 1, *cache.form.latent)
+    answers = torch.zeros(256, max(1, cache.form.outputs), *cache.form.latent, dtype=cache.form.dtype)
     parts = (
         {"x_0": latents, "x_t": latents.clone(), "answer": answers} if frozen else {"x_0": latents, "answers": answers}
     )
-    cache.shards.write([digest(b"%d" % i) for i in range(256)], parts)
+    cache.store.write([digest(b"%d" % i) for i in range(256)], parts)
     (shard,) = tmp_path.glob("*.safetensors")
     assert shard.stat().st_size == pytest.approx(256 * cache.record_bytes, rel=0.01)
     assert shard.stat().st_size >= 256 * cache.record_bytes
@@ -288,7 +289,15 @@ def test_disk_table_of_the_documentation(name, side):
     """docs/sweep.md says what record_bytes computes, for the paper's 400 x 1024 pairs."""
     lines = (Path(__file__).resolve().parents[2] / "docs" / "sweep.md").read_text().splitlines()
     for n in (10, 30, 0):
-        cache = TrajectoryCache(None, n == 0, False, False, False, 999, (4, side, side), n, torch.bfloat16, 2.0)
+        cache = TrajectoryCache(
+            store=None,
+            form=TrajectoryRecord(999, n, (4, side, side), torch.bfloat16),
+            frozen=n == 0,
+            prompted=False,
+            vae_sample=False,
+            told_sizes=False,
+            views=2.0,
+        )
         size = cache.record_bytes
         kept = "" if n == 0 else f"{(size + n * (4 * 4 * side**2 + 8)) * 819_200 / 2**30:.2g}"
         (line,) = [line for line in lines if line.startswith(f"| {name}, bf16, {f'n = {n}' if n else 'frozen'} |")]
@@ -315,7 +324,7 @@ def test_disk_need(world, tmp_path, monkeypatch, data, how, images):
     not fit."""
     cache = opened(world, tmp_path / "a" / "b", data=replace(DATA, **data), how=replace(HOW, **how))
     for own, processes, wanted in ((1000, 1, images), (20, 1, 40), (1000, 2, min(2 * images, 2000))):
-        cache.shards.places = {str(i): (tmp_path, i) for i in range(7)}
+        cache.store.places = {str(i): (tmp_path, i) for i in range(7)}
         need = (wanted - 7) * cache.record_bytes
         monkeypatch.setattr(trajectory_cache.shutil, "disk_usage", lambda path, need=need: SimpleNamespace(free=need))
         text, *more = cache.notes(own // 10, 10, 30, processes)
@@ -327,5 +336,5 @@ def test_disk_need(world, tmp_path, monkeypatch, data, how, images):
         )
         with pytest.raises(UserError, match=r"GiB more .* free on the disk of .*; take another disk"):
             cache.notes(own // 10, 10, 30, processes)
-        cache.shards.places = {str(i): (tmp_path, i) for i in range(9999)}
+        cache.store.places = {str(i): (tmp_path, i) for i in range(9999)}
         assert cache.notes(own // 10, 10, 30, processes)[0].startswith("inversion.cache: at most 0 GiB more")

@@ -12,14 +12,14 @@ import pytest
 from tiny_world import save_tiny_model, tiny_pipeline
 
 from inpo_fast import evaluate as evaluate_command
-from inpo_fast.comparison import compare
-from inpo_fast.comparison import evaluation as ev
+from inpo_fast.comparison import run_comparison
+from inpo_fast.comparison.model_comparison import ModelComparison, summarise
 from inpo_fast.comparison.picture_store import PictureStore, read_picture
 from inpo_fast.comparison.prompts import PromptSet
 from inpo_fast.comparison.win_rates import disagreement
 from inpo_fast.config import EvaluateConfig
 from inpo_fast.judges import Scores
-from inpo_fast.judges.pocket_scenes import split_scenes
+from inpo_fast.pocket.scenes import split_scenes
 from inpo_fast.report import comparison as page
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
@@ -35,10 +35,10 @@ class Named:
         self.name = name
 
 
-def contest(tmp_path, seeds=2):
+def comparison(tmp_path, seeds=2):
     """Three models on four prompts of two styles; scores written by hand."""
     prompts = PromptSet("hpdv2", [f"p{i} {EVIL}" for i in range(4)], {"style": ["anime", "photo", "anime", "photo"]})
-    out = compare.Contest(prompts, seeds, {"base": "B", "ours": "O", "other": "X"}, [Named("j|1"), Named("j2")])
+    out = ModelComparison(prompts, seeds, {"base": "B", "ours": "O", "other": "X"}, [Named("j|1"), Named("j2")])
     rng = np.random.default_rng(0)
     for name in (*out.models, "control"):
         store = PictureStore(tmp_path, name, {"name": name})
@@ -57,7 +57,7 @@ def contest(tmp_path, seeds=2):
 
 
 def test_table_holds_the_hand_counted_numbers(tmp_path):
-    result = compare.summarise(contest(tmp_path), EvaluateConfig())
+    result = summarise(comparison(tmp_path), EvaluateConfig())
     rates = {(r["model"], r["against"]): r for r in result["win_rates"]["j|1"]}
     assert rates.keys() == {("ours", "base"), ("other", "base"), ("control", "base"), ("other", "ours")}
     ours = rates["ours", "base"]
@@ -83,7 +83,7 @@ def test_disagreement_knows_no_scale():
 
 
 def test_rows_are_sorted_by_disagreement(tmp_path):
-    shown = page.rows(contest(tmp_path))
+    shown = page.rows(comparison(tmp_path))
     spreads = [row.spread for row in shown]
     assert len(shown) == 4 and spreads == sorted(spreads, reverse=True)  # one row a prompt
     assert [shot.model for shot in shown[0].shots] == ["base", "ours", "other"]
@@ -92,8 +92,8 @@ def test_rows_are_sorted_by_disagreement(tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_shows_the_page(tmp_path):
-    made = contest(tmp_path)
-    path = page.write_comparison(tmp_path, compare.summarise(made, EvaluateConfig()), made)
+    made = comparison(tmp_path)
+    path = page.write_comparison(tmp_path, summarise(made, EvaluateConfig()), made)
     text = path.read_text()
     assert "<script" not in text and "&lt;script&gt;" in text
     probe = tmp_path / "probe.html"
@@ -134,8 +134,8 @@ def models(tmp_path):
 
 
 def test_command_line_goes_on_where_it_stopped(models, monkeypatch, capsys):
-    drawn, kept = [], ev.distributed.gather
-    draw = compare.draw
+    drawn, kept = [], distributed.gather
+    draw = run_comparison.draw
 
     def counted(pipeline, prompts, *rest, **how):
         if len(drawn) == 3:
@@ -143,7 +143,7 @@ def test_command_line_goes_on_where_it_stopped(models, monkeypatch, capsys):
         drawn.append(len(prompts))
         return draw(pipeline, prompts, *rest, **how)
 
-    monkeypatch.setattr(compare, "draw", counted)
+    monkeypatch.setattr(run_comparison, "draw", counted)
     monkeypatch.setattr(sys, "argv", arguments(models))
     with pytest.raises(KeyboardInterrupt):
         evaluate_command.main()
@@ -177,15 +177,15 @@ def test_ranks_share_the_work(models, monkeypatch):
         Scores(np.array([0.0, 2, 4]), {"x": np.array([0.0, 20, 40])}),
         Scores(np.array([1.0, 3]), {"x": [10, 30]}),
     ]
-    whole = compare._interleaved(shares, 5)
+    whole = run_comparison._interleaved(shares, 5)
     assert whole.total.tolist() == [0, 1, 2, 3, 4] and whole.parts["x"].tolist() == [0, 10, 20, 30, 40]
     prompts = PromptSet("text", [s.caption for s in split_scenes()[1][:3]])
     pipeline, config = tiny_pipeline(), EvaluateConfig(sampler_steps=2, guidance=2.0, control_eps_scale=1.0)
     drawn = []
     for rank in range(2):  # each sees none of the other's, as when both look before anybody adds
-        monkeypatch.setattr(compare.distributed, "rank_and_world", lambda rank=rank: (rank, 2))
-        made = compare.Contest(prompts, 1, {"base": "B"}, [])
-        compare.draw_all(made, pipeline, config, models / "shared")
+        monkeypatch.setattr(run_comparison.distributed, "rank_and_world", lambda rank=rank: (rank, 2))
+        made = ModelComparison(prompts, 1, {"base": "B"}, [])
+        run_comparison.draw_all(made, pipeline, config, models / "shared")
         drawn.append([path.name for path in made.pictures["base"].files if path.exists()])
         for path in made.pictures["base"].files:
             path.unlink(missing_ok=True)
@@ -193,9 +193,9 @@ def test_ranks_share_the_work(models, monkeypatch):
 
 
 def test_names_of_models():
-    assert compare.named_models("b", ["runs/sd15/model", "runs/x/lora", "mine=hub/id", "org/name"]) == {
+    assert run_comparison.named_models("b", ["runs/sd15/model", "runs/x/lora", "mine=hub/id", "org/name"]) == {
         "base": "b", "sd15": "runs/sd15/model", "x": "runs/x/lora", "mine": "hub/id", "name": "org/name",
     }  # fmt: skip
     for twice in (["a/model", "b/../a/model"], ["control=x"], ["base=x"], ["=x"]):
         with pytest.raises(UserError, match="is taken"):
-            compare.named_models("b", twice)
+            run_comparison.named_models("b", twice)

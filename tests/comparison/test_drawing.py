@@ -77,7 +77,7 @@ def test_afterwards_the_pipeline_is_its_own_again(folder):
         assert after.keys() == before.keys() and all(torch.equal(after[n], p) for n, p in before.items())
 
 
-def test_refusals(run, tmp_path):
+def test_user_errors(run, tmp_path):
     with pytest.raises(UserError, match="no prompts"):
         run("other")
     with pytest.raises(UserError, match=r"--prompts .*: No such file"):

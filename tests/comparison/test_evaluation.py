@@ -1,6 +1,5 @@
-"""Win-rates, intervals and guards held against hand-made scores; a whole evaluation held against its own premises."""
+"""Win-rates, intervals and sanity checks against hand-made scores; a whole evaluation against its own premises."""
 
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -12,27 +11,30 @@ from tiny_world import save_tiny_model, tiny_pipeline, tiny_unet
 
 from inpo_fast import evaluate as evaluate_command
 from inpo_fast.comparison import evaluation as ev
-from inpo_fast.comparison.drawing import draw, scaled_eps, use_ddim
+from inpo_fast.comparison.drawing import draw, open_base, scaled_eps, use_ddim
+from inpo_fast.comparison.prompts import read_prompts
+from inpo_fast.comparison.run_evaluation import evaluate
+from inpo_fast.comparison.win_rates import win_rate
 from inpo_fast.config import EvaluateConfig, parse
 from inpo_fast.judges import Scores
-from inpo_fast.judges.pocket_scenes import split_scenes
-from inpo_fast.report.results import guards
+from inpo_fast.pocket.scenes import split_scenes
+from inpo_fast.report.results import sanity_checks, verdict
 from inpo_fast.runtime.errors import UserError
 
 
 def test_win_rate_counts_wins_and_half_the_ties():
     base = np.zeros(8)
     ours = np.array([1, 1, 1, -1, 0.001, 0, 1, -1])
-    assert ev.win_rate(ours, base, tie=0.01, seeds=2)[0] == (4 + 0.5 * 2) / 8
-    assert ev.win_rate(-ours, base, tie=0.01, seeds=2)[0] == 1 - (4 + 0.5 * 2) / 8
+    assert win_rate(ours, base, tie=0.01, seeds=2)[0] == (4 + 0.5 * 2) / 8
+    assert win_rate(-ours, base, tie=0.01, seeds=2)[0] == 1 - (4 + 0.5 * 2) / 8
 
 
 def test_interval_is_over_prompts_not_pictures():
     """Eight pictures of one prompt that agree are one observation: repeating them must not narrow the interval."""
     rng = np.random.default_rng(0)
     one = rng.choice([-1.0, 1.0], size=64)
-    rate, low, high = ev.win_rate(one, np.zeros(64), 0.01, seeds=1)
-    repeated = ev.win_rate(one.repeat(8), np.zeros(512), 0.01, seeds=8)
+    rate, low, high = win_rate(one, np.zeros(64), 0.01, seeds=1)
+    repeated = win_rate(one.repeat(8), np.zeros(512), 0.01, seeds=8)
     assert repeated == (rate, low, high)
     # the known half-width of a fair coin at 64 prompts is 12 points (1.96 sqrt(0.25 / 64))
     assert 0.09 < (high - low) / 2 < 0.15
@@ -42,7 +44,7 @@ def test_interval_covers_a_fair_coin():
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(100):
-        _, low, high = ev.win_rate(rng.standard_normal(64), np.zeros(64), 0.0, seeds=1)
+        _, low, high = win_rate(rng.standard_normal(64), np.zeros(64), 0.0, seeds=1)
         covered += low <= 0.5 <= high
     assert covered >= 88  # 95 expected; binomial, 3 standard deviations
 
@@ -74,7 +76,7 @@ def gallery(level, prompts=6, seeds=2):
     )
 
 
-def test_summary_has_its_keys_and_guards_can_fail():
+def test_summary_has_its_keys_and_sanity_checks_can_fail():
     galleries = {
         "base": gallery(50),
         "aligned": gallery(150),
@@ -93,16 +95,16 @@ def test_summary_has_its_keys_and_guards_can_fail():
     assert result["guards"]["seen"]["ok"] and result["guards"]["outside"]["ok"]
     assert result["guards"]["outside"]["shift"] > 0
     assert result["guards"]["outside"]["control"] == [1.0, 1.0, 1.0]  # what it says of a model that is no better
-    fooled = "Of the control it says 100 % (100 to 100): what it sees also moves"
-    assert any(fooled in guard.meaning for guard in guards(result))
+    fooled = "Of the negative control it says 100 % (100 to 100): what it sees also moves"
+    assert any(fooled in check.meaning for check in sanity_checks(result))
     same = ev.summarise(galleries | {"control": gallery(50)}, scores, judge, Brightness(), config, "inpo-rms")
     assert same["guards"]["outside"]["control"] == [0.5, 0.5, 0.5]
-    assert any("Of the control it says 50 % (50 to 50)." in guard.meaning for guard in guards(same))
+    assert any("Of the negative control it says 50 % (50 to 50)." in check.meaning for check in sanity_checks(same))
     worse = ev.summarise(galleries | {"aligned": gallery(40)}, scores, judge, Brightness(), config, "inpo-rms")
     assert worse["guards"]["outside"]["shift"] < -0.5 and not worse["guards"]["outside"]["ok"]
     json.dumps(result)
-    text = ev.verdict(result)
-    assert "100.0 %" in text and "inpo-rms" in text and "alignment, control" in text
+    text = verdict(result)
+    assert "100.0 %" in text and "inpo-rms" in text and "alignment, negative control" in text
 
 
 def test_same_noise_for_both_models_whatever_the_batch():
@@ -134,7 +136,7 @@ def test_a_model_against_itself_ties_and_the_base_is_put_back(tmp_path):
     )
     same = tiny_unet()
     same.load_state_dict(own.state_dict())
-    evaluation = ev.evaluate(pipeline, same, config, "itself")
+    evaluation = evaluate(pipeline, same, config, "itself")
     assert evaluation.result["win_rate"] == 0.5 and pipeline.unet is own
     base, aligned, control = (np.stack(evaluation.galleries[n].pictures) for n in ("base", "aligned", "control"))
     assert (base == aligned).all() and (base != control).any()
@@ -176,9 +178,9 @@ def test_command_line_compares_two_folders(tmp_path, monkeypatch, capsys):
 def test_unreadable_or_empty_prompts_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="no prompt"):
-        ev.read_prompts(str(tmp_path / "empty.txt"))
+        read_prompts(str(tmp_path / "empty.txt"))
     with pytest.raises(UserError, match="cannot read"):
-        ev.read_prompts(str(tmp_path / "none.txt"))
+        read_prompts(str(tmp_path / "none.txt"))
 
 
 def test_the_configurations_vae_draws_in_the_command_too(tmp_path):
@@ -187,7 +189,7 @@ def test_the_configurations_vae_draws_in_the_command_too(tmp_path):
     base.save_pretrained(tmp_path / "base")
     other.vae.save_pretrained(tmp_path / "vae")
     config = parse("test", [f"--models.base={tmp_path / 'base'}", f"--models.vae={tmp_path / 'vae'}"])
-    own = argparse.Namespace(base=None, single_file_config=None)
-    opened = evaluate_command.open_base(own, config, torch.float32)
+    how = config.models
+    opened = open_base("models.base", how.base, torch.float32, how.single_file_config, "models.vae", how.vae)
     ours, theirs = opened.vae.state_dict(), other.vae.state_dict()
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())

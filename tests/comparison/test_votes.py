@@ -12,7 +12,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from tiny_world import save_pairs
 
-from inpo_fast.comparison.votes import Ballot, cases_of_evaluation, cases_of_source
+from inpo_fast.comparison.votes import Votes, cases_of_evaluation, cases_of_source
 from inpo_fast.comparison.voting_page import Server
 from inpo_fast.data.images import decode, png
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
@@ -41,8 +41,8 @@ def evaluation(tmp_path):
 def serve(evaluation):
     servers = []
 
-    def serve(ballot):
-        servers.append(Server(("127.0.0.1", 0), ballot))
+    def serve(votes):
+        servers.append(Server(("127.0.0.1", 0), votes))
         threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
         return servers[-1]
 
@@ -58,9 +58,9 @@ def level(encoded):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_person_votes_and_the_trainer_accepts(evaluation, serve, tmp_path):
-    ballot = Ballot(cases_of_evaluation(evaluation, (), 0), tmp_path / "out" / "votes.parquet", user=7)
-    assert len(ballot.cases) == 6  # equal pictures are not asked about
-    server = serve(ballot)
+    votes = Votes(cases_of_evaluation(evaluation, (), 0), tmp_path / "out" / "votes.parquet", user=7)
+    assert len(votes.cases) == 6  # equal pictures are not asked about
+    server = serve(votes)
     seen = []
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"http://127.0.0.1:{server.server_port}/")
@@ -98,7 +98,7 @@ def test_a_person_votes_and_the_trainer_accepts(evaluation, serve, tmp_path):
         assert browser.run("document.querySelector('h1').innerText") == "Thank you."
         assert browser.run("document.body.innerText.includes('base')") is False  # nowhere: blind
     assert {text for text, *_ in seen} <= {f"p{i} {EVIL}" for i in range(6)}
-    table = pq.read_table(ballot.output)
+    table = pq.read_table(votes.output)
     assert table.schema.equals(PICKAPIC_SCHEMA) and len(table) == 5
     for row in table.to_pylist():
         levels = level(row["jpg_0"]), level(row["jpg_1"])
@@ -110,25 +110,25 @@ def test_a_person_votes_and_the_trainer_accepts(evaluation, serve, tmp_path):
             assert (row["label_0"] == 1) == (levels[0] > levels[1])
     assert sorted(table["label_0"].to_pylist()).count(0.5) == 1
     assert len({(a > b) for _, a, b in seen}) == 2  # sides are drawn
-    command = [sys.executable, "-m", "inpo_fast.data.validate", "--source", str(ballot.output), "--resolution", "16"]
+    command = [sys.executable, "-m", "inpo_fast.validate", "--source", str(votes.output), "--resolution", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "fit to train on" in done.stdout, done.stdout + done.stderr
 
 
 def test_votes_survive_a_crash(evaluation, tmp_path):
     cases, output = cases_of_evaluation(evaluation, ("base", "ours"), 0), tmp_path / "v.parquet"
-    first = Ballot(cases, output)
+    first = Votes(cases, output)
     for number, choice in enumerate(("left", "skip", "right")):
         first.vote(number, choice)
     first.vote(0, "right")  # a form sent twice
     with first.log.open("a") as file:
         file.write('{"case": "cut sho')
-    again = Ballot(cases, output)
+    again = Votes(cases, output)
     assert again.next() == 3 and again.done == 3
     again.vote(3, "tie")
     again.undo()
     again.vote(3, "left")
-    third = Ballot(cases, output)
+    third = Votes(cases, output)
     assert third.done == 4 and third.save() == 3
     assert pq.read_table(output)["label_0"].to_pylist() == [1, 0, 1]
     for number, choice in ((99, "left"), (-1, "left"), (4, "best")):
@@ -138,10 +138,10 @@ def test_votes_survive_a_crash(evaluation, tmp_path):
 
 def test_pairs_of_a_source_are_voted_on_anew(tmp_path):
     source = open_source(save_pairs(tmp_path / "pairs.parquet", rows=16))
-    ballot = Ballot(cases_of_source(source, 0), tmp_path / "v.parquet")
-    for number, case in enumerate(ballot.cases):
-        ballot.vote(number, "left" if case.models[0] == "worse" else "right")
-    turned = open_source(str(ballot.output))
+    votes = Votes(cases_of_source(source, 0), tmp_path / "v.parquet")
+    for number, case in enumerate(votes.cases):
+        votes.vote(number, "left" if case.models[0] == "worse" else "right")
+    turned = open_source(str(votes.output))
     losers = {source.read(i).loser for i in range(len(source))}
     assert len(turned) == len(source) and {turned.read(i).winner for i in range(len(turned))} == losers
 
@@ -154,17 +154,17 @@ def ask(server, method, path, body=None, **headers):
 
 
 def test_only_the_page_itself_can_vote(evaluation, serve, tmp_path):
-    ballot = Ballot(cases_of_evaluation(evaluation, (), 0), tmp_path / "v.parquet")
-    server = serve(ballot)
+    votes = Votes(cases_of_evaluation(evaluation, (), 0), tmp_path / "v.parquet")
+    server = serve(votes)
     status, page = ask(server, "GET", "/")
     assert status == 200 and "<script>document" not in page and "&lt;script&gt;" in page
     assert ask(server, "POST", "/vote", "case=0&choice=left&token=guess")[0] == 403
     assert ask(server, "POST", "/vote", "x" * 5000)[0] == 413
     assert ask(server, "GET", "/", Host="evil.example")[0] == 403
     assert ask(server, "GET", "/image/0/7")[0] == ask(server, "GET", "/image/../../etc/passwd")[0] == 404
-    assert ballot.done == 0
+    assert votes.done == 0
     assert ask(server, "POST", "/vote", f"case=0&choice=best&token={server.token}")[0] == 400
-    assert ask(server, "POST", "/vote", f"case=0&choice=left&token={server.token}")[0] == 303 and ballot.done == 1
+    assert ask(server, "POST", "/vote", f"case=0&choice=left&token={server.token}")[0] == 303 and votes.done == 1
 
 
 def test_what_cannot_be_voted_on_is_refused(evaluation, tmp_path):
@@ -174,4 +174,4 @@ def test_what_cannot_be_voted_on_is_refused(evaluation, tmp_path):
         cases_of_evaluation(tmp_path / "nowhere", (), 0)
     (tmp_path / "old.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="name another file"):
-        Ballot(cases_of_evaluation(evaluation, (), 0), tmp_path / "old.parquet")
+        Votes(cases_of_evaluation(evaluation, (), 0), tmp_path / "old.parquet")

@@ -23,7 +23,7 @@ def from_file(tmp_path, text: str, *arguments: str, name: str = "mine.yaml") -> 
     return parse("prog", ["--config", str(path), *arguments])
 
 
-def refusal(make) -> str:
+def user_error(make) -> str:
     with pytest.raises(UserError) as caught:
         make()
     assert "\n" not in str(caught.value)
@@ -87,16 +87,16 @@ UNKNOWN = [
 @pytest.mark.parametrize(("key", "near"), UNKNOWN)
 def test_unknown_key_is_refused_with_the_nearest_name(tmp_path, key, near):
     expected = f"unknown key '{key}'; did you mean '{near}'?"
-    assert expected in refusal(lambda: parse("prog", [f"--{key}=1"]))
+    assert expected in user_error(lambda: parse("prog", [f"--{key}=1"]))
     tree = 1
     for part in reversed(key.split(".")):
         tree = {part: tree}
-    assert expected in refusal(lambda: from_file(tmp_path, yaml.safe_dump(tree)))
+    assert expected in user_error(lambda: from_file(tmp_path, yaml.safe_dump(tree)))
 
 
 def test_unknown_key_without_a_near_name(tmp_path):
-    assert refusal(lambda: parse("prog", ["--zzz=1"])) == "unknown key 'zzz' (--help lists all)"
-    assert "unknown key 'zzz'" in refusal(lambda: from_file(tmp_path, "zzz: 1"))
+    assert user_error(lambda: parse("prog", ["--zzz=1"])) == "unknown key 'zzz' (--help lists all)"
+    assert "unknown key 'zzz'" in user_error(lambda: from_file(tmp_path, "zzz: 1"))
 
 
 WRONG = """
@@ -113,7 +113,7 @@ WRONG = """
 @pytest.mark.parametrize("argument", WRONG.split())
 def test_wrong_value_is_refused_with_key_and_value(argument):
     key, value = argument.split("=")
-    message = refusal(lambda: parse("prog", [f"--{argument}"]))
+    message = user_error(lambda: parse("prog", [f"--{argument}"]))
     assert key in message
     assert str(yaml.safe_load(value)).strip("[]") in message
 
@@ -121,7 +121,7 @@ def test_wrong_value_is_refused_with_key_and_value(argument):
 @pytest.mark.parametrize(("low", "high"), [(500, 400), (-1, 10), (0, 1000)])
 def test_timesteps_outside_the_schedule_are_refused(low, high):
     span = [f"--objective.timesteps.min={low}", f"--objective.timesteps.max={high}"]
-    assert f"objective.timesteps={low}..{high}: must be within 0..999" in refusal(lambda: parse("prog", span))
+    assert f"objective.timesteps={low}..{high}: must be within 0..999" in user_error(lambda: parse("prog", span))
 
 
 def test_values_at_their_limits_are_accepted():
@@ -131,7 +131,7 @@ def test_values_at_their_limits_are_accepted():
 
 
 def test_sft_has_no_loser_to_preserve_from():
-    text = refusal(lambda: parse("prog", ["--method=sft", "--objective.winner_preserving=0.5"]))
+    text = user_error(lambda: parse("prog", ["--method=sft", "--objective.winner_preserving=0.5"]))
     assert "winner_preserving needs a loser" in text
 
 
@@ -149,21 +149,21 @@ SENSELESS = {
 
 @pytest.mark.parametrize("words", SENSELESS)
 def test_senseless_combinations_are_refused(words):
-    assert SENSELESS[words] in refusal(lambda: parse("prog", [f"--{word}" for word in words.split()]))
+    assert SENSELESS[words] in user_error(lambda: parse("prog", [f"--{word}" for word in words.split()]))
 
 
 def test_files_that_are_no_configuration(tmp_path):
-    assert "/nowhere/x.yaml" in refusal(lambda: parse("prog", ["--config=/nowhere/x.yaml"]))
-    assert str(tmp_path) in refusal(lambda: parse("prog", [f"--config={tmp_path}"]))
-    refusal(lambda: from_file(tmp_path, "- a\n- b"))
-    refusal(lambda: from_file(tmp_path, "seed: [1"))
+    assert "/nowhere/x.yaml" in user_error(lambda: parse("prog", ["--config=/nowhere/x.yaml"]))
+    assert str(tmp_path) in user_error(lambda: parse("prog", [f"--config={tmp_path}"]))
+    user_error(lambda: from_file(tmp_path, "- a\n- b"))
+    user_error(lambda: from_file(tmp_path, "seed: [1"))
 
 
 @pytest.mark.parametrize(("text", "key"), [("train: 3", "train"), ("optim: null", "optim"), ("train: []", "train")])
 def test_value_where_a_group_belongs_is_refused(tmp_path, text, key):
-    assert f"mine.yaml: {key} is " in refusal(lambda: from_file(tmp_path, text))
-    assert "mine.yaml: objective.timesteps is 3" in refusal(lambda: from_file(tmp_path, "objective: {timesteps: 3}"))
-    assert "mine.yaml: objective is 3" in refusal(lambda: from_file(tmp_path, "objective: 3"))
+    assert f"mine.yaml: {key} is " in user_error(lambda: from_file(tmp_path, text))
+    assert "mine.yaml: objective.timesteps is 3" in user_error(lambda: from_file(tmp_path, "objective: {timesteps: 3}"))
+    assert "mine.yaml: objective is 3" in user_error(lambda: from_file(tmp_path, "objective: 3"))
 
 
 def test_split_batch():
@@ -184,7 +184,7 @@ def test_split_batch():
     ],
 )
 def test_split_batch_refuses_with_a_value_that_works(pairs, micro, world, message):
-    text = refusal(lambda: split_batch(TrainConfig(pairs_per_step=pairs, micro_batch=micro), world))
+    text = user_error(lambda: split_batch(TrainConfig(pairs_per_step=pairs, micro_batch=micro), world))
     assert message in text
     remedy = int(text.split("such as ")[1])
     pairs, micro = (remedy, micro) if "pairs_per_step=" in text else (pairs, remedy)
@@ -224,9 +224,9 @@ def test_yaml_round_trip(tmp_path_factory, lr, base, threads, betas, low):
 def test_files_that_fuzzing_found_are_refused_in_one_line(tmp_path, content, words):
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         parse("test", ["--config", str(path)])
-    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_configuration_is_read_without_models_and_kernels():

@@ -27,7 +27,7 @@ def settings(*words: str) -> dict:
     return flat(to_dict(parse("prog", list(words))))
 
 
-def refusal(make) -> str:
+def user_error(make) -> str:
     with pytest.raises(UserError) as caught:
         make()
     assert "\n" not in str(caught.value)
@@ -90,19 +90,19 @@ def test_the_file_that_is_there_wins(elsewhere):
 
 @pytest.mark.parametrize("asked", ["pokcet", "configs/sd16.yaml", "/nowhere/pocket.yaml", "../configs/sd15.yaml", ""])
 def test_neither_file_nor_recipe_is_one_line_with_what_ships(asked, elsewhere):
-    said = refusal(lambda: settings("--config", asked))
+    said = user_error(lambda: settings("--config", asked))
     assert f"--config {asked}: no such file" in said and ", ".join(NAMES) in said
 
 
 def test_a_folder_is_no_recipe(elsewhere):
-    said = refusal(lambda: settings("--config", str(elsewhere)))
+    said = user_error(lambda: settings("--config", str(elsewhere)))
     assert f"--config {elsewhere}: a folder, not a YAML file" in said and ", ".join(NAMES) in said
 
 
 @pytest.mark.parametrize("text", ["", "# only a remark\n", "just words\n", "3\n"])
 def test_a_file_without_settings_is_named(text, elsewhere):
     (elsewhere / "mine.yaml").write_text(text)
-    assert "--config mine.yaml: holds no settings" in refusal(lambda: settings("--config=mine.yaml"))
+    assert "--config mine.yaml: holds no settings" in user_error(lambda: settings("--config=mine.yaml"))
 
 
 def test_settings_may_stand_on_the_command_line(elsewhere):
@@ -126,5 +126,5 @@ def test_a_run_is_continued_from_another_folder(tmp_path, monkeypatch):
         config = replace(begin(here).config, resume=False)
         (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
         begin(there, "--resume").check()
-        said = refusal(lambda there=there: begin(there, "--resume", "--data.source=other.parquet").check())
+        said = user_error(lambda there=there: begin(there, "--resume", "--data.source=other.parquet").check())
         assert "data.source is 'other.parquet'" in said

@@ -5,15 +5,14 @@ from functools import cache
 
 import pytest
 import torch
-from plans import unet_traffic
+from plans import network_traffic
 from torch.utils.flop_counter import FlopCounterMode
 
 from inpo_fast.cost import memory_traffic
-from inpo_fast.cost.flops import ask_unet
 from inpo_fast.cost.memory_traffic import SECOND, Traffic, least_bytes, roofline_bytes
 from inpo_fast.models.fast.fast_unet import inverting, make_fast
 from inpo_fast.models.peak_memory import fused_attention
-from inpo_fast.models.random_weights import make_unet
+from inpo_fast.models.unet import UNet
 
 META = torch.device("meta")
 BF16 = 2  # bytes
@@ -21,7 +20,7 @@ BF16 = 2  # bytes
 
 def unet(name: str, how: str):
     with META:
-        out = make_unet(name)
+        out = UNet.make_network(name)
     torch.nn.Module.to(out, torch.bfloat16)
     make_fast(out, how)
     return out
@@ -30,7 +29,7 @@ def unet(name: str, how: str):
 @cache
 def counted(name: str, how: str):
     made = unet(name, how)
-    return unet_traffic(made, made.config.sample_size, 77)
+    return network_traffic(made, made.config.sample_size, 77)
 
 
 def image(channels: int, side: int) -> torch.Tensor:
@@ -177,8 +176,8 @@ def test_kernels_of_sd15(monkeypatch):
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(look)
     with torch.no_grad(), fused_attention(), Traffic() as plain:
-        ask_unet(made, 64, 77)
-    fast = memory_traffic.unet_traffic(unet("sd15", "fused"), 64, 77)  # by the kinds above
+        UNet(made.config).meta_pass(made, 64, 77)
+    fast = memory_traffic.network_traffic(unet("sd15", "fused"), 64, 77)  # by the kinds above
     plain, inversion, forward = (
         {kind: size / 1e6 for kind, size in of.items()} for of in (plain.bytes, fast.inversion, fast.forward)
     )
@@ -198,7 +197,7 @@ def test_fused_path_does_the_same_matrix_work(name):
     for how in ("off", "fused"):
         made = unet(name, how)
         with torch.no_grad(), fused_attention(), inverting(made), FlopCounterMode(display=False) as counter, Traffic():
-            ask_unet(made, made.config.sample_size, 77)
+            UNet(made.config).meta_pass(made, made.config.sample_size, 77)
         flop.append(counter.get_total_flops())
     assert flop[0] == flop[1]
 
@@ -228,7 +227,7 @@ def test_what_is_counted():
 
 def test_a_leftover_gradient_is_not_added_to():
     made = unet("sd15", "fused")
-    assert memory_traffic.unet_traffic(made, 8, 77) == memory_traffic.unet_traffic(made, 8, 77)
+    assert memory_traffic.network_traffic(made, 8, 77) == memory_traffic.network_traffic(made, 8, 77)
 
 
 def test_conventions():

@@ -5,21 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plans import counted_once, plan_of, plan_without_unet, recipe, unet_passes
+from plans import counted_once, network_passes, plan_of, plan_without_unet, recipe
 from rich.console import Console
 from safetensors.torch import save_file
 from tiny_world import save_tiny_model
 
 from inpo_fast.config import parse, shipped
 from inpo_fast.config.run import OptimConfig
-from inpo_fast.cost import plan
 from inpo_fast.cost.flops import ask_vae, forward_flop
 from inpo_fast.cost.plan import make_plan, show
+from inpo_fast.models import shapes as shapes_room
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.models.peak_memory import decoding_bytes, encoding_bytes
-from inpo_fast.models.random_weights import make_unet, make_vae
+from inpo_fast.models.shapes import open_shapes
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import GIB
 from inpo_fast.training.optim import make_optimizer
@@ -43,9 +44,9 @@ def test_a_count_that_is_remembered_is_the_count(tmp_path):
 def test_counts(name, parameters, forward, backward, kept, vae):
     """Figures counted independently of this code, with another tool; TFLOP per image, bytes of activations."""
     with torch.device("meta"):
-        unet, encoder = make_unet(name), make_vae(name)
+        unet, encoder = UNet.make_network(name), UNet.make_vae(name)
     torch.nn.Module.to(unet, torch.bfloat16)
-    passes = unet_passes(unet, unet.config.sample_size, 77)
+    passes = network_passes(unet, unet.config.sample_size, 77)
     assert passes.parameters == parameters
     assert passes.forward_flop / 1e12 == pytest.approx(forward, rel=1e-3)
     assert passes.backward_flop / 1e12 == pytest.approx(backward, rel=1e-3)
@@ -68,7 +69,7 @@ def test_counted_activations_are_what_autograd_keeps(tmp_path):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 64))
     real = sum(storage.nbytes() for storage in kept.values())
-    counted = unet_passes(type(unet).from_config(unet.config).to("meta"), 8, 16).activations
+    counted = network_passes(type(unet).from_config(unet.config).to("meta"), 8, 16).activations
     # attention on the CPU keeps its statistics in another shape than on a GPU
     assert counted == pytest.approx(real, rel=0.03)
 
@@ -185,7 +186,7 @@ def test_what_is_encoded_fits_the_plan(name, edge, batch):
     """The batch that the run will take, counted as a whole, beside all that the plan says is there."""
     plan = plan_of(name)
     with torch.device("meta"):
-        vae = make_vae(name.partition("-")[0])
+        vae = UNet.make_vae(name.partition("-")[0])
     torch.nn.Module.to(vae, torch.bfloat16)
     assert plan.vae_batch == batch and plan.encoding == encoding_bytes(vae, edge, batch)
     reserve = plan.peak(1) - sum(plan.kept.values()) - plan.windows
@@ -231,7 +232,7 @@ def test_compiled_blocks_keep_what_they_had_for_a_gradient():
 
 def meta_vae(name: str) -> torch.nn.Module:
     with torch.device("meta"):
-        return make_vae(name)
+        return UNet.make_vae(name)
 
 
 def test_latents_and_text_of_the_windows():
@@ -290,16 +291,16 @@ def table_line(name: str) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shipped_recipe_is_planned_without_a_network(name, tmp_path, monkeypatch):
     """Its base is a hub id whose shapes are known here; a folder of that name goes before."""
-    monkeypatch.setattr(plan, "find_model", None)  # calling it would fail
+    monkeypatch.setattr(shapes_room, "find_model", None)  # calling it would fail
     models = parse("test", ["--config", name]).models
-    shapes, known = plan.open_shapes(models), plan.open_shapes(recipe(name).models)
-    assert shapes.unet.config == known.unet.config and shapes.vae.config == known.vae.config
+    shapes, known = open_shapes(models), open_shapes(recipe(name).models)
+    assert shapes.network.config == known.network.config and shapes.vae.config == known.vae.config
     assert [text.config.to_dict() for text in shapes.texts] == [text.config.to_dict() for text in known.texts]
-    assert sum(p.numel() for p in shapes.unet.parameters()) == (859_520_964 if "sd15" in name else 2_567_463_684)
+    assert sum(p.numel() for p in shapes.network.parameters()) == (859_520_964 if "sd15" in name else 2_567_463_684)
     (tmp_path / models.base).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TypeError):
-        plan.open_shapes(models)
+        open_shapes(models)
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):
@@ -318,7 +319,7 @@ def test_what_else_a_run_names_is_looked_for(key, tmp_path):
     for base in (str(tmp_path), "stable-diffusion-v1-5/stable-diffusion-v1-5"):
         models = parse("test", [f"--models.base={base}", f"--models.{key}={tmp_path}/none/"]).models
         with pytest.raises(UserError, match=rf"^models\.{key}: no such folder"):
-            plan.open_shapes(models)
+            open_shapes(models)
 
 
 def test_a_lora_of_another_model_does_not_pass_as_a_start(tmp_path):
@@ -326,4 +327,4 @@ def test_a_lora_of_another_model_does_not_pass_as_a_start(tmp_path):
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     models = parse("test", [f"--models.base={base}", f"--models.init={tmp_path / 'x.safetensors'}"]).models
     with pytest.raises(UserError, match=r"^models\.init: .* without a place in the UNet"):
-        plan.open_shapes(models)
+        open_shapes(models)

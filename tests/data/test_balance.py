@@ -13,7 +13,7 @@ from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
-from inpo_fast.training.step import noise_window
+from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step_batch import StepConfig, inversion_costs, make_step_batch
 
 
@@ -54,7 +54,14 @@ def test_the_costs_are_what_the_inversion_then_takes(tmp_path):
     """Of a step's 16 pairs over 4 processes: told beforehand = counted; the shares are the whole step, evened out."""
     data = DataConfig(source=str(save_pairs(tmp_path / "pairs.parquet")))
     models = Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="here"))
-    recipe = StepConfig("inpo", ObjectiveConfig(), InversionConfig(steps=10, batch=8), 2, False, seed=3)
+    recipe = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(),
+        inversion=InversionConfig(steps=10, batch=8),
+        micro_batch=2,
+        vae_sample=False,
+        seed=3,
+    )
     source, spent, plain, taken = open_data(data), [], [], []
     for rank in range(4):
         costs = lambda positions: inversion_costs(positions, recipe, models)  # noqa: E731
@@ -62,7 +69,7 @@ def test_the_costs_are_what_the_inversion_then_takes(tmp_path):
             windows = PairLoader(source, data, resolution=models.resolution, seed=3, rank=rank, world=4, costs=rule)
             items = next(windows.steps(2, 3, 16))
             window = make_step_batch(items, models, recipe, models.encode_empty())
-            found.append(noise_window(window, models, recipe)[1])
+            found.append(noisy_latents(window, models, recipe)[1])
             if rule:
                 told = 2 * sum(inversion_costs([item.position for item in items], recipe, models))
                 assert told == found[-1]  # both sides of a pair

@@ -1,4 +1,4 @@
-"""data.validate on real sources with planted faults: every count, the exit status, the contact sheet."""
+"""inpo_fast.validate on real sources with planted faults: every count, the exit status, the contact sheet."""
 
 import io
 import json

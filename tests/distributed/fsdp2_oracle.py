@@ -19,9 +19,9 @@ from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
 from inpo_fast.runtime import distributed
-from inpo_fast.training.metrics import MetricAccumulator
+from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.optim import make_optimizer
-from inpo_fast.training.step import micro_step, noise_window, train_step
+from inpo_fast.training.step import micro_step, train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 PAIRS, CLIP = 12, 0.05
@@ -53,12 +53,19 @@ def main(pairs: str) -> None:
     check_split(rank, world)
     models = Models(tiny_pipeline(), device, ModelsConfig(base="here"), Zero1Partition(rank, world))
     sharded = copy.deepcopy(models.policy)
-    recipe = StepConfig("inpo", ObjectiveConfig(beta=500.0), InversionConfig(steps=3, batch=8), 2, False, seed=0)
+    recipe = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(beta=500.0),
+        inversion=InversionConfig(steps=3, batch=8),
+        micro_batch=2,
+        vae_sample=False,
+        seed=0,
+    )
     data = DataConfig(source=pairs)
     windows = PairLoader(open_data(data), data, resolution=models.resolution, seed=0, rank=rank, world=world)
     window = make_step_batch(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
     with torch.no_grad():
-        x_t, _ = noise_window(window, models, recipe)
+        x_t, _ = noisy_latents(window, models, recipe)
 
     tally, _ = train_step(window, models, recipe, PAIRS, CLIP)
     norm = tally.values()["grad_norm"]
@@ -71,8 +78,8 @@ def main(pairs: str) -> None:
     for lo in range(0, len(window.items), recipe.micro_batch):
         pairs = slice(lo, lo + recipe.micro_batch)
         weight = world / PAIRS  # it takes means over processes
-        prediction, found = micro_step(window, x_t, pairs, models, recipe, MetricAccumulator(device), weight)
-        prediction.backward(found.dpred)
+        found = micro_step(window, x_t, 0, pairs, models, recipe, weight)
+        found.prediction.backward(found.objective.dpred)
     theirs = torch.nn.utils.clip_grad_norm_(sharded.parameters(), CLIP).full_tensor()
     assert norm > 2 * CLIP  # it was clipped
     assert abs(norm - theirs.item()) < 1e-5 * norm, (norm, theirs)

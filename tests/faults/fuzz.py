@@ -31,7 +31,7 @@ from inpo_fast.data.pair import BadPair
 from inpo_fast.data.relabelled import METADATA, read_sidecar
 from inpo_fast.data.sources import open_source
 from inpo_fast.judges.score_file import ScoreFileJudge
-from inpo_fast.models.master_weights import Weights
+from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.record_store import RecordStore
 from inpo_fast.training import checkpoint
@@ -121,7 +121,7 @@ class Tiny:
     def __init__(self):
         torch.manual_seed(0)
         layer = torch.nn.Linear(3, 2)
-        self.weights = Weights(layer.named_parameters())
+        self.weights = MasterWeights(layer.named_parameters())
         self.optimizer = make_optimizer(self.weights.masters, OptimConfig())
         layer(torch.ones(1, 3)).sum().backward()
         self.optimizer.step()

@@ -1,4 +1,4 @@
-"""150 damaged files for every reader: a result or one line of refusal. Longer: tests/faults/fuzz.py."""
+"""150 damaged files for every reader: a result or a UserError of one line. Longer: tests/faults/fuzz.py."""
 
 import logging
 

@@ -42,9 +42,9 @@ def poisoned(model: str, folder, part: str, mark):
 def test_a_program_in_a_models_weights_is_not_run(model, tmp_path, part):
     mark = tmp_path / "it ran"
     folder = poisoned(model, tmp_path / "poisoned", part, str(mark).replace(" ", "\\ "))
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         open_pipeline(ModelsConfig(base=str(folder)))
-    assert "models.base" in str(refusal.value) and "\n" not in str(refusal.value)
+    assert "models.base" in str(error.value) and "\n" not in str(error.value)
     assert not mark.exists()
     with open(folder / "proof.bin", "wb") as file:  # the program works where somebody does unpickle it
         pickle.dump(Program(str(mark).replace(" ", "\\ ")), file)

@@ -19,9 +19,10 @@ from inpo_fast import export as export_command
 from inpo_fast.handover import single_file_export
 from inpo_fast.handover.output_model import output_pipeline, save_adapter
 from inpo_fast.models.config import LoraSettings, ModelsConfig
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.loading import load_pipeline, open_pipeline
-from inpo_fast.models import random_weights
 from inpo_fast.models.models import Models
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime.errors import UserError
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -57,6 +58,10 @@ def world(tmp_path_factory):
 def run(monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
     export_command.main()
+
+
+def single_file(pipeline) -> dict[str, torch.Tensor]:
+    return denoiser_of(pipeline).single_file(pipeline)
 
 
 def weights(pipeline) -> dict[str, torch.Tensor]:
@@ -152,7 +157,7 @@ def test_v_and_zero_snr_come_back_from_a_file(world, tmp_path, monkeypatch):
 def test_a_lora_with_diffusers_layers_is_read_without_its_model(world, tmp_path, monkeypatch):
     """Names with underscores: only the layers of the published XL tell which dots they stand for."""
     with torch.device("meta"):
-        modules = [n for n, _ in random_weights.make_unet("sdxl").named_modules() if n.endswith("attn2.to_k")]
+        modules = [n for n, _ in UNet.make_network("sdxl").named_modules() if n.endswith("attn2.to_k")]
     state = {}
     for name in modules:
         flat = "lora_unet_" + name.replace(".", "_")
@@ -168,9 +173,9 @@ def test_a_lora_with_diffusers_layers_is_read_without_its_model(world, tmp_path,
 
 
 def test_sdxl_tells_comfyui_that_it_predicts_v(world):
-    tensors = single_file_export.single_file(load_pipeline(str(world / "sdxl" / "model")))
+    tensors = single_file(load_pipeline(str(world / "sdxl" / "model")))
     assert {"v_pred", "ztsnr"} <= tensors.keys()
-    assert "v_pred" not in single_file_export.single_file(load_pipeline(str(world / "sd15" / "model")))
+    assert "v_pred" not in single_file(load_pipeline(str(world / "sd15" / "model")))
 
 
 def lora_world(folder, kind, world) -> tuple[Models, dict]:
@@ -184,7 +189,7 @@ def lora_world(folder, kind, world) -> tuple[Models, dict]:
     save_adapter(models, folder / "lora")
     unet = models.policy.config
     inputs = {"encoder_hidden_states": torch.randn(2, 16, unet.cross_attention_dim)}
-    if models.is_xl:
+    if models.denoiser.is_xl:
         inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 96), "time_ids": torch.full((2, 6), 32.0)}
     return models, {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([20, 700]), **inputs}
 
@@ -310,15 +315,15 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
         (["--lora", tmp_path / "unknown.safetensors", "--output", out], r"2 of 2, the first unet\.a\.lora_A\.weight"),
     ]
     for arguments, words in cases:
-        with pytest.raises(UserError, match=words) as refusal:
+        with pytest.raises(UserError, match=words) as error:
             run(monkeypatch, *arguments)
-        assert "\n" not in str(refusal.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"not a supported layout: StableDiffusionPipeline with KDownBlock2D"):
-        single_file_export.single_file(odd)
+        single_file(odd)
     odd = tiny_pipeline()
     odd.unet.extra = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match=r"extra\.weight has no name in the original checkpoints"):
-        single_file_export.single_file(odd)
+        single_file(odd)
     assert (tmp_path / "taken.safetensors").read_text() == "mine" and not out.exists()
 
 

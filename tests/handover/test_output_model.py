@@ -22,19 +22,21 @@ from tiny_world import save_pairs, tiny_pipeline, tiny_xl
 
 from inpo_fast import export as export_command
 from inpo_fast import train as train_command
-from inpo_fast.comparison.evaluation import verdict
 from inpo_fast.config import parse
 from inpo_fast.handover import single_file_export
 from inpo_fast.handover.model_card import write_cards
 from inpo_fast.handover.output_model import KOHYA_NAME, output_pipeline
+from inpo_fast.models import unet as unet_family
 from inpo_fast.models.config import LoraSettings, ModelsConfig
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.files.lora_files import read_lora
 from inpo_fast.models.loading import load_pipeline, open_pipeline, quiet_libraries
 from inpo_fast.models.lora import with_lora
-from inpo_fast.models import random_weights
 from inpo_fast.models.models import DTYPES, Models
+from inpo_fast.report.results import NAMES, verdict
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training import checkpoint, loop
+from inpo_fast.training.set_up import prepare
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "hand-over.md"
 KINDS = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
@@ -86,7 +88,7 @@ def runs(world):
                     *MODES[mode],
                 ],
             )
-            started = loop.prepare(config, 0, 1, torch.device("cpu"))
+            started = prepare(config, 0, 1, torch.device("cpu"))
             loop.train(started, Console(quiet=True))
             done[kind, mode] = started, loop.finish(started)
         return done[kind, mode]
@@ -163,7 +165,7 @@ def test_a_run_that_starts_from_a_lora(world, runs):
                 *extra,
             ],
         )
-        run = loop.prepare(config, 0, 1, torch.device("cpu"))
+        run = prepare(config, 0, 1, torch.device("cpu"))
         with run.models._base_only():
             torch.testing.assert_close(predict(run.models.reference), predict(start), atol=3e-5, rtol=0)
         torch.testing.assert_close(predict(run.models.policy), predict(start), atol=3e-5, rtol=0)
@@ -204,9 +206,9 @@ def predict(unet: torch.nn.Module) -> torch.Tensor:
 def test_a_merged_lora_on_random_weights_stands_on_those_that_it_was_trained_on(monkeypatch):
     """Drawn in bf16 they are others than drawn in fp32."""
     small = {"block_out_channels": (32,) * 4, "cross_attention_dim": 64}
-    monkeypatch.setitem(random_weights.UNETS, "sd15", random_weights.UNETS["sd15"] | small)
-    monkeypatch.setattr(random_weights, "VAE", random_weights.VAE | {"block_out_channels": (32,) * 4})
-    monkeypatch.setattr(random_weights, "CLIP_L", random_weights.CLIP_L | {"hidden_size": 48, "num_hidden_layers": 1})
+    monkeypatch.setitem(unet_family.UNETS, "sd15", unet_family.UNETS["sd15"] | small)
+    monkeypatch.setattr(unet_family, "VAE", unet_family.VAE | {"block_out_channels": (32,) * 4})
+    monkeypatch.setattr(unet_family, "CLIP_L", unet_family.CLIP_L | {"hidden_size": 48, "num_hidden_layers": 1})
     config = ModelsConfig(random="sd15", precision="bf16", lora=LoraSettings(rank=2))
     models = Models(open_pipeline(config), torch.device("cpu"), config)
     base = open_pipeline(config).unet.float().state_dict()
@@ -277,9 +279,8 @@ def test_snippets_of_the_document(world, places, exported, number):
     kind = "sdxl" if "XL" in code else "sd15"
     base = {f'"runs/{kind}/model"': f'"{world / kind}"', '"aligned.safetensors"': f'"{world / "base.safetensors"}"'}
     if "aligned.safetensors" in code:
-        single_file_export.save(
-            single_file_export.single_file(load_pipeline(str(world / kind))), {}, world / "base.safetensors"
-        )
+        pipeline = load_pipeline(str(world / kind))
+        single_file_export.save(denoiser_of(pipeline).single_file(pipeline), {}, world / "base.safetensors")
     without = drawn(re.sub(r".*load_lora_weights.*\n", "", code), places | base)
     assert aligned.shape == without.shape == (32, 32, 3)
     assert np.abs(aligned.astype(int) - without).max() > 3
@@ -373,23 +374,23 @@ def test_the_trainer_writes_the_card_with_its_evaluation(world, monkeypatch):
     train_command.main()
     card, result = (out / "model" / "README.md").read_text(), json.loads((out / "evaluation.json").read_text())
     assert verdict(result) in card and "Diffusion-DPO" in card
-    for name, guard in result["guards"].items():
-        assert f"- {name.replace('_', ' ')}: {'holds' if guard['ok'] else '**FAILS**'}" in card
+    for key, check in result["guards"].items():
+        assert f"- {NAMES.get(key, key)}: {'holds' if check['ok'] else '**FAILS**'}" in card
 
 
 @pytest.mark.parametrize(
     ("change", "words", "never"),
     [
-        ({}, ["is better than its base: it wins 62.0 %", "55.0 to 70.0", "a-judge", "all guards hold"], "FAILS"),
+        ({}, ["is better than its base: it wins 62.0 %", "55.0 to 70.0", "a-judge", "all sanity checks hold"], "FAILS"),
         (
             {"guards": {"control": CONTROL | {"ok": False}, "diversity_ratio": {"value": 0.9, "ok": True}}},
             [
                 "for this judge",
-                "BUT these guards fail: control",
-                "- control: **FAILS**",
+                "BUT these sanity checks fail: negative control",
+                "- negative control: **FAILS**",
                 "- diversity ratio: holds, 0.9",
             ],
-            "all guards hold",
+            "all sanity checks hold",
         ),
         ({"win_rate": 0.5, "win_rate_low": 0.45}, ["No difference from the base can be shown"], "is better than"),
         ({"win_rate_low": 0.3, "win_rate": 0.4, "win_rate_high": 0.45}, ["WORSE than its base"], "is better than"),

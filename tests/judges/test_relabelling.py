@@ -1,4 +1,4 @@
-"""Relabelled pairs against labels computed by hand; the sidecar's refusals; the whole chain on the pocket's pairs."""
+"""Relabelled pairs against labels computed by hand; the sidecar's errors; the whole chain on the pocket's pairs."""
 
 import json
 import sys
@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_world import save_pairs, save_tiny_model
 
+from inpo_fast import evaluate as evaluate_command
+from inpo_fast import relabel as relabel_command
 from inpo_fast import train as train_command
-from inpo_fast.comparison import evaluation
+from inpo_fast.data import relabelled
 from inpo_fast.data.images import decode, png
 from inpo_fast.data.loader import DataConfig, open_data
 from inpo_fast.data.sources import open_source
@@ -58,7 +60,7 @@ def run(path, judges, output, temperatures=(1.0,), how="mean"):
     config = DataConfig(source=path)
     source = open_source(path)
     folder = relabelling.relabel(source, judges, output, config)
-    about = {"source": path, "source_identity": relabelling.source_identity(path), "judges": {}}
+    about = {"source": path, "source_identity": relabelled.source_identity(path), "judges": {}}
     return relabelling.finish(folder, output, judges, temperatures, how, about)
 
 
@@ -146,10 +148,10 @@ def test_ids_are_known_before_pairs_are_read(tmp_path, kind):
     else:
         (tmp_path / "t.json").write_text('[{"prompt": "p", "path1": "a.png", "path2": "b.png"}]')
         source = open_source(str(tmp_path / "t.json"))
-    assert relabelling.pair_ids(source) == [source.read(0).id]
+    assert relabelled.pair_ids(source) == [source.read(0).id]
 
 
-def test_refusals_of_a_sidecar(tmp_path):
+def test_errors_of_a_sidecar(tmp_path):
     path = write(tmp_path / "set", LEVELS)
     run(path, [Mean()], tmp_path / "l.parquet")
     other = write(tmp_path / "other", [(1, 2), *LEVELS[1:]])
@@ -179,7 +181,9 @@ def test_chain_of_the_documentation(tmp_path, monkeypatch, capsys):
         main()
 
     labels, out = tmp_path / "labels.parquet", tmp_path / "run"
-    command(relabelling.main, "--source", pairs, "--judge", "pocket-rules", "--temperature", "0.1", "--output", labels)
+    command(
+        relabel_command.main, "--source", pairs, "--judge", "pocket-rules", "--temperature", "0.1", "--output", labels
+    )
     command(
         train_command.main, f"--models.base={model}", f"--data.source={pairs}", f"--data.labels={labels}",
         f"--output={out}",
@@ -189,14 +193,14 @@ def test_chain_of_the_documentation(tmp_path, monkeypatch, capsys):
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["data"]["labels"]["judges"] == {"pocket-rules": "pocket-rules 1"}
     command(
-        evaluation.main, f"--model=ours={out / 'model'}", "--base", model, "--output", tmp_path / "cmp",
+        evaluate_command.main, f"--model=ours={out / 'model'}", "--base", model, "--output", tmp_path / "cmp",
         f"--evaluate.prompts={prompts}", "--evaluate.seeds=1", "--evaluate.sampler_steps=2",
         "--evaluate.judges=[pocket-rules]",
     )  # fmt: skip
     said = capsys.readouterr().out
     assert "42 pairs labelled by pocket-rules" in said and "| ours against base |" in said
     with pytest.raises(UserError, match="is there already"):
-        command(relabelling.main, "--source", pairs, "--judge", "pocket-rules", "--output", labels)
+        command(relabel_command.main, "--source", pairs, "--judge", "pocket-rules", "--output", labels)
 
 
 def test_scores_that_cost_something_are_not_lost_within_a_part(tmp_path, monkeypatch):

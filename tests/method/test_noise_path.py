@@ -320,7 +320,14 @@ def test_a_training_step_asks_nothing_else_of_the_path(tmp_path, grid):
         ).steps(0, 1, 4)
     )
     how = InversionConfig(steps=5, batch=1, grid=grid, model="reference")
-    config = StepConfig("inpo", ObjectiveConfig(beta=500.0, timesteps=Timesteps(per_pair=2)), how, 2, False, 0)
+    config = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(beta=500.0, timesteps=Timesteps(per_pair=2)),
+        inversion=how,
+        micro_batch=2,
+        vae_sample=False,
+        seed=0,
+    )
     batch = make_step_batch(items, models, config, models.encode_empty())
     assert batch.times.dtype == torch.float32 and batch.times.min() > 1
     metrics, logits = train_step(batch, models, config, 4, clip=math.inf)
@@ -331,8 +338,8 @@ def test_a_training_step_asks_nothing_else_of_the_path(tmp_path, grid):
         return
     for spent in (5 * 8, 0):  # written, then read
         cache = open_trajectory_cache(models, replace(how, cache=str(tmp_path / "c")), config.objective, DataConfig())
-        cache.shards.start()
-        cached = replace(config, trajectories=cache)
+        cache.store.start()
+        cached = replace(config, trajectory_cache=cache)
         batch = make_step_batch(items, models, cached, models.encode_empty())
         metrics, _ = train_step(batch, models, cached, 4, clip=math.inf)
         assert metrics.values()["unet_evaluations"] == spent + 2 * 2 * 8

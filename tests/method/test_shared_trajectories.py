@@ -22,12 +22,21 @@ from inpo_fast.method.ddpm_path import DDPMPath, systematic_timesteps
 from inpo_fast.method.inversion import evaluations_of, invert, occupancy, trajectory_serves_all
 from inpo_fast.method.inversion_schedule import inversion_schedule
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training.step import noise_moments, noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, inversion_costs, make_step_batch
 
 EACH, PAIRS = 3, 5
+LEVELS = ("t", "times", "a", "s")  # of a batch, (K, …)
 OBJECTIVE = ObjectiveConfig(beta=500.0, timesteps=Timesteps(per_pair=EACH))
-RECIPE = StepConfig("inpo", OBJECTIVE, InversionConfig(steps=5, batch=4), 2, False, 0)
+RECIPE = StepConfig(
+    method="inpo",
+    objective=OBJECTIVE,
+    inversion=InversionConfig(steps=5, batch=4),
+    micro_batch=2,
+    vae_sample=False,
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +55,14 @@ def world(tmp_path_factory):
 def window_of(world, how: StepConfig):
     models, items = world
     return make_step_batch(items, models, how, models.encode_empty())
+
+
+def at_each(window) -> list:
+    """The window at each of its timesteps alone."""
+    return [
+        replace(window, gaussian_keys=[window.gaussian_keys[k]], **{c: getattr(window, c)[k : k + 1] for c in LEVELS})
+        for k in range(EACH)
+    ]
 
 
 def gradient(models, window, how: StepConfig):
@@ -106,10 +123,10 @@ def test_x_t_of_each_moment(world, how, shared):
     """Where trajectories cannot be shared each is made alone. fp32 in batches of other sizes: 1e-5 of the largest."""
     models, how = world[0], replace(RECIPE, inversion=replace(RECIPE.inversion, **how))
     window = window_of(world, how)
-    assert len(window.moments) == EACH and trajectory_serves_all(how.inversion, models.noise_path) == shared
-    got, spent = noise_moments(window.moments, models, how)
-    alone = [noise_window(moment, models, how) for moment in window.moments]
-    for ours, (theirs, _) in zip(got, alone, strict=True):
+    assert len(window.t) == EACH and trajectory_serves_all(how.inversion, models.noise_path) == shared
+    got, spent = noisy_latents(window, models, how)
+    alone = [noisy_latents(moment, models, how) for moment in at_each(window)]
+    for ours, ((theirs,), _) in zip(got, alone, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert spent < sum(own for _, own in alone) if shared else spent == sum(own for _, own in alone)
     if how.inversion.estimator == "ddim":
@@ -125,7 +142,7 @@ def test_the_gradient_is_the_mean_of_its_timesteps(world, method):
     got, values, logits = gradient(models, whole, how)
     again = gradient(models, window_of(world, how), replace(how, micro_batch=5))[0]
     assert (again - got).norm() < 1e-4 * got.norm()
-    alone = [gradient(models, replace(moment, others=(), point=whole.point), how) for moment in whole.moments]
+    alone = [gradient(models, replace(moment, reference_point=whole.reference_point), how) for moment in at_each(whole)]
     want = torch.stack([g for g, _, _ in alone]).mean(0)
     assert (got - want).norm() < 1e-4 * want.norm()
     assert values["loss"] == pytest.approx(sum(v["loss"] for _, v, _ in alone) / EACH, rel=1e-5)
@@ -134,8 +151,7 @@ def test_the_gradient_is_the_mean_of_its_timesteps(world, method):
     if method != "inpo":
         assert values["unet_evaluations"] == EACH * PAIRS * forward
         return
-    t = torch.stack([moment.t for moment in whole.moments])
-    furthest = evaluations_of(how.inversion, models.noise_path, t).repeat_interleave(2)
+    furthest = evaluations_of(how.inversion, models.noise_path, whole.t).repeat_interleave(2)
     assert values["unet_evaluations"] == EACH * PAIRS * forward + furthest.sum()
     assert values["slot_utilisation"] == pytest.approx(occupancy(furthest, how.inversion.batch))
 
@@ -145,13 +161,13 @@ def test_noise_is_new_at_each_timestep_and_the_first_is_as_ever(world):
     models, how = world[0], replace(RECIPE, method="dpo")
     window = window_of(world, how)
     one = window_of(world, replace(how, objective=ObjectiveConfig(beta=500.0)))
-    x_t, _ = noise_moments(window.moments, models, how)
-    assert torch.equal(one.t, window.t) and not one.others
-    assert torch.equal(noise_window(one, models, how)[0], x_t[0])
+    x_t, _ = noisy_latents(window, models, how)
+    assert torch.equal(one.t, window.t[:1])
+    assert torch.equal(noisy_latents(one, models, how)[0], x_t[:1])
     noise = []
-    for moment, x in zip(window.moments, x_t, strict=True):
-        a, s = (c[..., None, None, None] for c in (moment.a, moment.s))
-        noise.append((x - a * moment.x_0) / s)
+    for a, s, x in zip(window.a, window.s, x_t, strict=True):
+        a, s = (c[..., None, None, None] for c in (a, s))
+        noise.append((x - a * window.x_0) / s)
     assert (noise[0] - noise[1]).abs().mean() > 0.5
     torch.testing.assert_close(noise[1][:, 0], noise[1][:, 1], rtol=0, atol=1e-3)  # of both sides the same
 

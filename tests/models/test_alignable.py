@@ -13,7 +13,8 @@ from inpo_fast.cost.plan import make_plan
 from inpo_fast.models.files import alignable
 from inpo_fast.models.files.model_files import find_model
 from inpo_fast.models.loading import load_pipeline, load_unet, load_vae
-from inpo_fast.models.models import Models, scaled
+from inpo_fast.models.models import Models
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime.errors import UserError
 
 
@@ -313,7 +314,7 @@ def test_latents_are_what_the_pipeline_undoes(saved, tmp_path):
     with torch.no_grad():
         want = (base.vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
-    assert scaled(mean, other_vae(scaling_factor=2.0).config).equal(mean * 2)
+    assert UNet.scaled(mean, other_vae(scaling_factor=2.0).config).equal(mean * 2)
 
 
 @pytest.mark.parametrize(

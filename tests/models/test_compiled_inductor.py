@@ -18,9 +18,10 @@ from inpo_fast.models.fast import compiled_blocks, fast_unet
 from inpo_fast.models.fast.fast_unet import make_fast
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
-from inpo_fast.models.random_weights import make_unet
+from inpo_fast.models.unet import UNet
 from inpo_fast.pocket import ASSETS
-from inpo_fast.training.step import noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import make_step_batch
 
 
@@ -106,7 +107,7 @@ def test_sd15_by_inductor():
     """Its true widths, small latents, bf16, two minutes without the compiler's caches; the yardstick is fp32."""
     torch._dynamo.reset()
     counters.clear()
-    unet = make_unet("sd15").eval()
+    unet = UNet.make_network("sd15").eval()
     exact = copy.deepcopy(unet.bfloat16()).float()
     fused, fast = copy.deepcopy(unet), unet
     make_fast(fused, "fused"), make_fast(fast, "compiled")
@@ -143,6 +144,6 @@ def test_the_pocket_by_inductor(items):
         assert not train_step(window, models, RECIPE, len(items), 1e9)[1].any()
         gradients.append(torch.cat([g.double().flatten() for g in models.weights.gradients]))
         move(models, 1)
-        spread.append(noise_window(window, models, RECIPE)[0])
+        spread.append(noisy_latents(window, models, RECIPE)[0])
     assert distance(gradients[2], gradients[0]) < 1.05 * distance(gradients[1], gradients[0])
     assert distance(spread[2], spread[0]) < 1.2 * distance(spread[1], spread[0])

@@ -17,7 +17,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from inpo_fast.handover.output_model import untouched_parts
 from inpo_fast.models.config import ModelsConfig
-from inpo_fast.models.files.diffusers_folder import base_folder, hub_id, write_folder
+from inpo_fast.models.files.diffusers_folder import write_folder
+from inpo_fast.models.files.hub import base_folder, hub_id
 from inpo_fast.runtime.files import allow_reading, whole
 
 PARTS = {"sd15": ["vae", "text_encoder", "tokenizer", "scheduler"]}

@@ -20,10 +20,17 @@ from inpo_fast.models.fast.fast_unet import inverting, make_fast
 from inpo_fast.models.fast.fp8 import Fp8Weights, eligible, quantise
 from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training.step import noise_window
+from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-RECIPE = StepConfig("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=5, batch=6), 2, True, 0)
+RECIPE = StepConfig(
+    method="inpo",
+    objective=ObjectiveConfig(beta=50.0),
+    inversion=InversionConfig(steps=5, batch=6),
+    micro_batch=2,
+    vae_sample=True,
+    seed=0,
+)
 ROUNDED = 2e-5  # relative, in norm: some fifty layers in fp32 that add up in another order
 
 
@@ -44,7 +51,7 @@ def move(models: Models, seed: int) -> None:
 
 def inverted(models: Models, items: list, **how) -> torch.Tensor:
     recipe = replace(RECIPE, inversion=replace(RECIPE.inversion, **how))
-    return noise_window(make_step_batch(items, models, recipe, models.encode_empty()), models, recipe)[0]
+    return noisy_latents(make_step_batch(items, models, recipe, models.encode_empty()), models, recipe)[0]
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -75,15 +82,15 @@ def test_a_cache_of_trajectories_keeps_the_graphs(traced, items, tmp_path, froze
     how = replace(RECIPE.inversion, model="reference", cache=str(tmp_path), frozen=frozen)
     plain, fast = world(tiny_pipeline), world(tiny_pipeline, fast="compiled", cuda_graphs=whole)
     cache = open_trajectory_cache(fast, how, RECIPE.objective, DataConfig())
-    cache.shards.start()
-    recipe, graphs = replace(RECIPE, inversion=how, trajectories=cache), 0
+    cache.store.start()
+    recipe, graphs = replace(RECIPE, inversion=how, trajectory_cache=cache), 0
     for part in (items, [replace(items[0], position=99), *items[1:]], items):
         window = make_step_batch(part, fast, recipe, fast.encode_empty())
         # a frozen record is written with the reference's answers: not here
-        assert len(window.held.missing) == {items[0].position: 0, 99: 2}[part[0].position] or not len(cache.shards)
-        got = noise_window(window, fast, recipe)[0]
-        bare = replace(window, held=None)
-        want = noise_window(bare, plain, replace(recipe, trajectories=None))[0]
+        assert len(window.cached.missing) == {items[0].position: 0, 99: 2}[part[0].position] or not len(cache.store)
+        got = noisy_latents(window, fast, recipe)[0]
+        bare = replace(window, cached=None)
+        want = noisy_latents(bare, plain, replace(recipe, trajectory_cache=None))[0]
         graphs = graphs or len(traced)
         assert distance(got, want) < ROUNDED and len(traced) == graphs
 
@@ -245,7 +252,7 @@ def test_fp8_inversion(items, pipeline, lora):
     assert distance(inverted(fast, items), inverted(plain, items)) < ROUNDED
     args = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
     more = {"encoder_hidden_states": torch.randn(2, 16, plain.reference.config.cross_attention_dim)}
-    if plain.is_xl:
+    if plain.denoiser.is_xl:
         more["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 96), "time_ids": torch.rand(2, 6)}
     before = fast.policy(*args, **more).sample.detach()
     with fast.inverting("policy", fp8=True), torch.no_grad():

@@ -16,8 +16,10 @@ from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.fast import fast_unet
 from inpo_fast.models.fast.fast_unet import inverting, make_fast, undo
-from inpo_fast.models.models import Models, add_adapter
-from inpo_fast.training.step import noise_window, train_step
+from inpo_fast.models.lora import add_adapter
+from inpo_fast.models.models import Models
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 UNETS = {"sd": tiny_unet, "xl": lambda: tiny_xl().unet}
@@ -249,7 +251,14 @@ def items(tmp_path_factory):
 def curve(items, pipeline, fast: str, precision: str, steps: int):
     config = ModelsConfig(base="x", fast=fast, precision=precision)
     models = Models(pipeline(), torch.device("cpu"), config)
-    recipe = StepConfig("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=3), 2, True, 0)
+    recipe = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(beta=50.0),
+        inversion=InversionConfig(steps=3),
+        micro_batch=2,
+        vae_sample=True,
+        seed=0,
+    )
     optimizer = torch.optim.AdamW(models.parameters(), lr=2e-4)
     losses = []
     for step in range(steps):
@@ -277,10 +286,17 @@ def test_step_zero_is_exact_in_bf16(items, pipeline):
 
 def test_x_t_of_a_fused_inversion(items):
     config = ModelsConfig(base="x", fast="fused")
-    recipe = StepConfig("inpo", ObjectiveConfig(), InversionConfig(steps=10), 2, True, 0)
+    recipe = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(),
+        inversion=InversionConfig(steps=10),
+        micro_batch=2,
+        vae_sample=True,
+        seed=0,
+    )
     both = []
     for how in ("off", "fused"):
         models = Models(tiny_pipeline(), torch.device("cpu"), replace(config, fast=how))
         window = make_step_batch(items[0], models, recipe, models.encode_empty())
-        both.append(noise_window(window, models, recipe)[0])
+        both.append(noisy_latents(window, models, recipe)[0])
     assert distance(both[1], both[0]) < ROUNDED

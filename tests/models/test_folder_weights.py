@@ -18,7 +18,7 @@ from inpo_fast.data.pair import BadPair
 from inpo_fast.data.sources import open_source
 from inpo_fast.judges.clip import offline
 from inpo_fast.judges.open_clip import read_state
-from inpo_fast.models.files.folder_weights import choose
+from inpo_fast.models.files.folder_weights import choose_files
 from inpo_fast.models.loading import load_pipeline, load_unet
 from inpo_fast.runtime.errors import UserError
 
@@ -130,15 +130,15 @@ def test_which_files_are_chosen():
         "pytorch_model.bin": None,
     }
     for name, variant in names.items():
-        assert choose("k", "p", [name]).variant == variant
-    assert choose("k", "p", names).names == ("diffusion_pytorch_model.safetensors",)
-    assert choose("k", "p", names, ["diffusion_pytorch_model.safetensors"]).names == ("pytorch_model.bin",)
-    assert choose("k", "p", ["model.fp32.safetensors", "pytorch_model.bin"]).variant is None
-    assert choose("k", "p", ["model.fp16.safetensors", "model.fp32.safetensors"]).variant == "fp32"
+        assert choose_files("k", "p", [name]).variant == variant
+    assert choose_files("k", "p", names).names == ("diffusion_pytorch_model.safetensors",)
+    assert choose_files("k", "p", names, ["diffusion_pytorch_model.safetensors"]).names == ("pytorch_model.bin",)
+    assert choose_files("k", "p", ["model.fp32.safetensors", "pytorch_model.bin"]).variant is None
+    assert choose_files("k", "p", ["model.fp16.safetensors", "model.fp32.safetensors"]).variant == "fp32"
     left = ["diffusion_pytorch_model.safetensors", "pytorch_model.bin"]
-    assert choose("k", "p", names, left).variant == "non_ema"
-    refused("only Flax and ONNX weights", choose, "k", "p", ["model.onnx", "diffusion_flax_model.msgpack"])
-    refused("no weights", choose, "k", "p", ["config.json"])
+    assert choose_files("k", "p", names, left).variant == "non_ema"
+    refused("only Flax and ONNX weights", choose_files, "k", "p", ["model.onnx", "diffusion_flax_model.msgpack"])
+    refused("no weights", choose_files, "k", "p", ["config.json"])
 
 
 def test_a_tensor_that_is_not_there_is_not_drawn_at_random(copied):

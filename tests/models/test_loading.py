@@ -10,23 +10,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel
 
-from bench.step.train_step import move_policy
+from bench.step.contenders import move_policy
 from inpo_fast.config import parse
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.models import unet as unet_family
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.loading import open_pipeline
-from inpo_fast.models import random_weights
 from inpo_fast.models.models import Models
 from inpo_fast.models.random_weights import random_pipeline
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training.loop import prepare
-from inpo_fast.training.step import noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.set_up import prepare
+from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 CPU = torch.device("cpu")
-RECIPE = StepConfig("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=10), 4, True, 0)
+RECIPE = StepConfig(
+    method="inpo",
+    objective=ObjectiveConfig(beta=50.0),
+    inversion=InversionConfig(steps=10),
+    micro_batch=4,
+    vae_sample=True,
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,7 @@ def test_published_micro_conditioning(tmp_path, items):
         config = ModelsConfig(base=str(tmp_path / "xl"), micro_conditioning=kind)
         models = Models(open_pipeline(config), CPU, config)
         window = make_step_batch([item], models, RECIPE, models.encode_empty())
-        assert window.conditional.time_ids[0].tolist() == want
+        assert window.conditional.sizes[0].tolist() == want
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +103,7 @@ def test_v_prediction_inverts_as_diffusers_does(v_models, items):
     how = InversionConfig(steps=10, grid="diffusers-0.22", evaluate_at="target", guidance=1.0)
     recipe = replace(RECIPE, inversion=how)
     window = make_step_batch(items, v_models, recipe, v_models.encode_empty())
-    x_t, _ = noise_window(window, v_models, recipe)
+    (x_t,), _ = noisy_latents(window, v_models, recipe)
     scheduler = DDIMInverseScheduler.from_config(v_models.pipeline.scheduler.config)
     assert scheduler.config.prediction_type == "v_prediction"
     scheduler.set_timesteps(10)
@@ -102,7 +111,7 @@ def test_v_prediction_inverts_as_diffusers_does(v_models, items):
         for side in range(2):
             x = window.x_0[i, side][None]
             text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
-            for timestep in (w for w in scheduler.timesteps.tolist() if w < int(window.t[i])):
+            for timestep in (w for w in scheduler.timesteps.tolist() if w < int(window.t[0, i])):
                 with torch.no_grad():
                     v = v_models.policy(x, torch.tensor([timestep]), text).sample
                 x = scheduler.step(v, timestep, x).prev_sample
@@ -126,13 +135,13 @@ def test_v_predictions_loss_is_that_of_its_noise(v_models, items):
             p.mul_(1.05)
     try:
         tally, logits = train_step(window, v_models, RECIPE, len(items), clip=float("inf"))
-        x_t, _ = noise_window(window, v_models, RECIPE)
+        (x_t,), _ = noisy_latents(window, v_models, RECIPE)
         got = torch.cat([p.grad.flatten() for p in v_models.parameters()])
         for p in v_models.parameters():
             p.grad = None
         want = []
         for i in range(len(items)):
-            t = window.t[i]
+            t = window.t[0, i]
             a, s = (c.item() for c in v_models.noise_path.a_s(t))
             gap = 0.0
             for side, sign in ((0, 1), (1, -1)):
@@ -198,16 +207,16 @@ def test_random_weights_on_the_cpu_are_the_same_as_ever(monkeypatch, device, dty
     """UNet, VAE, text encoder, one after the other from one seed of the CPU's own generator."""
     small = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "attention_head_dim": 2}
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setitem(random_weights.UNETS, "sd15", random_weights.UNETS["sd15"] | small)
-    monkeypatch.setattr(random_weights, "VAE", random_weights.VAE | {"block_out_channels": (32, 32, 32, 32)})
-    monkeypatch.setattr(random_weights, "CLIP_L", shape)
+    monkeypatch.setitem(unet_family.UNETS, "sd15", unet_family.UNETS["sd15"] | small)
+    monkeypatch.setattr(unet_family, "VAE", unet_family.VAE | {"block_out_channels": (32, 32, 32, 32)})
+    monkeypatch.setattr(unet_family, "CLIP_L", shape)
     got = random_pipeline("sd15", dtype, seed=3, device=device)
     before = torch.random.get_rng_state()
     torch.manual_seed(3)
     torch.set_default_dtype(dtype)
     try:
-        text = random_weights.text_config(random_weights.make_tokenizer(), shape)
-        want = random_weights.make_unet("sd15"), random_weights.make_vae("sd15"), CLIPTextModel(text)
+        text = unet_family.text_config(unet_family.make_tokenizer(), shape)
+        want = UNet.make_network("sd15"), UNet.make_vae("sd15"), CLIPTextModel(text)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.random.set_rng_state(before)

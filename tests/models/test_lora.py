@@ -8,10 +8,11 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny_world import tiny_pipeline, tiny_unet, tiny_xl
 
-from inpo_fast.models.files.lora_files import _layer, is_lora, layer_names, lora_file, read_lora
+from inpo_fast.models.files.lora_files import _layer, layer_names, read_lora
+from inpo_fast.models.files.lora_place import is_lora, lora_file
 from inpo_fast.models.files.original_keys import unet_name
 from inpo_fast.models.lora import Lora, kohya_tensors, merge_, tensors, with_lora
-from inpo_fast.models.random_weights import UNETS
+from inpo_fast.models.unet import UNETS, UNet
 from inpo_fast.runtime.errors import UserError
 
 ALPHA, RANK = 6.0, 4
@@ -336,7 +337,7 @@ def test_kohyas_names_of_the_true_architecture_are_read_back(kind):
         unet = UNet2DConditionModel(in_channels=4, out_channels=4, layers_per_block=2, **UNETS[kind])
     modules = {n: m for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
     lora = Lora({name: (torch.ones(1, 1), torch.ones(1, 1)) for name in modules})
-    written = kohya_tensors(lora, unet.config)
+    written = kohya_tensors(lora, UNet(unet.config))
     assert len(written) == 3 * len(modules)
     names = layer_names(unet)
     found = {_layer(name.partition(".")[0], names) for name in written}
@@ -346,7 +347,7 @@ def test_kohyas_names_of_the_true_architecture_are_read_back(kind):
 def test_a_lora_that_a_run_saved_holds_its_scale_inside(unets, tmp_path):
     lora = Lora({name: (a, b * 1.5) for name, (a, b) in drawn(unets["sdxl"]).items()})
     save_file(tensors(lora, "unet."), tmp_path / "diffusers.safetensors")
-    save_file(kohya_tensors(lora, unets["sdxl"].config), tmp_path / "kohya.safetensors")
+    save_file(kohya_tensors(lora, UNet(unets["sdxl"].config)), tmp_path / "kohya.safetensors")
     alphas = [float(x) for name, x in load_file(tmp_path / "kohya.safetensors").items() if name.endswith(".alpha")]
     assert alphas == [RANK] * len(LAYERS)
     for name in ("diffusers", "kohya"):

@@ -17,7 +17,14 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-RECIPE = StepConfig("inpo", ObjectiveConfig(), InversionConfig(steps=3), 2, True, 0)
+RECIPE = StepConfig(
+    method="inpo",
+    objective=ObjectiveConfig(),
+    inversion=InversionConfig(steps=3),
+    micro_batch=2,
+    vae_sample=True,
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def test_xl_trains_from_exactly_ln_2(xl):
     models, items = xl
     window = make_step_batch(items, models, RECIPE, models.encode_empty())
     tally, logits = train_step(window, models, RECIPE, len(items), clip=math.inf)
-    assert models.is_xl and torch.equal(logits, torch.zeros(4))
+    assert models.denoiser.is_xl and torch.equal(logits, torch.zeros(4))
     assert tally.values()["grad_norm"] > 0
 
 
@@ -47,7 +54,7 @@ def test_xl_is_told_the_true_size_and_crop(xl):
     models, items = xl
     views = [replace(items[0].winner, original=(48, 32), crop=(8, 0)), items[0].loser]
     window = make_step_batch([replace(items[0], winner=views[0])], models, RECIPE, models.encode_empty())
-    assert window.conditional.time_ids.tolist() == [[48, 32, 8, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
+    assert window.conditional.sizes.tolist() == [[48, 32, 8, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
 
 
 def test_xl_conditioning_equals_the_pipelines(xl):

@@ -8,9 +8,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from inpo_fast.handover import single_file_export
+from inpo_fast.models import unet as unet_family
 from inpo_fast.models.files.original_keys import unet_name
-from inpo_fast.models import random_weights
+from inpo_fast.models.unet import UNet
 
 FACTS = {  # of v1-5-pruned-emaonly and sd_xl_base_1.0: tensors by prefix, and shapes
     "sd15": (
@@ -60,22 +60,22 @@ FACTS = {  # of v1-5-pruned-emaonly and sd_xl_base_1.0: tensors by prefix, and s
 @pytest.mark.parametrize("kind", FACTS)
 def test_names_of_the_exact_architectures_are_the_originals(kind):
     """On the meta device. diffusers' own reader must find every tensor again: the same objects, not equal shapes."""
-    text = random_weights.make_tokenizer()
+    text = unet_family.make_tokenizer()
 
     def second():
-        return CLIPTextModelWithProjection(random_weights.text_config(text, random_weights.OPENCLIP_G))
+        return CLIPTextModelWithProjection(unet_family.text_config(text, unet_family.OPENCLIP_G))
 
     with torch.device("meta"):
         pipeline = SimpleNamespace(
-            unet=random_weights.make_unet(kind),
-            vae=random_weights.make_vae(kind),
-            text_encoder=CLIPTextModel(random_weights.text_config(text, random_weights.CLIP_L)),
+            unet=UNet.make_network(kind),
+            vae=UNet.make_vae(kind),
+            text_encoder=CLIPTextModel(unet_family.text_config(text, unet_family.CLIP_L)),
             text_encoder_2=second() if kind == "sdxl" else None,
             scheduler=SimpleNamespace(config={}),
         )
     unet, vae = pipeline.unet.state_dict(), pipeline.vae.state_dict()
     pipeline.unet.state_dict, pipeline.vae.state_dict = lambda: unet, lambda: vae
-    found, (counts, shapes) = single_file_export.single_file(pipeline), FACTS[kind]
+    found, (counts, shapes) = UNet(pipeline.unet.config).single_file(pipeline), FACTS[kind]
     assert {prefix: sum(name.startswith(prefix) for name in found) for prefix in counts} == counts
     assert len(found) == sum(counts.values())
     assert {name: tuple(found[name].shape) for name in shapes} == shapes
@@ -91,7 +91,7 @@ def test_blocks_with_layers_of_their_own_are_counted_one_after_the_other(layers)
     """The original UNet has one row of layers down and one up; here it is walked as the picture goes."""
     shallow = {"layers_per_block": layers, "transformer_layers_per_block": 1}
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**random_weights.UNETS["sdxl"] | shallow)
+        unet = UNet2DConditionModel(**unet_family.UNETS["sdxl"] | shallow)
     expected, down, up = {}, 1, 0
     for b, block in enumerate(unet.down_blocks):
         for i in range(len(block.resnets)):

@@ -16,6 +16,7 @@ from tiny_world import save_pairs, tiny_pipeline, tiny_xl
 
 from inpo_fast.config import parse
 from inpo_fast.training import loop
+from inpo_fast.training.set_up import prepare
 
 pytestmark = pytest.mark.slow
 VERSIONS = {
@@ -97,7 +98,7 @@ def world(tmp_path_factory):
                     *more,
                 ],
             )
-            started = loop.prepare(config, 0, 1, torch.device("cpu"))
+            started = prepare(config, 0, 1, torch.device("cpu"))
             loop.train(started, Console(quiet=True))
             loop.finish(started)
     return folder

@@ -18,6 +18,7 @@ from inpo_fast.models.fast.fast_unet import make_fast
 from inpo_fast.models.loading import load_pipeline, load_unet
 from inpo_fast.models.models import Models
 from inpo_fast.training import loop
+from inpo_fast.training.set_up import prepare
 
 XL = {
     "block_out_channels": (8, 16, 16),
@@ -100,7 +101,7 @@ def test_a_relative_is_opened_planned_trained_and_given_away(tmp_path, shape, no
     words += [f"--output={tmp_path / 'run'}", "--train.steps=1", "--train.pairs_per_step=4", "--train.micro_batch=4"]
     config = parse("test", [*words, "--inversion.steps=2", "--optim.lr=0.01", "--optim.warmup_steps=0"])
     assert make_plan(config, 1).parameters == sum(p.numel() for p in make(shape, noise).unet.parameters())
-    run = loop.prepare(config, 0, 1, torch.device("cpu"))
+    run = prepare(config, 0, 1, torch.device("cpu"))
     assert (run.models.noise_path.output == "v") == (noise != "noise")
     assert (float(run.models.noise_path.abar[-1]) == 0) == (noise == "v, zero SNR")
     loop.train(run, Console(quiet=True))
@@ -128,7 +129,7 @@ def test_the_fast_unet_knows_the_shape(shape):
     models = Models(pipeline, torch.device("cpu"))
     text = models.encode_prompts(["a red circle", "a blue square"])
     more = {}
-    if models.is_xl:
+    if models.denoiser.is_xl:
         more = {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": torch.full((2, 6), 32.0)}}
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 900])
     with torch.no_grad():

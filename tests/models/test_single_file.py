@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from safetensors.torch import load_file, save_file
 from tiny_world import tiny_pipeline, tiny_xl
 
-from inpo_fast.handover.single_file_export import single_file
+from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.loading import load_pipeline, load_unet
 from inpo_fast.runtime.errors import UserError
 
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
             for parameter in getattr(pipeline, name).parameters() if hasattr(pipeline, name) else ():
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
         pipeline.save_pretrained(folder / kind)
-        pipelines[kind], files[kind] = pipeline, single_file(pipeline)
+        pipelines[kind], files[kind] = pipeline, denoiser_of(pipeline).single_file(pipeline)
     return World(folder, pipelines, files)
 
 
@@ -87,7 +87,7 @@ def test_the_two_keys_of_a_file_say_what_it_predicts(world):
             pipeline.scheduler = DDIMScheduler.from_config(
                 own.config, prediction_type="v_prediction", rescale_betas_zero_snr=zero
             )
-            path = world.save("v", single_file(pipeline))
+            path = world.save("v", denoiser_of(pipeline).single_file(pipeline))
             assert {"v_pred", "ztsnr"} & load_file(path).keys() == ({"v_pred", "ztsnr"} if zero else {"v_pred"})
             opened = load_pipeline(path, single_file_config=world.config("sdxl")).scheduler.config
             assert opened.prediction_type == "v_prediction"

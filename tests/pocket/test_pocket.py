@@ -13,19 +13,10 @@ from inpo_fast.comparison.drawing import draw, use_ddim
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 from inpo_fast.data.sources import open_source
 from inpo_fast.judges.pocket_rules import ALIGNMENT, LOOKS, RuleJudge
-from inpo_fast.judges.pocket_scenes import (
-    COLOURS,
-    RADIUS,
-    SHAPES,
-    Finish,
-    all_scenes,
-    parse_caption,
-    random_finish,
-    render,
-    split_scenes,
-)
+from inpo_fast.judges.pocket_scenes import COLOURS, RADIUS, SHAPES, parse_caption
 from inpo_fast.pocket import ASSETS
 from inpo_fast.pocket.pairs import GUIDANCE, SAMPLER_STEPS
+from inpo_fast.pocket.scenes import Finish, all_scenes, random_finish, render, split_scenes
 
 
 def test_split_is_disjoint_complete_and_covers_every_word():

@@ -18,7 +18,7 @@ from inpo_fast.method.noise_path import target
 from inpo_fast.models.loading import load_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.pocket import ASSETS
-from inpo_fast.training.step import noise_window
+from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 
@@ -30,13 +30,20 @@ def tau_rms(steps: int, levels=(99, 300, 999)) -> list[float]:
         open_source(str(ASSETS / "pairs.parquet")), DataConfig(), resolution=32, seed=0, rank=0, world=1
     )
     items = next(windows.steps(0, 1, 8))
-    recipe = StepConfig("inpo", ObjectiveConfig(), InversionConfig(steps=steps), 8, True, 0)
+    recipe = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(),
+        inversion=InversionConfig(steps=steps),
+        micro_batch=8,
+        vae_sample=True,
+        seed=0,
+    )
     window = make_step_batch(items, models, recipe, models.encode_empty())
     out = []
     for t in levels:
         window.t = torch.full_like(window.t, t)
-        x_t, _ = noise_window(window, models, recipe)
-        a, s = models.noise_path.a_s(window.t.repeat_interleave(2))
+        (x_t,), _ = noisy_latents(window, models, recipe)
+        a, s = models.noise_path.a_s(window.t[0].repeat_interleave(2))
         out.append(losses.rms(target(x_t.flatten(0, 1), window.x_0.flatten(0, 1), a, s)).mean().item())
     return out
 

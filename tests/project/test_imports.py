@@ -33,7 +33,8 @@ def module_name(path: Path) -> str:
 
 PACKAGES = ("inpo_fast", "kernels", "bench")
 TREES = {module_name(p): ast.parse(p.read_text()) for folder in PACKAGES for p in sorted((ROOT / folder).rglob("*.py"))}
-HOUSE = [name for name in TREES if name.startswith("inpo_fast.") and name not in OLD_NAMES]
+MODULES = [name for name in TREES if name.startswith("inpo_fast.") and name not in OLD_NAMES]
+BENCH = [name for name in TREES if name.startswith("bench.")]
 
 
 def room(name: str) -> str:
@@ -64,23 +65,23 @@ def top(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_the_walk_sees_the_house():
-    assert {"inpo_fast.training.step", "inpo_fast.data.loader", "inpo_fast.train"} <= set(HOUSE)
+def test_the_walk_sees_the_package():
+    assert {"inpo_fast.training.step", "inpo_fast.data.loader", "inpo_fast.train"} <= set(MODULES)
     assert "inpo_fast.data.order" in NEEDS["inpo_fast.data.loader"]  # from inpo_fast.data.order import ...
     assert "inpo_fast.runtime.keyed_rng" in NEEDS["inpo_fast.data.loader"]  # from inpo_fast.runtime import keyed_rng
     assert "inpo_fast.training.loop" in NEEDS["inpo_fast.train"]  # inside main()
     assert "inpo_fast.training.loop" not in imports(TREES["inpo_fast.train"], in_functions=False)
-    assert {room(name) for name in HOUSE} == set(FLOORS)
+    assert {room(name) for name in MODULES} == set(FLOORS)
 
 
-@pytest.mark.parametrize("name", HOUSE)
+@pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down(name):
     own = FLOORS.index(room(name))
     up = [need for need in NEEDS[name] if need in TREES and need != "inpo_fast" and FLOORS.index(room(need)) > own]
     assert not up, f"{name} ({FLOORS[own]}) imports from above: {up}"
 
 
-@pytest.mark.parametrize("name", HOUSE)
+@pytest.mark.parametrize("name", [*MODULES, *BENCH])
 def test_no_circle(name):
     """Imports inside functions count: they are as much a circle, only later."""
     seen, front = set(), [name]
@@ -91,7 +92,7 @@ def test_no_circle(name):
     assert name not in seen
 
 
-@pytest.mark.parametrize("name", HOUSE)
+@pytest.mark.parametrize("name", MODULES)
 def test_nothing_hides_a_circle(name):
     assert "TYPE_CHECKING" not in ast.unparse(TREES[name])
     assert (
@@ -109,6 +110,16 @@ def test_kernels_need_torch_and_triton_only(name):
 @pytest.mark.parametrize("name", [name for name in TREES if name.startswith("inpo_fast")])
 def test_package_never_imports_bench_or_tests(name):
     assert not top(NEEDS[name]) & {"bench", "tests", "kernels"}  # the kernels' name is inpo_kernels
+
+
+@pytest.mark.parametrize("name", [name for name in BENCH if name.count(".") > 1])
+def test_rooms_of_bench_keep_apart(name):
+    """Each imports what lies on top of bench/, but for what reads all of them, and no other room."""
+    room = name.rpartition(".")[0]
+    allowed = {"bench.results", "bench.report", "bench.interpreter"}
+    assert {need for need in NEEDS[name] & TREES.keys() if need.startswith("bench.")} <= allowed | {
+        other for other in BENCH if other.startswith(f"{room}.")
+    }
 
 
 def test_no_file_is_a_grab_bag():

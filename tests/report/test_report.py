@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inpo_fast.comparison.evaluation import Evaluation, Gallery, summarise, verdict
+from inpo_fast.comparison.evaluation import Evaluation, Gallery, summarise
 from inpo_fast.config import EvaluateConfig
 from inpo_fast.judges import Scores
 from inpo_fast.report import curves, pictures, plots
+from inpo_fast.report.results import verdict
 from inpo_fast.report.write import write_report
 
 EVIL = "<script>alert('&')</script>"
 PROMPTS = [f'a red "circle" {EVIL}', *(f"prompt number {i}" for i in range(14))]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SECTIONS = ("verdict", "pictures", "why", "win-rates", "guards", "curves", "config", "manifest")  # from top to bottom
+# from top to bottom
+SECTIONS = ("verdict", "pictures", "why", "win-rates", "sanity-checks", "curves", "config", "manifest")
 
 
 class Brightness:

@@ -13,11 +13,11 @@ from inpo_fast.caches.encode import encode_views
 from inpo_fast.comparison.drawing import draw
 from inpo_fast.cost.plan import text_bytes
 from inpo_fast.data.images import View
-from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models import models
-from inpo_fast.models.models import Models, encode_tokens
+from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.models import Models
 from inpo_fast.models.peak_memory import decoding_bytes, encoding_bytes, peak_bytes
-from inpo_fast.models.random_weights import make_vae
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime import memory
 from inpo_fast.runtime.errors import UserError, run_command
 from inpo_fast.runtime.memory import GIB, TooLarge, fits, largest_batch, with_less
@@ -31,7 +31,7 @@ def full(*args, **how):
 
 def published_vae(name: str, precision: str) -> AutoencoderKL:
     with torch.device("meta"):
-        return torch.nn.Module.to(make_vae(name), models.DTYPES[precision])
+        return torch.nn.Module.to(UNet.make_vae(name), models.DTYPES[precision])
 
 
 def middling_vae(dtype: torch.dtype) -> AutoencoderKL:
@@ -87,11 +87,12 @@ def test_counted_text_is_what_the_allocator_sees():
     configs = [CLIPTextConfig(vocab_size=99, hidden_size=64 * k, intermediate_size=256 * k) for k in (1, 2)]
     real = [CLIPTextModel(config).eval() for config in configs]
     ids = torch.zeros(models.TEXT_BATCH["cuda"], 77, dtype=torch.int64)
-    want = profiled(lambda: encode_tokens(real, [ids, ids], [None, None]))
-    assert text_bytes([on_meta(encoder, torch.float32) for encoder in real], 77) == pytest.approx(want, rel=0.02)
+    want = profiled(lambda: UNet.encode_tokens(real, [ids, ids], [None, None]))
+    encoders = [on_meta(encoder, torch.float32) for encoder in real]
+    assert text_bytes(UNet({}), encoders, 77) == pytest.approx(want, rel=0.02)
     # of two alike: 13 layers' answers of the second and what a layer takes, but only one answer of the first
     twins, answer = [on_meta(real[0], torch.float32)] * 2, 4 * ids.numel() * 64
-    assert 14 * answer < text_bytes(twins, 77) < 33 * answer
+    assert 14 * answer < text_bytes(UNet({}), twins, 77) < 33 * answer
 
 
 @pytest.mark.parametrize(
@@ -160,11 +161,13 @@ def test_an_image_does_not_depend_on_how_many_come_with_it(small, monkeypatch, b
 @pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
 def test_prompts_are_encoded_in_batches_of_one_size(pipeline, monkeypatch):
     one = Models(pipeline(), torch.device("cpu"), ModelsConfig(base="x"))
-    prompts, seen, encode = [f"a circle, number {i}" for i in range(11)], [], Models._encode
-    monkeypatch.setattr(Models, "_encode", lambda self, some: (seen.append(len(some)), encode(self, some))[1])
+    prompts, seen, encode = [f"a circle, number {i}" for i in range(11)], [], UNet.encode
+    monkeypatch.setattr(
+        UNet, "encode", lambda self, pipe, some, device: (seen.append(len(some)), encode(self, pipe, some, device))[1]
+    )
     got = one.encode_prompts(prompts)
     assert seen == [8, 8]
-    want = [encode(one, [prompt]) for prompt in prompts]
+    want = [encode(one.denoiser, one.pipeline, [prompt], one.device) for prompt in prompts]
     torch.testing.assert_close(got.hidden, torch.cat([text.hidden for text in want]))
     assert (got.pooled is None) == (pipeline is tiny_pipeline)
     if got.pooled is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from inpo_fast.config.run import OptimConfig
-from inpo_fast.models.master_weights import Weights
+from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training import checkpoint
 from inpo_fast.training.checkpoint import Checkpoints, State
@@ -27,7 +27,7 @@ class Tiny:
         self.policy = torch.nn.Sequential(
             torch.nn.Linear(4, width), torch.nn.LayerNorm(width), torch.nn.SiLU(), torch.nn.Linear(width, 3)
         )
-        self.weights = Weights(self.policy.named_parameters())
+        self.weights = MasterWeights(self.policy.named_parameters())
         config = OptimConfig(lr=0.01, average="last-half")
         self.optimizer = make_optimizer(self.policy.parameters(), config)
         self.average = Average(list(self.policy.parameters()), config, STEPS)

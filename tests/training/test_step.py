@@ -14,10 +14,18 @@ from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig, Timesteps
 from inpo_fast.method.losses import rms
 from inpo_fast.method.noise_path import noised
-from inpo_fast.training.step import micro_step, noise_window, train_step
+from inpo_fast.training.noisy_latents import noisy_latents
+from inpo_fast.training.step import micro_step, train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-RECIPE = StepConfig("inpo", ObjectiveConfig(beta=500.0), InversionConfig(steps=5, batch=7), 4, True, 0)
+RECIPE = StepConfig(
+    method="inpo",
+    objective=ObjectiveConfig(beta=500.0),
+    inversion=InversionConfig(steps=5, batch=7),
+    micro_batch=4,
+    vae_sample=True,
+    seed=0,
+)
 PAIRS = 8
 
 
@@ -136,13 +144,11 @@ def test_swapping_winner_and_loser_negates_the_logit(moved):
     """Held on the noised window: the images keep their own draws, only their roles change."""
     models, items = moved
     window = make_step_batch(items, models, RECIPE, models.encode_empty())
-    x_t, _ = noise_window(window, models, RECIPE)
+    x_t, _ = noisy_latents(window, models, RECIPE)
     swapped = replace(window, x_0=window.x_0.flip(1))
-    from inpo_fast.training.metrics import MetricAccumulator
-
     pairs = slice(0, PAIRS)
-    _, found = micro_step(window, x_t, pairs, models, RECIPE, MetricAccumulator(models.device))
-    _, other = micro_step(swapped, x_t.flip(1), pairs, models, RECIPE, MetricAccumulator(models.device))
+    found = micro_step(window, x_t, 0, pairs, models, RECIPE).objective
+    other = micro_step(swapped, x_t.flip(2), 0, pairs, models, RECIPE).objective
     torch.testing.assert_close(other.logit, -found.logit, rtol=1e-3, atol=1e-3)
     assert found.logit.abs().max() > 0.01
 
@@ -152,8 +158,8 @@ def test_random_estimator_is_diffusion_dpo(moved):
     random = replace(RECIPE, inversion=InversionConfig(estimator="random"))
     assert torch.equal(gradient(models, items, random)[0], gradient(models, items, replace(RECIPE, method="dpo"))[0])
     window = make_step_batch(items, models, random, models.encode_empty())
-    x_t, spent = noise_window(window, models, random)
-    a, s = (c[:, None, None, None, None] for c in models.noise_path.a_s(window.t))
+    (x_t,), spent = noisy_latents(window, models, random)
+    a, s = (c[:, None, None, None, None] for c in models.noise_path.a_s(window.t[0]))
     tau = (x_t - a * window.x_0) / s
     assert spent == 0
     torch.testing.assert_close(tau[:, 0], tau[:, 1], rtol=0, atol=1e-3)  # the same z for both sides
@@ -164,17 +170,17 @@ def test_dpo_loss_equals_an_independent_computation(moved):
     recipe = replace(RECIPE, method="dpo")
     _, values, logits = gradient(models, items, recipe)
     window = make_step_batch(items, models, recipe, models.encode_empty())
-    x_t, _ = noise_window(window, models, recipe)
+    (x_t,), _ = noisy_latents(window, models, recipe)
     expected = []
     for i in range(PAIRS):
-        abar = models.noise_path.abar[window.t[i]].double()
+        abar = models.noise_path.abar[window.t[0, i]].double()
         errors = {}
         for side in range(2):
             text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
             tau = (x_t[i, side].double() - abar.sqrt() * window.x_0[i, side].double()) / (1 - abar).sqrt()
             for name, unet in (("e", models.policy), ("r", models.reference)):
                 with torch.no_grad():
-                    out = unet(x_t[i, side][None], window.t[i], text).sample[0].double()
+                    out = unet(x_t[i, side][None], window.t[0, i], text).sample[0].double()
                 errors[name, side] = (tau - out).square().mean()
         gap = (errors["e", 0] - errors["e", 1]) - (errors["r", 0] - errors["r", 1])
         expected.append(-0.5 * 500.0 * gap)
@@ -190,13 +196,9 @@ def test_kto_at_step_zero_and_in_parts(moved):
     recipe = replace(RECIPE, method="kto", micro_batch=8)
     whole, values, logits = gradient(models, items, recipe)
     window = make_step_batch(items, models, recipe, models.encode_empty())
-    x_t, _ = noise_window(window, models, recipe)
+    x_t, _ = noisy_latents(window, models, recipe)
     # without a point it is 0: the errors, of which the point is the mean
-    from inpo_fast.training.metrics import MetricAccumulator
-
-    _, found = micro_step(
-        window, x_t, slice(0, PAIRS), models, replace(recipe, method="dpo"), MetricAccumulator(models.device)
-    )
+    found = micro_step(window, x_t, 0, slice(0, PAIRS), models, replace(recipe, method="dpo")).objective
     gain = (found.image[:, 1] - found.image[:, 0]).double()
     point = max(gain.mean().item(), 0.0)
     assert values["reference_point"] == pytest.approx(point, rel=1e-4, abs=1e-9)
@@ -226,7 +228,7 @@ def test_estimators_in_the_step(moved, estimator):
     assert values["unet_evaluations"] - 4 * PAIRS == more * (plain["unet_evaluations"] - 4 * PAIRS)
     models.policy.zero_grad()
     window = make_step_batch(items, models, recipe, models.encode_empty())
-    noise_window(window, models, recipe)
+    noisy_latents(window, models, recipe)
     assert all(p.grad is None or not p.grad.any() for p in models.parameters())
     models.policy.load_state_dict(models.reference.state_dict())
     _, values, logits = gradient(models, items, recipe)
@@ -277,18 +279,18 @@ def test_winner_preserving_changes_the_gradient_not_the_loss(moved):
 def test_timestep_range_and_snap_are_respected(world):
     models, items = world
     recipe = replace(RECIPE, objective=replace(RECIPE.objective, timesteps=Timesteps(300, 420)))
-    t = make_step_batch(items, models, recipe, models.encode_empty()).t
+    (t,) = make_step_batch(items, models, recipe, models.encode_empty()).t
     assert t.min() >= 300 and t.max() <= 420 and len(set(t.tolist())) > 1
     snapped = replace(RECIPE, inversion=replace(RECIPE.inversion, grid="snap"))
-    t = make_step_batch(items, models, snapped, models.encode_empty()).t
+    (t,) = make_step_batch(items, models, snapped, models.encode_empty()).t
     assert set(((t + 1) % 200).tolist()) == {0}
 
 
 def test_reference_inversion_does_not_follow_the_policy(moved):
     models, items = moved
     window = make_step_batch(items, models, RECIPE, models.encode_empty())
-    by_policy, _ = noise_window(window, models, RECIPE)
-    by_reference, _ = noise_window(
+    by_policy, _ = noisy_latents(window, models, RECIPE)
+    by_reference, _ = noisy_latents(
         window, models, replace(RECIPE, inversion=replace(RECIPE.inversion, model="reference"))
     )
     assert (by_policy - by_reference).abs().max() > 1e-3
@@ -320,7 +322,7 @@ def test_any_number_of_processes_draws_the_same_timesteps_latents_and_prompts(wo
                 window = make_step_batch(items, models, RECIPE, empty)
                 for i, item in enumerate(items):
                     assert item.position not in found
-                    found[item.position] = (item.id, item.prompt, int(window.t[i]), window.x_0[i])
+                    found[item.position] = (item.id, item.prompt, int(window.t[0, i]), window.x_0[i])
         drawn.append(found)
     first = drawn[0]
     assert sorted(first) == list(range(2 * PAIRS)) and len({found[2] for found in first.values()}) > 8

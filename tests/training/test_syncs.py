@@ -22,7 +22,9 @@ from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 INVERSION = InversionConfig(steps=3, batch=5)
-RECIPE = StepConfig("inpo", ObjectiveConfig(beta=500.0), INVERSION, 2, True, 0)
+RECIPE = StepConfig(
+    method="inpo", objective=ObjectiveConfig(beta=500.0), inversion=INVERSION, micro_batch=2, vae_sample=True, seed=0
+)
 KINDS = {
     "plain": RECIPE,
     "dpo": replace(RECIPE, method="dpo"),

@@ -10,7 +10,7 @@ from tiny_runs import metrics, policy, same_bits, save_recipe, train_in
 
 from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training import loop
+from inpo_fast.training import loop, set_up
 from inpo_fast.training.optim import LossScale
 
 
@@ -28,7 +28,7 @@ def run(world):
 
 def test_fp16_leaves_out_what_overflows_and_resumes_its_scale(run, world, monkeypatch):
     """A scale that is far too large: updates are left out and it is halved until the gradient is finite."""
-    monkeypatch.setattr(loop, "LossScale", lambda: LossScale(value=2.0**20))
+    monkeypatch.setattr(set_up, "LossScale", lambda: LossScale(value=2.0**20))
     first = run("fp16", "--models.precision=fp16", "--train.steps=12")
     lines = metrics(first)
     scales = [line["loss_scale"] for line in lines]

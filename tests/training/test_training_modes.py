@@ -21,7 +21,14 @@ from inpo_fast.training.optim import Average, LossScale, make_optimizer
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-RECIPE = StepConfig("inpo", ObjectiveConfig(beta=50.0), InversionConfig(steps=3), 2, True, 0)
+RECIPE = StepConfig(
+    method="inpo",
+    objective=ObjectiveConfig(beta=50.0),
+    inversion=InversionConfig(steps=3),
+    micro_batch=2,
+    vae_sample=True,
+    seed=0,
+)
 KINDS = ["adamw", "adamw-bf16", "adamw-8bit", "adafactor"]
 MODES = [(kind, precision) for kind in KINDS for precision in ("fp32", "bf16")] + [("adamw", "fp16")]
 PAIRS = 4

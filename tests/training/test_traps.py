@@ -47,7 +47,14 @@ def test_micro_batches_add_up(traced, tmp_path, fast):
             p.add_(0.05 * p.std().nan_to_num() * noise)
     source = open_source(save_pairs(tmp_path / "pairs.parquet"))
     items = next(PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 8))
-    recipe = StepConfig("inpo", ObjectiveConfig(beta=500.0), InversionConfig(steps=5, batch=16), 8, True, 0)
+    recipe = StepConfig(
+        method="inpo",
+        objective=ObjectiveConfig(beta=500.0),
+        inversion=InversionConfig(steps=5, batch=16),
+        micro_batch=8,
+        vae_sample=True,
+        seed=0,
+    )
     empty = models.encode_empty()
 
     def gradient(parts: list[list], micro_batch: int, batch: int) -> torch.Tensor:

@@ -15,8 +15,9 @@ from inpo_fast.comparison.picture_store import read_picture
 from inpo_fast.config import parse
 from inpo_fast.report.write import write_report
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training import loop
 from inpo_fast.training.metrics import BUCKETS, MetricAccumulator
+from inpo_fast.training.set_up import prepare
+from inpo_fast.training.step_batch import StepConfig
 from inpo_fast.training.trackers import Tracker
 from inpo_fast.training.validation import Validation, prompts_of
 
@@ -80,10 +81,8 @@ def observer(world, tmp_path, held="held.parquet"):
     # no flip, no draw of the VAE: both sides of a pair are then treated alike
     plain = ["--data.flip=false", "--data.vae_sample=false", "--observe.held_out_pairs=6"]
     config = parse("p", arguments(world, tmp_path / "o", f"--observe.held_out={world / held}", *plain))
-    opened = loop.prepare(config, 0, 1, torch.device("cpu"))
-    recipe = loop.StepConfig(
-        config.method, config.objective, config.inversion, config.train.micro_batch, config.data.vae_sample, config.seed
-    )
+    opened = prepare(config, 0, 1, torch.device("cpu"))
+    recipe = StepConfig.of(config)
     return Validation(config, opened.models, opened.models.encode_empty(), tmp_path / "o", 0), opened, recipe
 
 
@@ -114,7 +113,9 @@ def test_deltas_by_level_are_means_over_their_pairs():
     image[:, 3] = 1  # energy
     image[:, 0] = torch.tensor([1.0, 3, 5, 7, 20, 40, 60, 80])
     ones = torch.ones(4)
-    tally.observe(loss=ones, logit=ones, image=image, tau_rms=torch.ones(8), bucket=bucket, sides=2, contrast=True)
+    tally.add_micro_batch(
+        loss=ones, logit=ones, image=image, tau_rms=torch.ones(8), bucket=bucket, sides=2, contrast=True
+    )
     values = tally.values()
     assert [values.get(f"winner_delta_t{b}") for b in range(5)] == [2, None, 5, None, 7]
     assert [values.get(f"loser_delta_t{b}") for b in range(5)] == [30, None, 60, None, 80]
@@ -125,7 +126,7 @@ def test_refusals(world, tmp_path):
         prompts_of(parse("p", arguments(world, tmp_path, *LOOK)))
     config = parse("p", arguments(world, tmp_path, f"--observe.held_out={world / 'pairs.parquet'}"))
     with pytest.raises(UserError, match=r"held_out is data\.source"):
-        loop.prepare(config, 0, 1, torch.device("cpu"))
+        prepare(config, 0, 1, torch.device("cpu"))
 
 
 def test_strips_of_a_damaged_run_are_left_out(tmp_path):

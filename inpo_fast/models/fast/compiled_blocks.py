@@ -2,7 +2,7 @@
 
 The compiler makes one graph for calls that want a gradient and another for calls that do not, and the two round
 differently: step-0 logits would not be 0. Here every evaluation runs the graph that has a gradient. Where nobody asks
-for one, each block's answer is cut off at once, so that what it kept for its backward pass is freed before the next
+for one, each block's output is cut off at once, so that what it kept for its backward pass is freed before the next
 block begins.
 
 A block's weights are inputs of its graph: policy and reference share it, and what the optimizer writes is seen. The

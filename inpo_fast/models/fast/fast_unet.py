@@ -147,7 +147,7 @@ def _forward(self: UNet2DConditionModel, *args, **kwargs):
             mode="reduce-overhead",
         )
     out = mode.compiled(*args, **kwargs)
-    out.sample = out.sample.clone()  # the graph writes the next answer to the same place
+    out.sample = out.sample.clone()  # the graph writes the next output to the same place
     return out
 
 

@@ -12,7 +12,9 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 
+from inpo_fast.models.families import PIPELINES
 from inpo_fast.models.files import recognise
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime.errors import UserError
 
 ALIGNED = "only Stable Diffusion 1.x, 2.x, XL and their relatives can be aligned"
@@ -44,9 +46,8 @@ STEPS = 1000  # noise levels of every Stable Diffusion
 
 def check_index(key: str, place: str, index: dict) -> None:
     """Of a model_index.json: its pipeline and the classes of its parts."""
-    name = index.get("_class_name")
-    name = name[-1] if isinstance(name, list) else name  # a pipeline with its own code
-    if name not in recognise.STOCK:
+    name = pipeline_class(index)
+    if name not in PIPELINES:
         family = recognise.family_of_class(str(name))
         if name is None:
             raise UserError(
@@ -69,6 +70,11 @@ def check_index(key: str, place: str, index: dict) -> None:
         if theirs not in classes:
             given = "nothing" if theirs is None else f"a {theirs}"
             raise UserError(f"{key}: {place} has {given} as its {part}, not a {classes[0]}; {ALIGNED}")
+
+
+def pipeline_class(index: dict) -> str | None:
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) else name  # a list: a pipeline with its own code
 
 
 def class_of(index: dict, part: str) -> str | None:
@@ -129,7 +135,7 @@ def check_texts(key: str, place: str, unet: dict, texts: list) -> None:
             f"{key}: the UNet of {place} is told hidden states of width {told}, its text encoder"
             f"{'s give' if len(texts) > 1 else ' gives'} {width}; the parts do not belong together"
         )
-    if unet.get("addition_embed_type") == "text_time":
+    if UNet(unet).is_xl:
         sizes, given = 6 * unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]
         if given != sizes + texts[-1].projection_dim:
             raise UserError(
@@ -141,7 +147,7 @@ def check_texts(key: str, place: str, unet: dict, texts: list) -> None:
 def is_refiner(unet: dict) -> bool:
     """SDXL's refiner has one text encoder and is told five numbers of size and taste where the base is told six."""
     told, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
-    return unet.get("addition_embed_type") == "text_time" and (told, each) == (2560, 256)
+    return UNet(unet).is_xl and (told, each) == (2560, 256)
 
 
 def check_vae(key: str, place: str, config: dict, unet: dict) -> None:
@@ -153,7 +159,7 @@ def check_vae(key: str, place: str, config: dict, unet: dict) -> None:
             f"{key}: the VAE of {place} has latents of {channels} channels and the UNet takes {wanted}{more}; they do "
             "not belong together"
         )
-    is_xl = unet.get("addition_embed_type") == "text_time"
+    is_xl = UNet(unet).is_xl
     if config.get("shift_factor"):
         raise UserError(
             f"{key}: the VAE of {place} shifts its latents (shift_factor={config['shift_factor']}), which no pipeline "
@@ -213,7 +219,7 @@ def noise_levels(key: str, place: str, config: Mapping) -> DDIMScheduler:
     if kind == "epsilon" and float(abar[-1]) == 0:
         raise UserError(
             f"{key}: {place} predicts noise and has zero terminal SNR (rescale_betas_zero_snr): at the last level "
-            "there is nothing but noise, so the answer says nothing of the image and sampling divides by 0 (arXiv "
+            "there is nothing but noise, so the output says nothing of the image and sampling divides by 0 (arXiv "
             "2305.08891, section 3.2); if it was trained with v, write prediction_type=v_prediction into its "
             "scheduler_config.json, otherwise remove rescale_betas_zero_snr there"
         )

@@ -8,46 +8,24 @@ ComfyUI's folder loader finds no text encoder.
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from inpo_fast.models.files.folder_weights import choose_here
-from inpo_fast.models.files.hub import ID
+from inpo_fast.models.files.folder_weights import choose_in_folder
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import allow_reading, write_text
 
 TEXT_PREFIX = "text_model."  # of every tensor of CLIPTextModel before transformers 5
 LOADING = ("is_local", "local_files_only")  # of tokenizer_config.json: how it was opened here
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".xml")
-
-
-def hub_id(base: str) -> str | None:
-    """Of a base model given by its id, or by the folder of its snapshot in the hub's cache; None for anything else."""
-    if ID.fullmatch(base) and not Path(base).exists():
-        return base
-    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", str(Path(base).resolve()))
-    return f"{found[1]}/{found[2]}" if found else None
-
-
-def base_folder(base: str) -> Path | None:
-    """The folder of a base model: itself, or a hub id's snapshot in the cache. None: a single file, or not there."""
-    if Path(base).expanduser().is_dir():
-        return Path(base).expanduser()
-    try:
-        index = try_to_load_from_cache(base, "model_index.json")
-    except ValueError:  # not a hub id
-        return None
-    return Path(index).parent if isinstance(index, str) else None
 
 
 def write_folder(pipeline: DiffusionPipeline, folder: Path, untouched: Mapping[str, Path]) -> None:
@@ -106,7 +84,7 @@ def _weights(source: Path) -> dict[Path, str] | None:
     if not any(path.suffix in (".safetensors", *PICKLES) for path in source.iterdir()):
         return {}
     try:
-        chosen = choose_here("models.base", source)
+        chosen = choose_in_folder("models.base", source)
     except UserError:  # the part was opened from elsewhere, or is no longer whole: it is written
         return None
     if not chosen.safetensors or (chosen.variant and len(chosen.names) > 1):

@@ -25,7 +25,7 @@ OTHER_FORMATS |= {".xml": "OpenVINO", ".ckpt": "pickled"}
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFiles:
     """variant: as diffusers calls it, None for the plain files. names: of the files, their index included."""
 
     variant: str | None
@@ -37,7 +37,7 @@ class Weights:
         return {"variant": self.variant, "use_safetensors": self.safetensors}
 
 
-def choose(key: str, place: str, names: Iterable[str], pointers: Iterable[str] = ()) -> Weights:
+def choose_files(key: str, place: str, names: Iterable[str], pointers: Iterable[str] = ()) -> WeightFiles:
     """Out of the names in the folder of a part. UserError where none is there, or pointers alone."""
     names, pointers = list(names), set(pointers)
     groups: dict[tuple[str | None, bool], list[str]] = {}
@@ -59,15 +59,15 @@ def choose(key: str, place: str, names: Iterable[str], pointers: Iterable[str] =
         return (variant is not None, known if variant else 0, not safe, variant or "")
 
     best = min(whole, key=cost)
-    return Weights(*best, tuple(sorted(whole[best])))
+    return WeightFiles(*best, tuple(sorted(whole[best])))
 
 
-def choose_here(key: str, folder: Path) -> Weights:
+def choose_in_folder(key: str, folder: Path) -> WeightFiles:
     """In a folder on this machine, whose chosen files are looked at: cut off, pointers, other formats."""
     if not folder.is_dir():
         raise UserError(f"{key}: no such folder: {folder}; the model is not whole, download it again")
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    weights = choose(key, str(folder), names, [path.name for path in git_lfs.pointers_below(folder)])
+    weights = choose_files(key, str(folder), names, [path.name for path in git_lfs.pointers_below(folder)])
     for name in weights.names:
         if name.endswith(".safetensors"):
             read_header(key, folder / name)

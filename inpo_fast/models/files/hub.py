@@ -107,6 +107,27 @@ def path_or_id(key: str, place: str) -> Path | None:
     return None
 
 
+def hub_id(base: str) -> str | None:
+    """Of a base model given by its id, or by the folder of its snapshot in the hub's cache; None for anything else."""
+    if ID.fullmatch(base) and not Path(base).exists():
+        return base
+    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", str(Path(base).resolve()))
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def base_folder(base: str) -> Path | None:
+    """The folder of a base model: itself, or a hub id's snapshot in the cache. None: a single file, or not there."""
+    if Path(base).expanduser().is_dir():
+        return Path(base).expanduser()
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        index = try_to_load_from_cache(base, "model_index.json")
+    except ValueError:  # not a hub id
+        return None
+    return Path(index).parent if isinstance(index, str) else None
+
+
 def _line(problem: Exception) -> str:
     from huggingface_hub.errors import OfflineModeIsEnabled
 

@@ -1,4 +1,4 @@
-"""A LoRA's file in whatever names it was saved: found, checked against its UNet, read.
+"""A LoRA's file in whatever names it was saved: checked against its UNet and read (lora_place.py finds it).
 
 Read are diffusers' names, peft's, kohya's (with the layers named as in diffusers or as in the original UNet) and those
 of ComfyUI. Every tensor must belong to a layer of the UNet and be finite: a LoRA that fits in half would draw, without
@@ -14,20 +14,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from inpo_fast.models.files.lora_place import DIFFUSERS_WEIGHTS, RELATIVES, lora_file
 from inpo_fast.models.files.original_keys import unet_name
 from inpo_fast.models.files.safetensors_header import read_header
 from inpo_fast.models.lora import Lora
-from inpo_fast.models.random_weights import UNETS, make_unet
+from inpo_fast.models.unet import UNETS, UNet
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
 
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_CONFIG = "adapter_config.json"
 PREFIXES = (
     "module.",
     "_orig_mod.",
@@ -44,59 +45,9 @@ TENSOR = re.compile(
     r"(?P<layer>.+?)(?:\.lora|_lora|\.lora_linear_layer)?[._](?:lora_)?(?P<side>A|B|down|up)(?:\.(?!weight)\w+)?\.weight"
 )
 ALPHA = re.compile(r"(?P<layer>.+?)\.alpha")
-RELATIVES = {  # what a tensor's name says of adapters that are not W + B A
-    r"dora_scale|lora_magnitude_vector": "a DoRA (weights with a magnitude of their own)",
-    r"\.hada_[wt]\d": "a LoHa (Hadamard products)",
-    r"\.lokr_[wt]\d": "a LoKr (Kronecker products)",
-    r"\.oft_|\.boft_|oft_blocks|\.oft_R": "an OFT (rotated weights)",
-    r"\.on_input$|lora_ia3|ia3_l": "an IA3 (scaled activations)",
-    r"^lora_unet_.+\.[ab][12]\.weight$": "a GLoRA",
-    r"vera_lambda": "a VeRA",
-    r"lora_mid\.weight$": "a LoCon with a core between its two matrices (Tucker)",
-    r"\.diff(_b)?$|\.w_norm$|\.b_norm$|\.set_weight$": "an adapter with whole weights beside its LoRA",
-    r"lora_controlnet": "a Control-LoRA",
-}
 LAYERS = torch.nn.Linear | torch.nn.Conv2d
-ADAPTER = re.compile("|".join([r"[._]lora[._]", r"_lora\.(down|up)\.", *RELATIVES]))
 
 
-# ---- which file -----------------------------------------------------------------------------------------------------
-def lora_file(path: str | Path, key: str = "--lora") -> Path | None:
-    """The file of the LoRA that lies at `path`, a file or a folder; None where there is none.
-
-    In a folder: diffusers' name, peft's, or the only one where there is nothing else; never beside a model. UserError,
-    which begins with the setting `key`, where there are several of other names.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        if (path / "config.json").is_file() or (path / "model_index.json").is_file():
-            return None
-        names = [path / LORA_WEIGHT_NAME_SAFE, path / PEFT_WEIGHTS]
-        found = next((name for name in names if name.is_file()), None)
-        if found is not None:
-            return found
-        files = sorted(path.glob("*.safetensors"))
-        if not files or not all(is_lora(file) for file in files):
-            return None
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files[:3]) + ", …" * (len(files) > 3)
-            raise UserError(f"{key}: {path} holds {len(files)} LoRAs ({names}); name the file of one")
-        return files[0]
-    return path if is_lora(path) else None
-
-
-def is_lora(file: Path) -> bool:
-    """Whether a .safetensors file holds a LoRA or a relative of it, by the names in its header."""
-    if file.suffix.lower() != ".safetensors" or not file.is_file():
-        return False
-    try:
-        with safe_open(file, "pt") as opened:
-            return any(ADAPTER.search(name) for name in opened.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return False
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
 def read_lora(key: str, path: str | Path, unet: torch.nn.Module) -> Lora:
     """The LoRA of a file or folder for this UNet (which may be on the meta device).
 
@@ -107,8 +58,8 @@ def read_lora(key: str, path: str | Path, unet: torch.nn.Module) -> Lora:
     return _lora(key, path, layer_names(unet), shapes)
 
 
-def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lora, dict]:
-    """The LoRA of a file or folder whose UNet is not at hand, and what it shows of the UNet's configuration.
+def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lora, UNet]:
+    """The LoRA of a file or folder whose UNet is not at hand, and what it shows of the UNet.
 
     layout: with what the names of its layers in the original UNet need. UserError where the LoRA does not show that.
     """
@@ -119,7 +70,7 @@ def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lo
         # XL has no attention at full resolution; a smaller XL has a part of XL's own layers, if they are diffusers'
         kind = "sd15" if any("down_blocks_0_attentions" in name for name in found) else "sdxl"
         with torch.device("meta"):
-            unet = make_unet(kind)
+            unet = UNet.make_network(kind)
         try:
             lora = _lora(key, path, layer_names(unet), None)
         except UserError as problem:
@@ -132,7 +83,7 @@ def read_lora_alone(key: str, path: str | Path, layout: bool = True) -> tuple[Lo
         config["cross_attention_dim"] = width = widths.pop()
         if width == 2048:
             config.setdefault("addition_embed_type", "text_time")
-    return lora, config
+    return lora, UNet(config)
 
 
 def _find(key: str, path: str | Path) -> Path:
@@ -143,7 +94,7 @@ def _find(key: str, path: str | Path) -> Path:
     if file is not None or path.is_file():
         read_header(key, path if file is None else file)  # says of a Git LFS pointer, or half a file, what it is
     if file is None and path.is_dir():
-        raise UserError(f"{key}: {path} holds no LoRA: neither {LORA_WEIGHT_NAME_SAFE} nor another LoRA's .safetensors")
+        raise UserError(f"{key}: {path} holds no LoRA: neither {DIFFUSERS_WEIGHTS} nor another LoRA's .safetensors")
     if file is None:
         raise UserError(f"{key}: {path} is not a LoRA in a .safetensors file")
     return file

@@ -12,9 +12,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import CLIPTextConfig
 
+from inpo_fast.models.denoiser import Denoiser
+from inpo_fast.models.families import PIPELINES
 from inpo_fast.models.files import alignable, recognise, single_file
 from inpo_fast.models.files.hub import HubModel, path_or_id
-from inpo_fast.models.files.safetensors_header import FLOAT8, WeightsFile, read_header
+from inpo_fast.models.files.safetensors_header import FLOAT8, SafetensorsFile, read_header
+from inpo_fast.models.unet import UNet
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.warn_once import warn_once
@@ -37,7 +40,7 @@ CONFIGURATIONS = {  # width of the text that a single file's UNet is told -> hub
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelFiles:
     """A model whose small files have been read and accepted; nothing large has.
 
     folder: with its configuration (of a single file, what models.single_file_config names). file: a single file's
@@ -52,15 +55,19 @@ class Found:
     vae: dict
     scheduler: dict
     texts: list[CLIPTextConfig]
-    file: WeightsFile | None = None
+    file: SafetensorsFile | None = None
     hub: HubModel | None = None
 
     @property
+    def family(self) -> type[Denoiser]:
+        return PIPELINES[alignable.pipeline_class(self.index)]
+
+    @property
     def is_xl(self) -> bool:
-        return self.unet.get("addition_embed_type") == "text_time"
+        return UNet(self.unet).is_xl
 
 
-def find_model(key: str, place: str, single_file_config: str | None = None) -> Found:
+def find_model(key: str, place: str, single_file_config: str | None = None) -> ModelFiles:
     """Reads a model's small files. UserError of what cannot be aligned, by what it is."""
     path = path_or_id(key, place)
     if path is not None and path.is_file():
@@ -75,10 +82,10 @@ def find_model(key: str, place: str, single_file_config: str | None = None) -> F
     alignable.check_index(key, place, index)
     if hub is not None:
         path = hub.fetch(SMALL_FILES)
-    return _configured(Found(key, place, path, index, {}, {}, {}, [], hub=hub))
+    return _configured(ModelFiles(key, place, path, index, {}, {}, {}, [], hub=hub))
 
 
-def _find_file(key: str, place: str, path: Path, single_file_config: str | None) -> Found:
+def _find_file(key: str, place: str, path: Path, single_file_config: str | None) -> ModelFiles:
     file = read_header(key, path)
     check_unet_file(key, file)
     lacks = [
@@ -114,7 +121,7 @@ def _find_file(key: str, place: str, path: Path, single_file_config: str | None)
         raise UserError(f"{option}: {single_file_config} {recognise.folder_without_index(folder)}")
     index = read_json(option, folder / "model_index.json")
     alignable.check_index(option, str(folder), index)
-    found = Found(key, place, folder, index, {}, {}, {}, [], file=file)
+    found = ModelFiles(key, place, folder, index, {}, {}, {}, [], file=file)
     said = single_file.said_prediction(file)
     scheduler = recognise.json_or_none(folder / "scheduler" / "scheduler_config.json") or {}
     kind = scheduler.get("prediction_type", "epsilon")
@@ -130,7 +137,7 @@ def _find_file(key: str, place: str, path: Path, single_file_config: str | None)
     return _configured(found, said or {})
 
 
-def check_unet_file(key: str, file: WeightsFile) -> None:
+def check_unet_file(key: str, file: SafetensorsFile) -> None:
     """Of a header: what the file is, and what its UNet is told."""
     single_file.check_kind(key, file)
     shape = single_file.shape_of_unet(file)
@@ -150,21 +157,21 @@ def check_unet_file(key: str, file: WeightsFile) -> None:
         )  # fmt: skip
 
 
-def file_texts(file: WeightsFile) -> int:
+def file_texts(file: SafetensorsFile) -> int:
     """Text encoders in a single file, 0 where one of SDXL's two is missing."""
     number = single_file.has_texts(file)
     is_xl = single_file.shape_of_unet(file)["beside"] is not None
     return number if number == 1 + is_xl else 0
 
 
-def _configured(found: Found, said: Mapping = {}) -> Found:
+def _configured(found: ModelFiles, said: Mapping = {}) -> ModelFiles:
     """With its parts' configurations, checked against each other. said: keys that go before the scheduler's own."""
     key, place, folder = found.key, found.place, found.folder
     unet = read_json(key, folder / "unet" / "config.json")
     alignable.check_unet(key, place, unet)
     if alignable.is_refiner(unet):
         raise UserError(f"{key}: {place} is {REFINER}; {alignable.ALIGNED}")
-    is_xl = unet.get("addition_embed_type") == "text_time"
+    is_xl = UNet(unet).is_xl
     texts = []
     for name in ("text_encoder", "text_encoder_2")[: 1 + is_xl]:
         if found.file is None and alignable.class_of(found.index, name) is None:
@@ -183,7 +190,7 @@ def _configured(found: Found, said: Mapping = {}) -> Found:
     return replace(found, unet=unet, vae=vae, texts=texts, scheduler=scheduler)
 
 
-def _check_text_class(found: Found, name: str, is_xl: bool) -> None:
+def _check_text_class(found: ModelFiles, name: str, is_xl: bool) -> None:
     """The second text encoder of SDXL has a projection, whose result is told too; that of SD 1.x and 2.x has none, or
     its result would be taken for the hidden states."""
     own = alignable.class_of(found.index, name)

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from inpo_fast.models.files.safetensors_header import FLOATS, WeightsFile
+from inpo_fast.models.files.safetensors_header import FLOATS, SafetensorsFile
 
 # ---- files: the first line that is found among the names says what the file is -------------------------------------
 ADAPTERS = (  # they belong beside a model
@@ -72,16 +72,6 @@ PARTS = (  # parts of a model, and networks that are none
 )  # fmt: skip
 
 # ---- folders: classes that JSON files name --------------------------------------------------------------------------
-STOCK = {  # parts of Stable Diffusion 1.x, 2.x and XL, put together for one use or another
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionPAGPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLPAGPipeline",
-}
 CLASSES = (  # beginnings of classes of pipelines and models -> what they belong to
     ("StableDiffusion3", "Stable Diffusion 3"),
     ("SD3", "Stable Diffusion 3"),
@@ -163,7 +153,7 @@ def family_of_class(name: str) -> str | None:
     return found[lengths.index(max(lengths))] if found else None
 
 
-def other_than_a_unet(file: WeightsFile) -> str | None:
+def other_than_a_unet(file: SafetensorsFile) -> str | None:
     """What a file is that holds no UNet of Stable Diffusion, or more than that; None where it holds one.
 
     The tensors' own shapes are looked at by those who load them.
@@ -188,7 +178,7 @@ def other_than_a_unet(file: WeightsFile) -> str | None:
     return f"something else (its first tensor is {next(iter(file.tensors))})"
 
 
-def quantized(file: WeightsFile) -> str | None:
+def quantized(file: SafetensorsFile) -> str | None:
     """How the weights are packed, where they cannot be read as they are."""
     names = "\n".join(file.tensors)
     for pattern, what in QUANTIZED:

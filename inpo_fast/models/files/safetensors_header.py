@@ -32,7 +32,7 @@ OTHER_FORMATS = {  # first bytes -> what such a file is
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in the file: the name it has there, its format ("F16") and shape."""
 
     name: str
@@ -41,11 +41,11 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class WeightsFile:
+class SafetensorsFile:
     """tensors: by name without wrappers. metadata: texts that were saved with them."""
 
     path: Path
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
@@ -65,7 +65,7 @@ class WeightsFile:
         return safe_open(self.path, "pt")
 
 
-def read_header(key: str, path: str | Path) -> WeightsFile:
+def read_header(key: str, path: str | Path) -> SafetensorsFile:
     """UserError, which begins with the setting `key`, of what is missing, cut off, or no safetensors file."""
     path = Path(path)
     if not path.is_file():
@@ -84,7 +84,7 @@ def read_header(key: str, path: str | Path) -> WeightsFile:
                 raise UserError(f"{key}: {path} is not a .safetensors file, or only its beginning ({size} bytes)")
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", None) or {}
-        stored = [Stored(name, x["dtype"], tuple(x["shape"])) for name, x in header.items()]
+        stored = [StoredTensor(name, x["dtype"], tuple(x["shape"])) for name, x in header.items()]
         needed = 8 + length + max((x["data_offsets"][1] for x in header.values()), default=0)
     except OSError as problem:
         raise UserError(f"{key}: {path} cannot be read ({problem.strerror or problem})") from problem
@@ -102,12 +102,12 @@ def read_header(key: str, path: str | Path) -> WeightsFile:
             pass
     except (SafetensorError, OSError) as problem:  # what the library checks beyond: overlaps, unknown formats
         raise UserError(f"{key}: {path} is damaged ({str(problem).splitlines()[0]}); download it again") from problem
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for each in stored:
         plain = plain_name(each.name)
         if plain not in tensors or each.name == plain:
             tensors[plain] = each
-    return WeightsFile(path, tensors, {str(k): str(v) for k, v in metadata.items()})
+    return SafetensorsFile(path, tensors, {str(k): str(v) for k, v in metadata.items()})
 
 
 def plain_name(name: str) -> str:

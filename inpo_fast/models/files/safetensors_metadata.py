@@ -1,4 +1,4 @@
-"""One .safetensors file with tensors and what programs want to know of them.
+"""Writes one .safetensors file: tensors, and the metadata that programs look for in it.
 
 Metadata follow Stability's model specification (modelspec.*), and for LoRAs the names of sd-scripts (ss_*, sshs_*)
 that user interfaces sort and filter by.
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from inpo_fast.models.denoiser import Denoiser
 from inpo_fast.runtime.files import whole
 
 HASH = "0" * 64  # stands for the SHA-256 of the tensors' bytes until they are written
@@ -39,19 +40,12 @@ def _fill_hash(path: Path) -> None:
         file.write(header.replace(HASH.encode(), digest.encode()))
 
 
-def model_kind(config: Mapping) -> str:
-    """sd1, sd2 or xl, by the configuration of a UNet."""
-    if config.get("addition_embed_type") == "text_time":
-        return "xl"
-    return "sd2" if config.get("cross_attention_dim") == 1024 else "sd1"
-
-
 @dataclass(frozen=True)
 class About:
-    """What is written into a file; None: not known. config: of the UNet. side: pixels of the pictures that it draws.
-    prediction: epsilon or v, as NoisePath.output. base: the model that it was trained from, as a hub id."""
+    """What is written into a file; None: not known. side: pixels of the pictures that the model draws. prediction:
+    epsilon or v, as NoisePath.output. base: the model that it was trained from, as a hub id."""
 
-    config: Mapping
+    denoiser: Denoiser
     title: str
     side: int | None = None
     prediction: str | None = None
@@ -60,16 +54,9 @@ class About:
 
 def modelspec(about: About, lora: bool = False) -> dict[str, str]:
     """The model specification's fields."""
-    kind = model_kind(about.config)
-    architecture = {
-        "sd1": "stable-diffusion-v1",
-        "sd2": "stable-diffusion-v2-768-v" if about.prediction == "v" else "stable-diffusion-v2-512",
-        "xl": "stable-diffusion-xl-v1-base",
-    }[kind]
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora" if lora else architecture,
-        "implementation": "diffusers" if lora and kind != "xl" else "https://github.com/Stability-AI/generative-models",
+        **about.denoiser.modelspec(about.prediction, lora),
         "title": about.title,
         "date": datetime.now(UTC).replace(microsecond=0, tzinfo=None).isoformat(),
         "hash_sha256": f"0x{HASH}",
@@ -86,14 +73,12 @@ def modelspec(about: About, lora: bool = False) -> dict[str, str]:
 
 def kohya_metadata(about: About, rank: int) -> dict[str, str]:
     """sd-scripts' fields of a LoRA whose alpha is its rank, and the model specification's."""
-    kind = model_kind(about.config)
     fields = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_output_name": re.sub(r"[^\w.-]+", "-", about.title),
-        "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "xl": "sdxl_base_v1-0"}[kind],
-        "ss_v2": str(kind == "sd2"),
+        **about.denoiser.kohya_fields(),
         "sshs_model_hash": HASH,
     }
     if about.base:

@@ -1,5 +1,5 @@
-"""Parts of a model out of a single .safetensors file, under the names of the original checkpoints (original_keys.py,
-which is that mapping's other direction), or under diffusers' own.
+"""Reads parts of a model out of a single .safetensors file, under the names of the original checkpoints
+(original_keys.py, which is that mapping's other direction), or under diffusers' own.
 
 A part is built from its configuration without weights, every one of its tensors is looked up in the file's header, and
 only when all are there, in the right shape and none is left over, the weights are read. UNets are found as ComfyUI,
@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from inpo_fast.models.files import recognise
 from inpo_fast.models.files.alignable import ALIGNED
 from inpo_fast.models.files.original_keys import clip_tensors, open_clip_tensors, unet_name, vae_tensors
-from inpo_fast.models.files.safetensors_header import FLOAT8, WeightsFile
+from inpo_fast.models.files.safetensors_header import FLOAT8, SafetensorsFile
 from inpo_fast.runtime.errors import UserError
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "")
@@ -56,7 +56,7 @@ class Source:
 
 
 # ---- what a file holds -----------------------------------------------------------------------------------------------
-def unet_prefix(file: WeightsFile) -> tuple[str, bool] | None:
+def unet_prefix(file: SafetensorsFile) -> tuple[str, bool] | None:
     """The prefix of the UNet's names and whether they are the original ones; None where there is no UNet."""
     for prefix in UNET_PREFIXES:
         if f"{prefix}input_blocks.0.0.weight" in file:
@@ -66,7 +66,7 @@ def unet_prefix(file: WeightsFile) -> tuple[str, bool] | None:
     return (EMA, True) if f"{EMA}diffusion_modelinput_blocks00weight" in file else None
 
 
-def vae_prefix(file: WeightsFile) -> tuple[str, bool] | None:
+def vae_prefix(file: SafetensorsFile) -> tuple[str, bool] | None:
     for prefix in VAE_PREFIXES:
         if f"{prefix}encoder.down.0.block.0.norm1.weight" in file:
             return prefix, True
@@ -75,12 +75,12 @@ def vae_prefix(file: WeightsFile) -> tuple[str, bool] | None:
     return None
 
 
-def has_texts(file: WeightsFile) -> int:
+def has_texts(file: SafetensorsFile) -> int:
     """How many of text_encoder and text_encoder_2 are there."""
     return sum(any(file.starting(prefix) for prefix, _ in places) for places in CLIP_PLACES)
 
 
-def shape_of_unet(file: WeightsFile) -> dict[str, int | bool]:
+def shape_of_unet(file: SafetensorsFile) -> dict[str, int | bool]:
     """What the header tells: channels, width of the text (None without attention), numbers beside the text, LCM."""
     prefix, original = unet_prefix(file)
 
@@ -102,7 +102,7 @@ def shape_of_unet(file: WeightsFile) -> dict[str, int | bool]:
     }
 
 
-def check_kind(key: str, file: WeightsFile) -> None:
+def check_kind(key: str, file: SafetensorsFile) -> None:
     """UserError of a file without a UNet that can be aligned, by what it is."""
     what = recognise.other_than_a_unet(file)
     if what is not None:
@@ -128,7 +128,7 @@ def check_kind(key: str, file: WeightsFile) -> None:
         raise UserError(f"{key}: {file.path} says that it predicts {said!r}; only epsilon and v models can be aligned")
 
 
-def said_prediction(file: WeightsFile) -> dict | None:
+def said_prediction(file: SafetensorsFile) -> dict | None:
     """Keys of a scheduler's configuration that the file itself gives; None where it says nothing."""
     said = file.metadata.get("modelspec.prediction_type") or file.metadata.get("modelspec.predict_key")
     if "v_pred" in file or said in ("v", "v_prediction"):
@@ -144,7 +144,7 @@ def said_prediction(file: WeightsFile) -> dict | None:
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
-def read_unet(key: str, file: WeightsFile, config: dict, dtype: torch.dtype) -> UNet2DConditionModel:
+def read_unet(key: str, file: SafetensorsFile, config: dict, dtype: torch.dtype) -> UNet2DConditionModel:
     """UserError which names the first tensor that does not fit."""
     try:
         with init_empty_weights():
@@ -179,7 +179,7 @@ def names_config(config) -> dict:
     return {"layers_per_block": layers, "up_block_types": config["up_block_types"]}
 
 
-def read_vae(key: str, file: WeightsFile, config: dict, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+def read_vae(key: str, file: SafetensorsFile, config: dict, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     with init_empty_weights():
         vae = AutoencoderKL.from_config(config)
     prefix, original = vae_prefix(file)
@@ -195,7 +195,9 @@ def read_vae(key: str, file: WeightsFile, config: dict, dtype: torch.dtype = tor
     return vae
 
 
-def read_text(key: str, file: WeightsFile, number: int, config: CLIPTextConfig, dtype: torch.dtype) -> torch.nn.Module:
+def read_text(
+    key: str, file: SafetensorsFile, number: int, config: CLIPTextConfig, dtype: torch.dtype
+) -> torch.nn.Module:
     """text_encoder (number 0) or text_encoder_2 (1)."""
     kind = CLIPTextModelWithProjection if number else CLIPTextModel
     with init_empty_weights():
@@ -225,7 +227,7 @@ def _open_clip_source(prefix: str, name: str, x: torch.Tensor) -> Source:
     return Source(prefix + theirs)
 
 
-def _vae_alias(file: WeightsFile, prefix: str, name: str) -> str:
+def _vae_alias(file: SafetensorsFile, prefix: str, name: str) -> str:
     """diffusers' name, or the one that its attention layers had before 0.18."""
     if prefix + name in file or ".attentions." not in name:
         return prefix + name
@@ -241,7 +243,7 @@ def _stored_name(prefix: str, original: str) -> str:
 
 def _fill(
     key: str,
-    file: WeightsFile,
+    file: SafetensorsFile,
     model: torch.nn.Module,
     sources: dict[str, Source],
     dtype: torch.dtype,
