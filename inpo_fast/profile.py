@@ -4,7 +4,7 @@
                                 [--json FILE] [--trace FILE]
     python -m inpo_fast.profile --config configs/sd15.yaml --dry-run      # work and lower bounds; no weights, no GPU
 
-Runs a few windows of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
+Runs a few steps of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
 step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (step_cost.py); the
 floor of a phase is its matrix work at --ceiling, which is what the machine's own matrix product reaches, not the
 datasheet's. The roofline adds, one after the other, the bytes of what no matrix product can do on the way, at
@@ -34,10 +34,10 @@ def main() -> None:
         "--copy-ceiling", type=float, default=4.3, help="TB/s of a device copy, read + write (H200: 4.3)"
     )
     parser.add_argument("--price", type=float, help="of one GPU-hour, in any currency")
-    parser.add_argument("--windows", type=int, default=3, help="timed windows, after one to warm up (default 3)")
-    parser.add_argument("--pairs", type=int, help="pairs of a window; default: the recipe's, at most 128")
+    parser.add_argument("--windows", type=int, default=3, help="timed steps, after one to warm up (default 3)")
+    parser.add_argument("--pairs", type=int, help="pairs of a step; default: the recipe's, at most 128")
     parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--trace", type=Path, help="write a chrome trace of the timed windows there")
+    parser.add_argument("--trace", type=Path, help="write a chrome trace of the timed steps there")
     own, rest = parser.parse_known_args()
     if own.windows < 1 or (own.pairs is not None and own.pairs < 1) or min(own.ceiling, own.copy_ceiling) <= 0:
         raise UserError("--windows, --pairs, --ceiling and --copy-ceiling must be positive")

@@ -47,9 +47,9 @@ def counted_once(config: RunConfig, gpus: int) -> plan.Plan:
         patch.setattr(plan, "network_passes", network_passes)
         for count in (peak_memory.encoding_bytes, peak_memory.decoding_bytes):
             patch.setattr(plan, count.__name__, partial(remembered, count))
-        patch.setattr(plan, "text_bytes", text_bytes)
         patch.setattr(UNet, "forward_bytes", forward_bytes)
         patch.setattr(step_cost, "network_traffic", network_traffic)
+        patch.setattr(plan, "text_bytes", text_bytes)
         patch.setattr(step_cost, "forward_flop", partial(remembered_call, flops.forward_flop))
         patch.setattr(step_cost, "forward_traffic", partial(remembered_call, memory_traffic.forward_traffic))
         return plan.make_plan(config, gpus)
@@ -62,13 +62,12 @@ def network_passes(unet: torch.nn.Module, side: int, tokens: int, checkpointing:
     return passes
 
 
-def text_bytes(*how) -> int:
-    *_, texts, tokens = how
-    return _once(("text", *map(_described, texts), tokens), lambda: TEXT_BYTES(*how))
-
-
 def network_traffic(unet: torch.nn.Module, side: int, tokens: int) -> memory_traffic.NetworkTraffic:
     return remembered(memory_traffic.network_traffic, unet, side, tokens)
+
+
+def text_bytes(denoiser: UNet, texts: list[torch.nn.Module], tokens: int) -> int:
+    return _once(("text", *map(_described, texts), tokens), lambda: TEXT_BYTES(denoiser, texts, tokens))
 
 
 def forward_bytes(denoiser: UNet, unet: torch.nn.Module, side: int, tokens: int) -> int:
@@ -82,7 +81,7 @@ def remembered(count: Callable, unet: torch.nn.Module, *how, called: Callable | 
 
 
 def remembered_call(count: Callable, run: partial):
-    """count(run), the first time for such a run: work.py asks a VAE, or a list of text encoders."""
+    """count(run), the first time for such a run: step_cost.py asks a VAE, or a list of text encoders."""
     asked, *how = run.args
     modules = asked if isinstance(asked, list) else [asked]
     return _once((count, run.func, *map(_described, modules), *how), lambda: count(run))

@@ -74,6 +74,7 @@ def recipe_of(models, cache, how=HOW, objective=OBJECTIVE, data=DATA, seed=0, mi
         inversion=how,
         micro_batch=micro_batch,
         vae_sample=data.vae_sample,
+        vae_batch=data.vae_batch,
         seed=seed,
         trajectory_cache=trajectories,
         vae_batch=data.vae_batch,

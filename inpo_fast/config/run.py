@@ -141,7 +141,7 @@ class RunConfig:
     overwrite: bool = False
     """Delete what an earlier run left in the output folder."""
     dry_run: bool = False
-    """Print what the run needs (memory, work, the window's arithmetic) and stop. Loads no weights."""
+    """Print what the run needs (memory, work, the step batch's arithmetic) and stop. Loads no weights."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     inversion: InversionConfig = field(default_factory=InversionConfig)

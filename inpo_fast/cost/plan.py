@@ -1,7 +1,7 @@
 """What a run will need, before it is started: `python -m inpo_fast.train --config … --dry-run`.
 
 Everything comes from shapes and counts (flops.py, step_cost.py): memory of weights, states and activations, the
-window's arithmetic, FLOPs. Activations and states are exact for the tensors that torch keeps; workspace and the
+step batch's arithmetic, FLOPs. Activations and states are exact for the tensors that torch keeps; workspace and the
 allocator's slack are not known beforehand and stand as RESERVE.
 """
 
@@ -35,7 +35,7 @@ class Plan:
     parameters: int
     trained: int
     kept: dict[str, int]  # bytes held all the time, by what holds them
-    windows: int  # bytes of latents and text: this step's and what is made of the next beside them
+    step_batches: int  # bytes of latents and text: this step's and what is made of the next beside them
     inversion: int  # bytes while the inversion runs
     activations: int  # bytes per pair of a micro-batch, while the policy runs
     vae_batch: int  # images
@@ -51,11 +51,11 @@ class Plan:
     def peak(self, micro_batch: int) -> int:
         """Bytes. Inversion, policy, VAE, text encoders and drawing take turns.
 
-        The next window is encoded while the GPU still computes this step, but on the same stream: memory that the host
-        has given back belongs to what is queued next, and activations are given back before the VAE is called.
+        The next step batch is encoded while the GPU still computes this step, but on the same stream: memory that the
+        host has given back belongs to what is queued next, and activations are given back before the VAE is called.
         """
         most = max(self.beside, self.activations * micro_batch)
-        return sum(self.kept.values()) + self.windows + most + int(RESERVE * GIB)
+        return sum(self.kept.values()) + self.step_batches + most + int(RESERVE * GIB)
 
     @property
     def beside(self) -> int:
@@ -64,7 +64,7 @@ class Plan:
 
     def largest_micro_batch(self, memory: float) -> int:
         """Pairs that fit `memory` GiB; 0 where not even one does."""
-        free = (memory - RESERVE) * GIB - sum(self.kept.values()) - self.windows
+        free = (memory - RESERVE) * GIB - sum(self.kept.values()) - self.step_batches
         return int(free // self.activations) if free > max(self.beside, self.activations) else 0
 
 
@@ -108,7 +108,7 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
         parameters=passes.parameters,
         trained=sum(p.numel() for p in trained),
         kept=kept,
-        windows=_windows(config, shapes, pixels // factor, gpus),
+        step_batches=_step_batches(config, shapes, pixels // factor, gpus),
         inversion=image * config.inversion.batch,
         vae_batch=vae_batch,
         encoding=each * vae_batch,
@@ -147,8 +147,8 @@ def _kept(
     return kept
 
 
-def _windows(config: RunConfig, shapes: Shapes, side: int, gpus: int) -> int:
-    """Latents (fp32) and text (no prompt twice) of this window and of the next, or x_t in the place of the latter's."""
+def _step_batches(config: RunConfig, shapes: Shapes, side: int, gpus: int) -> int:
+    """Latents (fp32) and text (no prompt twice) of this step batch and the next, or x_t in place of the latter's."""
     pairs, denoiser = config.train.pairs_per_step // gpus, shapes.denoiser
     latents = 4 * method_of(config.method).sides * pairs * prod(denoiser.latent_shape(side))
     text = pairs * shapes.tokens * denoiser.text_width * DTYPES[config.models.precision].itemsize
@@ -204,22 +204,22 @@ def show(config: RunConfig, plan: Plan, console: Console) -> None:
     recipe.add_row("beta", f"{config.objective.beta:g}")
     console.print(recipe)
 
-    window = _table(f"window of one of {plan.gpus} GPU{'s' * (plan.gpus > 1)}", "")
+    batch = _table(f"step batch of one of {plan.gpus} GPU{'s' * (plan.gpus > 1)}", "")
     each = config.objective.timesteps.per_pair
     times = "" if each == 1 else f", at {each} timesteps"
-    window.add_row("pairs", f"{plan.pairs_per_gpu} = {plan.micro_batches} micro-batches x {train.micro_batch}{times}")
+    batch.add_row("pairs", f"{plan.pairs_per_gpu} = {plan.micro_batches} micro-batches x {train.micro_batch}{times}")
     images = method_of(config.method).sides * plan.pairs_per_gpu
-    window.add_row(
+    batch.add_row(
         "inversion",
         f"{images} images x {plan.work.evaluations:.2f} evaluations on average, {config.inversion.batch} at a time",
     )
-    console.print(window)
+    console.print(batch)
 
     memory = _table("memory of one GPU", "GiB")
     for what, size in plan.kept.items():
         if size:
             memory.add_row(what, f"{size / GIB:.2f}")
-    memory.add_row("latents and text of this step and the next", f"{plan.windows / GIB:.2f}")
+    memory.add_row("latents and text of this step and the next", f"{plan.step_batches / GIB:.2f}")
     memory.add_row(f"VAE encoding, {plan.vae_batch} image{'s' * (plan.vae_batch > 1)}", f"{plan.encoding / GIB:.2f}")
     memory.add_row(f"text encoding, {TEXT_BATCH['cuda']} prompts", f"{plan.text / GIB:.2f}")
     if plan.drawing:

@@ -1,6 +1,6 @@
 """Where the time of a step goes, and how far each part is from the least it could take.
 
-Runs a few windows of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
+Runs a few steps of the recipe, on its pairs or, without data.source, on random pictures, and times the phases of a
 step: data, encode, invert, reference, forward, backward, optimizer. Work is counted from shapes (step_cost.py); the
 floor of a phase is its matrix work at the ceiling, which is what the machine's own matrix product reaches, not the
 datasheet's. The roofline adds, one after the other, the bytes of what no matrix product can do on the way, at
@@ -49,7 +49,7 @@ FLOORS = {"floor": "matrix work", "roofline": "roofline", "fused_floor": "fused 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of all timed windows. seconds: by phase; wall: of everything; joules: None where NVML does not tell."""
+    """Of all timed steps. seconds: by phase; wall: of everything; joules: None where NVML does not tell."""
 
     pairs: int
     seconds: dict[str, float]
@@ -59,38 +59,38 @@ class Measured:
     device: str
 
 
-def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, trace: Path | None) -> Measured:
-    """One window to warm up, then `windows` of `pairs` pairs each."""
+def measure(config: RunConfig, device: torch.device, steps: int, pairs: int, trace: Path | None) -> Measured:
+    """One step to warm up, then `steps` of `pairs` pairs each."""
     config = replace(config, train=replace(config.train, pairs_per_step=pairs))
     models = Models(open_pipeline(config.models, device), device, config.models)
     optimizer = make_optimizer(models.parameters(), config.optim, config.seed)
-    recipe = StepConfig.of(config)
+    step_config = StepConfig.of(config)
     empty, watch = models.encode_empty(), Stopwatch(device)
-    steps = _windows(config, models, windows + 1)
+    batches = _pairs(config, models, steps + 1)
 
     def step(items: list[Item]) -> None:
         with phase("encode"):
-            window = make_step_batch(items, models, recipe, empty)
-        tally, _ = train_step(window, models, recipe, pairs, config.optim.clip)
+            batch = make_step_batch(items, models, step_config, empty)
+        metrics, _ = train_step(batch, models, step_config, pairs, config.optim.clip)
         with phase("optimizer"):
             optimizer.step()
             models.weights.refresh()
-        tally.values()
+        metrics.values()
 
-    step(next(steps))
+    step(next(batches))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with watch.running(), _tracing(trace):
         energy, begun = _joules(device), time.perf_counter()
-        for _ in range(windows):
+        for _ in range(steps):
             with phase("data"):
-                items = next(steps)
+                items = next(batches)
             step(items)
         seconds = watch.seconds()  # waits for the device
         wall, after = time.perf_counter() - begun, _joules(device)
     cuda = device.type == "cuda"
     return Measured(
-        pairs=windows * pairs,
+        pairs=steps * pairs,
         seconds={name: seconds.get(name, 0.0) for name in NAMES},
         wall=wall,
         joules=None if energy is None or after is None else after - energy,
@@ -99,7 +99,7 @@ def measure(config: RunConfig, device: torch.device, windows: int, pairs: int, t
     )
 
 
-def _windows(config: RunConfig, models: Models, count: int):
+def _pairs(config: RunConfig, models: Models, count: int):
     resolution = config.data.resolution or models.resolution
     if config.data.source:
         source = open_data(config.data)

@@ -52,7 +52,7 @@ def cost_of_a_pair(
     sides, forward = method.sides, each * (2 if method.reference_point else 1)  # which takes all errors first
     times = {
         "VAE encoding": sides,
-        "text encoding": 1,  # at most: prompts that a window has twice are encoded once
+        "text encoding": 1,  # at most: prompts that a step has twice are encoded once
         "inversion": sides * evaluations * (1 if config.inversion.guidance in (0.0, 1.0) else 2),
         "reference": sides * method.uses_reference * forward,
         "policy forward": sides * forward,

@@ -189,7 +189,7 @@ def test_what_is_encoded_fits_the_plan(name, edge, batch):
         vae = UNet.make_vae(name.partition("-")[0])
     torch.nn.Module.to(vae, torch.bfloat16)
     assert plan.vae_batch == batch and plan.encoding == encoding_bytes(vae, edge, batch)
-    reserve = plan.peak(1) - sum(plan.kept.values()) - plan.windows
+    reserve = plan.peak(1) - sum(plan.kept.values()) - plan.step_batches
     assert reserve >= plan.encoding + 2 * GIB
     assert plan.peak(1) < 24 * GIB < sum(plan.kept.values()) + 32 * encoding_bytes(vae, edge) or name == "sd15"
 
@@ -197,7 +197,7 @@ def test_what_is_encoded_fits_the_plan(name, edge, batch):
 def test_what_takes_turns_with_the_policy():
     """Each part alone can be the largest; the micro-batches that fit leave room for it."""
     small = plan_of("sd15-lora")
-    rest = sum(small.kept.values()) + small.windows + 2 * GIB
+    rest = sum(small.kept.values()) + small.step_batches + 2 * GIB
     assert small.peak(1) == rest + small.encoding and small.activations < small.inversion < small.encoding
     more = plan_of("sd15-lora", "--data.vae_batch=16")
     assert more.vae_batch == 16 and more.encoding == 2 * small.encoding and more.peak(1) == rest + more.encoding
@@ -239,10 +239,10 @@ def test_latents_and_text_of_the_windows():
     """By hand: two windows of 1024 pairs, fp32 latents of both sides, a prompt each in bf16; x_t at further t."""
     text = 1024 * 77 * 2048 * 2
     latents = 4 * 2 * 1024 * 4 * 128 * 128
-    assert plan_of("sdxl").windows == 2 * (latents + text)
-    assert plan_of("sdxl", gpus=8).windows == 2 * (latents + text) // 8
-    assert plan_of("sdxl", "--objective.timesteps.per_pair=3").windows == 4 * latents + 2 * text
-    assert plan_of("sdxl", "--method=sft").windows == latents + 2 * text
+    assert plan_of("sdxl").step_batches == 2 * (latents + text)
+    assert plan_of("sdxl", gpus=8).step_batches == 2 * (latents + text) // 8
+    assert plan_of("sdxl", "--objective.timesteps.per_pair=3").step_batches == 4 * latents + 2 * text
+    assert plan_of("sdxl", "--method=sft").step_batches == latents + 2 * text
 
 
 def test_text_is_counted():
