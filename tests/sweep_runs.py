@@ -77,7 +77,6 @@ def recipe_of(models, cache, how=HOW, objective=OBJECTIVE, data=DATA, seed=0, mi
         vae_batch=data.vae_batch,
         seed=seed,
         trajectory_cache=trajectories,
-        vae_batch=data.vae_batch,
     )
 
 
