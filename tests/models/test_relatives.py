@@ -90,7 +90,9 @@ def make(shape: str, noise: str):
     return pipeline
 
 
-RUNS = [*((shape, "noise") for shape in SHAPES), ("SD 2.x", "v"), ("SD 2.x", "v, zero SNR"), ("SSD-1B", "v, zero SNR")]
+# SSD-1B has Vega's structure, which predicts the noise here
+NOISY = [shape for shape in SHAPES if shape != "SSD-1B"]
+RUNS = [*((shape, "noise") for shape in NOISY), ("SD 2.x", "v"), ("SD 2.x", "v, zero SNR"), ("SSD-1B", "v, zero SNR")]
 
 
 @pytest.mark.parametrize(("shape", "noise"), RUNS)
@@ -100,7 +102,8 @@ def test_a_relative_is_opened_planned_trained_and_given_away(tmp_path, shape, no
     words = [f"--models.base={tmp_path / 'base'}", f"--data.source={tmp_path / 'pairs.parquet'}"]
     words += [f"--output={tmp_path / 'run'}", "--train.steps=1", "--train.pairs_per_step=4", "--train.micro_batch=4"]
     config = parse("test", [*words, "--inversion.steps=2", "--optim.lr=0.01", "--optim.warmup_steps=0"])
-    assert make_plan(config, 1).parameters == sum(p.numel() for p in make(shape, noise).unet.parameters())
+    if noise == "noise" or shape not in NOISY:  # each shape once
+        assert make_plan(config, 1).parameters == sum(p.numel() for p in make(shape, noise).unet.parameters())
     run = prepare(config, 0, 1, torch.device("cpu"))
     assert (run.models.noise_path.output == "v") == (noise != "noise")
     assert (float(run.models.noise_path.abar[-1]) == 0) == (noise == "v, zero SNR")
