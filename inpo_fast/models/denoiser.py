@@ -113,7 +113,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def sampler(self, pipeline):
-        """The deterministic scheduler, at the pipeline's noise levels, that pictures are drawn with to compare models."""
+        """What pictures are drawn with to compare models: deterministic, at the pipeline's noise levels."""
 
     # ---- latents ----------------------------------------------------------------------------------------------------
     @property
