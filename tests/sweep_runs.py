@@ -57,7 +57,7 @@ def trained_models(world, base: str, precision: str, rank: int) -> Models:
     return Models(pipeline, torch.device("cpu"), settings)
 
 
-def windows(world, seed: int, data: DataConfig, first: int, last: int):
+def loader(world, seed: int, data: DataConfig, first: int, last: int):
     source = open_source(str(world / "pairs.parquet"))
     return PairLoader(source, data, resolution=32, seed=seed, rank=0, world=1).steps(first, last, PAIRS)
 
@@ -94,17 +94,17 @@ class Outcome:
 def run(world, cache=None, *, steps=3, first=0, lr=1e-3, base="sd", precision="fp32", rank=0, **options) -> Outcome:
     """What inpo_fast.train does from step `first` on."""
     models = trained_models(world, base, precision, rank)
-    recipe = recipe_of(models, cache, **options)
+    step_config = recipe_of(models, cache, **options)
     optimizer = make_optimizer(models.parameters(), OptimConfig(lr=lr))
     values, logits = [], []
-    for items in windows(world, recipe.seed, options.get("data", DATA), first, first + steps):
-        window = make_step_batch(items, models, recipe, models.encode_empty())
-        tally, own = train_step(window, models, recipe, PAIRS, 1.0)
+    for items in loader(world, step_config.seed, options.get("data", DATA), first, first + steps):
+        step_batch = make_step_batch(items, models, step_config, models.encode_empty())
+        accumulator, own = train_step(step_batch, models, step_config, PAIRS, 1.0)
         optimizer.step()
         models.weights.refresh()
-        values.append(tally.values())
+        values.append(accumulator.values())
         logits.append(own)
-    return Outcome([w.detach().clone() for w in models.weights.masters], values, logits, recipe.trajectory_cache)
+    return Outcome([w.detach().clone() for w in models.weights.masters], values, logits, step_config.trajectory_cache)
 
 
 def same(one: Outcome, two: Outcome) -> bool:

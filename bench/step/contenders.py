@@ -92,7 +92,7 @@ def build(name: str, models: Models, items: list[Item], asked: argparse.Namespac
     def ours(items: list[Item]) -> None:
         at_once = replace(inversion, batch=sizes["inversion_batch"])
         objective, vae_batch = ObjectiveConfig(beta=how["beta"]), sizes["vae_batch"]
-        recipe = StepConfig(
+        step_config = StepConfig(
             method="inpo",
             objective=objective,
             inversion=at_once,
@@ -102,8 +102,8 @@ def build(name: str, models: Models, items: list[Item], asked: argparse.Namespac
             vae_batch=vae_batch,
         )
         with phase("encode"):
-            window = make_step_batch(items, other, recipe, empty)
-        train_step(window, other, recipe, len(items), clip=float("inf"))
+            step_batch = make_step_batch(items, other, step_config, empty)
+        train_step(step_batch, other, step_config, len(items), clip=float("inf"))
 
     return Contender(name, ours, items, sizes)
 

@@ -82,7 +82,7 @@ def measure(source: str, path: str) -> dict:
     group_mb = 8 * GROUP * 2 * 3.2 / 1024  # eight row groups
     opened = open_source(path, cache_mb=group_mb if source == BEFORE else None)
     config = DataConfig(shuffle="full" if source == BEFORE else "auto", crop="random")
-    windows = PairLoader(opened, config, resolution=PIXELS, seed=0, rank=0, world=1)
+    loader = PairLoader(opened, config, resolution=PIXELS, seed=0, rank=0, world=1)
     seconds = time.perf_counter() - begun
     after = most = process.memory_info().rss
     done = threading.Event()
@@ -95,12 +95,12 @@ def measure(source: str, path: str) -> dict:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begun, pairs = time.perf_counter(), min(PAIRS, len(opened))
-    read = sum(len(items) for items in windows.steps(0, pairs // 250, 250))
+    read = sum(len(items) for items in loader.steps(0, pairs // 250, 250))
     rate = read / (time.perf_counter() - begun)
     done.set()
     watcher.join()
     mib = 2**20
-    order = "full" if windows.order.blocks is None else f"blocks, {windows.order.blocks_per_run} a run"
+    order = "full" if loader.order.blocks is None else f"blocks, {loader.order.blocks_per_run} a run"
     memory = {"opened": (after - imports) / mib, "reading": (most - imports) / mib}
     return {"seconds": seconds, "rate": rate, "order": order, **memory}
 

@@ -42,7 +42,7 @@ def main() -> None:
     asked = parser.parse_args()
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(beta=asked.beta),
         inversion=InversionConfig(),
@@ -54,17 +54,17 @@ def main() -> None:
     source = open_source(asked.source)
     reader = PairLoader(source, DataConfig(), resolution=plain.resolution, seed=0, rank=0, world=1)
     items = next(reader.steps(0, 1, asked.pairs))
-    window = make_step_batch(items, plain, recipe, plain.encode_empty())
-    wanted = noisy_latents(window, plain, recipe)[0]
-    gradient = gradient_at(window, wanted, plain, recipe)
+    step_batch = make_step_batch(items, plain, step_config, plain.encode_empty())
+    wanted = noisy_latents(step_batch, plain, step_config)[0]
+    gradient = gradient_at(step_batch, wanted, plain, step_config)
     print(f"{'':18}  x_t       tau       gradient")
     for name, (config, fp8) in WAYS.items():
         models = open_models(replace(config, base=asked.base), device)
-        own = replace(make_step_batch(items, models, recipe, models.encode_empty()), x_0=window.x_0)
-        how = replace(recipe, inversion=replace(recipe.inversion, fp8=fp8))
+        own = replace(make_step_batch(items, models, step_config, models.encode_empty()), x_0=step_batch.x_0)
+        how = replace(step_config, inversion=replace(step_config.inversion, fp8=fp8))
         x_t = noisy_latents(own, models, how)[0]
-        other = gradient_at(window, x_t, plain, recipe)
-        taus = [tau_of(window, x) for x in (x_t, wanted)]
+        other = gradient_at(step_batch, x_t, plain, step_config)
+        taus = [tau_of(step_batch, x) for x in (x_t, wanted)]
         row = (distance(x_t, wanted), distance(*taus), distance(other, gradient))
         print(f"{name:18}  " + "  ".join(f"{x:.1e}" for x in row), flush=True)
 
@@ -75,15 +75,15 @@ def open_models(config: ModelsConfig, device: torch.device) -> Models:
     return models
 
 
-def tau_of(window: StepBatch, x_t: torch.Tensor) -> torch.Tensor:
-    return target(x_t.flatten(0, 2), window.x_0.flatten(0, 1), window.a.flatten(), window.s.flatten())
+def tau_of(step_batch: StepBatch, x_t: torch.Tensor) -> torch.Tensor:
+    return target(x_t.flatten(0, 2), step_batch.x_0.flatten(0, 1), step_batch.a.flatten(), step_batch.s.flatten())
 
 
-def gradient_at(window: StepBatch, x_t: torch.Tensor, models: Models, recipe: StepConfig) -> torch.Tensor:
+def gradient_at(step_batch: StepBatch, x_t: torch.Tensor, models: Models, step_config: StepConfig) -> torch.Tensor:
     models.weights.zero()
-    for lo in range(0, len(window.items), recipe.micro_batch):
-        part = slice(lo, min(lo + recipe.micro_batch, len(window.items)))
-        found = micro_step(window, x_t, 0, part, models, recipe)
+    for lo in range(0, len(step_batch.items), step_config.micro_batch):
+        part = slice(lo, min(lo + step_config.micro_batch, len(step_batch.items)))
+        found = micro_step(step_batch, x_t, 0, part, models, step_config)
         found.prediction.backward(found.objective.dpred)
     return torch.cat([g.reshape(-1) for g in models.weights.gradients])
 

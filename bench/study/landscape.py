@@ -43,14 +43,14 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     torch.set_num_threads(1)
     config, begun = config_of(study, cell, seed), time.perf_counter()
     models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
-    recipe, empty = StepConfig.of(config), models.encode_empty()
+    step_config, empty = StepConfig.of(config), models.encode_empty()
     first = config.train.steps * config.train.pairs_per_step
     items = load(config, models, first, PAIRS + BATCHES * BATCH)
     names, start = models.weights.names, [master.detach().clone() for master in models.weights.masters]
     update = update_of(study, cell, seed, dict(zip(names, start, strict=True)))
     directions = {"update": update, "random": random_like(update, seed)}
     losses = {
-        name: loss_along(items[:PAIRS], [d[n] for n in names], start, models, recipe, empty)
+        name: loss_along(items[:PAIRS], [d[n] for n in names], start, models, step_config, empty)
         for name, d in directions.items()
     }
     move(models, start, start, 0.0)
@@ -60,7 +60,7 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
         "seed": seed,
         "alphas": list(ALPHAS),
         "losses": {name: values.tolist() for name, values in losses.items()},
-        "cosines": cosines(batches, models, recipe, empty).tolist(),
+        "cosines": cosines(batches, models, step_config, empty).tolist(),
         "norm": math.sqrt(sum(d.square().sum().item() for d in update.values())),
         "seconds": time.perf_counter() - begun,
         **provenance(),
@@ -70,8 +70,8 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
 def load(config: RunConfig, models: Models, first: int, count: int) -> list[Item]:
     """The pairs at `count` positions of the training's own order."""
     resolution = config.data.resolution or models.resolution
-    windows = PairLoader(open_data(config.data), config.data, resolution=resolution, seed=config.seed, rank=0, world=1)
-    return [windows.load(position) for position in range(first, first + count)]
+    loader = PairLoader(open_data(config.data), config.data, resolution=resolution, seed=config.seed, rank=0, world=1)
+    return [loader.load(position) for position in range(first, first + count)]
 
 
 Direction = dict[str, torch.Tensor]
@@ -114,26 +114,29 @@ def loss_along(
     direction: list[torch.Tensor],
     start: list[torch.Tensor],
     models: Models,
-    recipe: StepConfig,
+    step_config: StepConfig,
     empty: Text,
 ) -> torch.Tensor:
     """(len(ALPHAS), pairs): what a training step would report of each pair."""
-    window, rows = make_step_batch(items, models, recipe, empty), []
+    step_batch, rows = make_step_batch(items, models, step_config, empty), []
     for alpha in ALPHAS:
         move(models, start, direction, alpha)
-        x_t, _ = noisy_latents(window, models, recipe)
-        parts = [slice(lo, min(lo + recipe.micro_batch, len(items))) for lo in range(0, len(items), recipe.micro_batch)]
-        found = [micro_step(window, x_t, 0, pairs, models, recipe).objective.loss for pairs in parts]
+        x_t, _ = noisy_latents(step_batch, models, step_config)
+        parts = [
+            slice(lo, min(lo + step_config.micro_batch, len(items)))
+            for lo in range(0, len(items), step_config.micro_batch)
+        ]
+        found = [micro_step(step_batch, x_t, 0, pairs, models, step_config).objective.loss for pairs in parts]
         rows.append(torch.cat(found))
     return torch.stack(rows)
 
 
-def cosines(batches: list[list[Item]], models: Models, recipe: StepConfig, empty: Text) -> torch.Tensor:
+def cosines(batches: list[list[Item]], models: Models, step_config: StepConfig, empty: Text) -> torch.Tensor:
     """(B, B) between the whole gradients of the batches' mean losses, unclipped, at the policy's weights."""
     rows = []
     for items in batches:
-        window = make_step_batch(items, models, recipe, empty)
-        train_step(window, models, recipe, len(items), math.inf)
+        step_batch = make_step_batch(items, models, step_config, empty)
+        train_step(step_batch, models, step_config, len(items), math.inf)
         gradient = torch.cat([g.flatten() for g in models.weights.gradients])
         rows.append(gradient / gradient.norm())
     unit = torch.stack(rows)

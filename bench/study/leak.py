@@ -66,8 +66,8 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
 
 def stored(config: RunConfig, source: str, models: Models) -> list[Item]:
     how = {"resolution": models.resolution, "seed": config.seed, "rank": 0, "world": 1}
-    windows = PairLoader(open_source(source), config.data, **how)
-    return [windows.load(position) for position in range(PAIRS)]
+    loader = PairLoader(open_source(source), config.data, **how)
+    return [loader.load(position) for position in range(PAIRS)]
 
 
 def photographs(damage: Callable[[Image.Image, int], Image.Image], side: int) -> list[Item]:
@@ -111,7 +111,7 @@ FAULTS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str, np.ndarray]:
     """Of each image, (N, 2) all: c; the mean of eps^2; rms of tau before it is normalised; the correlation of tau
     with x_0, and of tau with itself one place to the right: both 0 for noise."""
-    recipe = StepConfig(
+    step_config = StepConfig(
         method=config.method,
         objective=config.objective,
         inversion=config.inversion,
@@ -119,11 +119,11 @@ def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str
         vae_sample=False,
         seed=config.seed,
     )
-    window = make_step_batch(items, models, recipe, models.encode_empty())
-    (x_t,), _ = noisy_latents(window, models, recipe)
+    step_batch = make_step_batch(items, models, step_config, models.encode_empty())
+    (x_t,), _ = noisy_latents(step_batch, models, step_config)
     x_t = x_t.flatten(0, 1)
-    levels = window.a.flatten(), window.s.flatten()
-    x_0 = window.x_0.flatten(0, 1)
+    levels = step_batch.a.flatten(), step_batch.s.flatten()
+    x_0 = step_batch.x_0.flatten(0, 1)
     tau = target(x_t, x_0, *levels)
     size, own = rms(tau), (tau * x_0).mean((1, 2, 3)) / (rms(tau) * rms(x_0))
     neighbours = (tau[..., 1:] * tau[..., :-1]).mean((1, 2, 3)) / tau.square().mean((1, 2, 3))
@@ -132,7 +132,7 @@ def amplitudes(items: list[Item], models: Models, config: RunConfig) -> dict[str
         tau = normalise(tau, x_0 if norm == "orthogonal" else None)
         x_t = noised(x_0, tau, *levels)
     rows = torch.arange(len(tau))
-    eps = models.predict("reference", x_t, window.times.flatten(), window.conditional.arguments(rows))
+    eps = models.predict("reference", x_t, step_batch.times.flatten(), step_batch.conditional.arguments(rows))
     energy = eps.square().mean((1, 2, 3))
     found = {
         "c": energy - (tau * eps).mean((1, 2, 3)),

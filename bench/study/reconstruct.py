@@ -33,10 +33,10 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
     config, begun = config_of(study, cell, seed), time.perf_counter()
     how, device = config.inversion, torch.device("cpu")
     models = Models(open_pipeline(config.models), device, config.models)
-    windows = PairLoader(
+    loader = PairLoader(
         open_source(config.data.source), config.data, resolution=models.resolution, seed=config.seed, rank=0, world=1
     )
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="dpo",
         objective=ObjectiveConfig(),
         inversion=InversionConfig(),
@@ -44,11 +44,11 @@ def run_cell(study: Study, cell: Cell, seed: int) -> dict:
         vae_sample=False,
         seed=config.seed,
     )
-    window = make_step_batch(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
-    x_0, spent, errors, sizes = window.x_0.flatten(0, 1), 0, {}, {}
+    step_batch = make_step_batch(next(loader.steps(0, 1, PAIRS)), models, step_config, models.encode_empty())
+    x_0, spent, errors, sizes = step_batch.x_0.flatten(0, 1), 0, {}, {}
 
     def eps(x, time, rows):
-        return models.predict("reference", x, time, window.unconditional.arguments(rows))
+        return models.predict("reference", x, time, step_batch.unconditional.arguments(rows))
 
     path, grid = models.noise_path, {"steps": how.steps, "grid": how.grid, "evaluate_at": how.evaluate_at}
     for t in TIMES:

@@ -66,9 +66,9 @@ def test_evaluations_are_the_mean_of_those_done(command, monkeypatch, tmp_path):
     done, plain = [], contenders.train_step
 
     def counted(*args, **more):
-        tally, logits = plain(*args, **more)
-        done.append(tally.values()["unet_evaluations"])
-        return tally, logits
+        metrics, logits = plain(*args, **more)
+        done.append(metrics.values()["unet_evaluations"])
+        return metrics, logits
 
     monkeypatch.setattr(contenders, "train_step", counted)
     command("--contenders=plain", "--repeats=1", "--results", str(tmp_path / "results"))
@@ -127,10 +127,10 @@ def test_out_of_memory_is_recorded_and_halves(command, monkeypatch, tmp_path, ca
     """Beyond `fits` pairs a micro-batch, as on a card that is too small; the plain step is the first contender."""
     real = contenders.train_step
 
-    def small_card(window, models, recipe, *more, **how):
+    def small_card(step_batch, models, recipe, *more, **how):
         if recipe.micro_batch > fits:
             raise TooLarge("train.micro_batch", recipe.micro_batch)
-        return real(window, models, recipe, *more, **how)
+        return real(step_batch, models, recipe, *more, **how)
 
     monkeypatch.setattr(contenders, "train_step", small_card)
     words = ("--contenders=plain,naive", "--micro-batch=4", "--repeats=2", "--results", str(tmp_path / "results"))
@@ -168,11 +168,11 @@ def test_turns_of_other_sizes_are_not_mixed(command, monkeypatch, tmp_path):
     """Memory that runs out in the second turn: its rates are of the smaller size alone."""
     real, calls = contenders.train_step, []
 
-    def fuller(window, models, recipe, *more, **how):
+    def fuller(step_batch, models, recipe, *more, **how):
         calls.append(recipe.micro_batch)
         if len(calls) == 3:
             raise TooLarge("inversion.batch", recipe.inversion.batch)
-        return real(window, models, recipe, *more, **how)
+        return real(step_batch, models, recipe, *more, **how)
 
     monkeypatch.setattr(contenders, "train_step", fuller)
     command("--contenders=plain", "--inversion-batch=8", "--repeats=3", "--results", str(tmp_path / "results"))

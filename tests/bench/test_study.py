@@ -304,11 +304,11 @@ def test_a_cell_that_is_asked_to_stop_says_so_in_a_line(tmp_path, monkeypatch):
     config = config_of(Study("s", ()), Cell("s", tuple(settings.items())), 0, f"{tmp_path}/run")
     load, loaded = PairLoader.load, []
 
-    def stop_at_the_second_step(windows, position):
+    def stop_at_the_second_step(loader, position):
         loaded.append(position)
         if len(loaded) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return load(windows, position)
+        return load(loader, position)
 
     monkeypatch.setattr(PairLoader, "load", stop_at_the_second_step)
     with pytest.raises(UserError, match="stopped by SIGTERM; the same command goes on"):

@@ -41,7 +41,7 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
         assert all(values[1] == pytest.approx(math.log(2), abs=1e-7) for values in losses.values())
         config = config_of(tiny, cell, 0)
         models = Models(open_pipeline(config.models), torch.device("cpu"), config.models)
-        recipe = StepConfig(
+        step_config = StepConfig(
             method=config.method,
             objective=config.objective,
             inversion=config.inversion,
@@ -51,13 +51,13 @@ def test_points_of_the_lines_are_the_trainers_own_losses(tmp_path, monkeypatch):
         )
         items, empty = landscape.load(config, models, 2, 9), models.encode_empty()
         assert [item.position for item in items] == list(range(2, 11))
-        some = landscape.cosines([items[3:5], items[5:7], items[7:]], models, recipe, empty)
+        some = landscape.cosines([items[3:5], items[5:7], items[7:]], models, step_config, empty)
         assert np.array(result["cosines"]) == pytest.approx(some.numpy(), abs=1e-4)
-        same = landscape.cosines([items[3:5], items[3:5]], models, recipe, empty)
+        same = landscape.cosines([items[3:5], items[3:5]], models, step_config, empty)
         assert same.numpy() == pytest.approx(np.ones((2, 2)), abs=1e-5) and abs(some[0, 1]) < 0.9
         models.policy.load_state_dict(runs[0][1].unet.state_dict())
-        tally, _ = train_step(make_step_batch(items[:3], models, recipe, empty), models, recipe, 3, 1.0)
-        expected = tally.values()["loss"]  # theta_0 + (theta - theta_0) is theta but for fp32's rounding
+        metrics, _ = train_step(make_step_batch(items[:3], models, step_config, empty), models, step_config, 3, 1.0)
+        expected = metrics.values()["loss"]  # theta_0 + (theta - theta_0) is theta but for fp32's rounding
         assert losses["update"][2].mean() == pytest.approx(expected, abs=3e-5) and abs(expected - math.log(2)) > 1e-2
         assert np.abs(losses["random"][2] - losses["update"][2]).max() > 1e-4
     ends = [np.array(result["losses"]["update"])[2] for result in made]

@@ -33,7 +33,7 @@ def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
     config = config_of(LEAK, LEAK.cells[number], 0)
     items = leak.stored(config, config.data.source, models)
     found = leak.amplitudes(items, models, config)
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="inpo",
         objective=config.objective,
         inversion=config.inversion,
@@ -41,8 +41,8 @@ def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
         vae_sample=False,
         seed=config.seed,
     )
-    window = make_step_batch(items, models, recipe, models.encode_empty())
-    x_t, _ = noisy_latents(window, models, recipe)
+    step_batch = make_step_batch(items, models, step_config, models.encode_empty())
+    x_t, _ = noisy_latents(step_batch, models, step_config)
     scale = 1.0
 
     def scaled(_module, _inputs, out):
@@ -53,7 +53,7 @@ def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
     try:
         for k in (1e-3, -1e-3):
             scale = 1 + k
-            losses.append(micro_step(window, x_t, 0, slice(0, 4), models, recipe).objective.loss)
+            losses.append(micro_step(step_batch, x_t, 0, slice(0, 4), models, step_config).objective.loss)
     finally:
         handle.remove()
     slope = ((losses[0] - losses[1]) / 2e-3).double().numpy()

@@ -76,7 +76,7 @@ def models_of(pipeline=tiny_pipeline, **how) -> Models:
 
 def trained(config: RunConfig, models: Models, store: LatentCache | None) -> tuple[torch.Tensor, list]:
     """Weights and metrics of three steps."""
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(beta=500.0),
         inversion=config.inversion,
@@ -91,8 +91,8 @@ def trained(config: RunConfig, models: Models, store: LatentCache | None) -> tup
     )
     optimizer, seen, empty = torch.optim.AdamW(models.parameters(), lr=1e-4), [], models.encode_empty()
     for items in reader.steps(0, 3, 12):
-        tally, _ = train_step(make_step_batch(items, models, recipe, empty), models, recipe, 12, 1.0)
-        seen.append((tally.values(), [item.id for item in items]))
+        metrics, _ = train_step(make_step_batch(items, models, step_config, empty), models, step_config, 12, 1.0)
+        seen.append((metrics.values(), [item.id for item in items]))
         optimizer.step()
         models.weights.refresh()
     return torch.cat([p.detach().reshape(-1) for p in models.parameters()]), [*seen, reader.dropped]

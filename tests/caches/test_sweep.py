@@ -128,9 +128,9 @@ def test_each_image_draws_its_own_latent(world, tmp_path):
     items = [replace(items[0], position=99), *items[1:]]  # two images that are not there, in front
     for folder, batch in ((None, 1), (None, 64), (tmp_path, 1), (tmp_path, 64)):
         recipe = recipe_of(models, folder, replace(HOW, batch=batch), data=data)
-        window = make_step_batch(items, models, recipe, models.encode_empty())
-        assert folder is None or window.cached.missing == [0, 1]
-        latents.append(window.x_0)
+        step_batch = make_step_batch(items, models, recipe, models.encode_empty())
+        assert folder is None or step_batch.cached.missing == [0, 1]
+        latents.append(step_batch.x_0)
     for other in latents[1:]:
         torch.testing.assert_close(other, latents[0], rtol=1e-5, atol=1e-5)
 
@@ -198,10 +198,10 @@ def test_a_full_gpu_repeats_the_step_exactly(world, tmp_path, phase, frozen, mon
 
     monkeypatch.setattr(unet, "forward", crowded)
     (items,), tried = windows(world, 0, DATA, 0, 1), []
-    window = make_step_batch(items, models, recipe, models.encode_empty())
+    step_batch = make_step_batch(items, models, recipe, models.encode_empty())
     while True:
         try:
-            tally, _ = train_step(window, models, recipe, PAIRS, 1.0)
+            metrics, _ = train_step(step_batch, models, recipe, PAIRS, 1.0)
             break
         except TooLarge as problem:
             tried.append(problem.key)
@@ -211,10 +211,10 @@ def test_a_full_gpu_repeats_the_step_exactly(world, tmp_path, phase, frozen, mon
                 recipe = replace(recipe, inversion=replace(recipe.inversion, batch=problem.size // 2))
     got = [g.clone() for g in models.weights.gradients]
     if phase == "train.micro_batch":  # what was inverted is not inverted again
-        assert tally.values()["unet_evaluations"] <= STEP
+        assert metrics.values()["unet_evaluations"] <= STEP
     monkeypatch.undo()
     again = recipe_of(models, tmp_path, recipe.inversion, micro_batch=recipe.micro_batch)
-    window = make_step_batch(items, models, again, models.encode_empty())
-    tally, _ = train_step(window, models, again, PAIRS, 1.0)
-    assert phase in tried and tally.values()["trajectories_hit"] == 1
+    step_batch = make_step_batch(items, models, again, models.encode_empty())
+    metrics, _ = train_step(step_batch, models, again, PAIRS, 1.0)
+    assert phase in tried and metrics.values()["trajectories_hit"] == 1
     assert all(torch.equal(a, b) for a, b in zip(got, models.weights.gradients, strict=True))

@@ -71,12 +71,12 @@ def test_frozen_records_hold_what_a_plain_step_computes(world, tmp_path, tau_nor
     got = []
     for _ in range(2):
         recipe = recipe_of(models, tmp_path, how, objective, micro_batch=1)
-        window = make_step_batch(items, models, recipe, models.encode_empty())
-        tally, logits = train_step(window, models, recipe, PAIRS, math.inf)
+        step_batch = make_step_batch(items, models, recipe, models.encode_empty())
+        metrics, logits = train_step(step_batch, models, recipe, PAIRS, math.inf)
         got.append([logits, *(g.clone() for g in models.weights.gradients)])
-    assert tally.values()["unet_evaluations"] == STEP / 2 and logits.abs().max() > 0
+    assert metrics.values()["unet_evaluations"] == STEP / 2 and logits.abs().max() > 0
     recipe = recipe_of(models, None, HOW, objective, micro_batch=1)
-    own = {name: getattr(window, name) for name in ("t", "times", "a", "s")}
+    own = {name: getattr(step_batch, name) for name in ("t", "times", "a", "s")}
     plain = replace(make_step_batch(items, models, recipe, models.encode_empty()), **own)
     _, logits = train_step(plain, models, recipe, PAIRS, math.inf)
     for a, b, c in zip(*got, [logits, *models.weights.gradients], strict=True):
@@ -89,11 +89,11 @@ def test_frozen_x_t_of_what_is_new(world, tmp_path, base, guidance):
     models, how = models_of(world, base), replace(HOW, frozen=True, guidance=guidance)
     run(world, tmp_path, base=base, how=how, seed=5, steps=1)
     recipe, (items,) = recipe_of(models, tmp_path, how), windows(world, 0, DATA, 0, 1)
-    window = make_step_batch(items, models, recipe, models.encode_empty())
-    assert 0 < len(window.cached.missing) < 2 * PAIRS and window.cached.missing != list(
-        range(len(window.cached.missing))
+    step_batch = make_step_batch(items, models, recipe, models.encode_empty())
+    assert 0 < len(step_batch.cached.missing) < 2 * PAIRS and step_batch.cached.missing != list(
+        range(len(step_batch.cached.missing))
     )
-    got, want = (noisy_latents(w, models, recipe)[0] for w in (window, replace(window, cached=None)))
+    got, want = (noisy_latents(w, models, recipe)[0] for w in (step_batch, replace(step_batch, cached=None)))
     assert torch.equal(got, want)
 
 
@@ -104,8 +104,8 @@ def test_frozen_t_belongs_to_the_pair(world, tmp_path):
     for seed in range(3):
         recipe = recipe_of(models, tmp_path, FROZEN, objective, seed=seed)
         for items in windows(world, seed, DATA, 0, 4):
-            window = make_step_batch(items, models, recipe, models.encode_empty())
-            for item, t in zip(items, window.t[0].tolist(), strict=True):
+            step_batch = make_step_batch(items, models, recipe, models.encode_empty())
+            for item, t in zip(items, step_batch.t[0].tolist(), strict=True):
                 seen.setdefault(item.id, set()).add(t)
     values = {t for own in seen.values() for t in own}
     assert len(seen) == 7 and all(len(own) == 1 for own in seen.values())

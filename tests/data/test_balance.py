@@ -54,7 +54,7 @@ def test_the_costs_are_what_the_inversion_then_takes(tmp_path):
     """Of a step's 16 pairs over 4 processes: told beforehand = counted; the shares are the whole step, evened out."""
     data = DataConfig(source=str(save_pairs(tmp_path / "pairs.parquet")))
     models = Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="here"))
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(),
         inversion=InversionConfig(steps=10, batch=8),
@@ -64,14 +64,14 @@ def test_the_costs_are_what_the_inversion_then_takes(tmp_path):
     )
     source, spent, plain, taken = open_data(data), [], [], []
     for rank in range(4):
-        costs = lambda positions: inversion_costs(positions, recipe, models)  # noqa: E731
+        costs = lambda positions: inversion_costs(positions, step_config, models)  # noqa: E731
         for found, rule in ((spent, costs), (plain, None)):
-            windows = PairLoader(source, data, resolution=models.resolution, seed=3, rank=rank, world=4, costs=rule)
-            items = next(windows.steps(2, 3, 16))
-            window = make_step_batch(items, models, recipe, models.encode_empty())
-            found.append(noisy_latents(window, models, recipe)[1])
+            loader = PairLoader(source, data, resolution=models.resolution, seed=3, rank=rank, world=4, costs=rule)
+            items = next(loader.steps(2, 3, 16))
+            step_batch = make_step_batch(items, models, step_config, models.encode_empty())
+            found.append(noisy_latents(step_batch, models, step_config)[1])
             if rule:
-                told = 2 * sum(inversion_costs([item.position for item in items], recipe, models))
+                told = 2 * sum(inversion_costs([item.position for item in items], step_config, models))
                 assert told == found[-1]  # both sides of a pair
                 taken += [item.position for item in items]
     assert sorted(taken) == list(range(32, 48))

@@ -53,7 +53,7 @@ def main(pairs: str) -> None:
     check_split(rank, world)
     models = Models(tiny_pipeline(), device, ModelsConfig(base="here"), Zero1Partition(rank, world))
     sharded = copy.deepcopy(models.policy)
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(beta=500.0),
         inversion=InversionConfig(steps=3, batch=8),
@@ -62,23 +62,23 @@ def main(pairs: str) -> None:
         seed=0,
     )
     data = DataConfig(source=pairs)
-    windows = PairLoader(open_data(data), data, resolution=models.resolution, seed=0, rank=rank, world=world)
-    window = make_step_batch(next(windows.steps(0, 1, PAIRS)), models, recipe, models.encode_empty())
+    loader = PairLoader(open_data(data), data, resolution=models.resolution, seed=0, rank=rank, world=world)
+    step_batch = make_step_batch(next(loader.steps(0, 1, PAIRS)), models, step_config, models.encode_empty())
     with torch.no_grad():
-        x_t, _ = noisy_latents(window, models, recipe)
+        x_t, _ = noisy_latents(step_batch, models, step_config)
 
-    tally, _ = train_step(window, models, recipe, PAIRS, CLIP)
-    norm = tally.values()["grad_norm"]
+    metrics, _ = train_step(step_batch, models, step_config, PAIRS, CLIP)
+    norm = metrics.values()["grad_norm"]
     optimizer = make_optimizer(models.parameters(), OptimConfig(lr=1e-3))
     optimizer.step()
     models.weights.refresh()
 
     fully_shard(sharded, mesh=init_device_mesh("cpu", (world,)))
     models.policy = sharded
-    for lo in range(0, len(window.items), recipe.micro_batch):
-        pairs = slice(lo, lo + recipe.micro_batch)
+    for lo in range(0, len(step_batch.items), step_config.micro_batch):
+        pairs = slice(lo, lo + step_config.micro_batch)
         weight = world / PAIRS  # it takes means over processes
-        found = micro_step(window, x_t, 0, pairs, models, recipe, weight)
+        found = micro_step(step_batch, x_t, 0, pairs, models, step_config, weight)
         found.prediction.backward(found.objective.dpred)
     theirs = torch.nn.utils.clip_grad_norm_(sharded.parameters(), CLIP).full_tensor()
     assert norm > 2 * CLIP  # it was clipped

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from plans import counted_once, recipe
+from plans import counted_once, step_config
 from sweep_runs import HOW, STEP, run, same, save_world
 from test_inversion import PATH, C, eps_of, x_0
 from tiny_world import save_pairs, tiny_models
@@ -29,7 +29,7 @@ from inpo_fast.training.step_batch import StepConfig, inversion_costs, make_step
 EACH, PAIRS = 3, 5
 LEVELS = ("t", "times", "a", "s")  # of a batch, (K, …)
 OBJECTIVE = ObjectiveConfig(beta=500.0, timesteps=Timesteps(per_pair=EACH))
-RECIPE = StepConfig(
+STEP_CONFIG = StepConfig(
     method="inpo",
     objective=OBJECTIVE,
     inversion=InversionConfig(steps=5, batch=4),
@@ -57,17 +57,21 @@ def window_of(world, how: StepConfig):
     return make_step_batch(items, models, how, models.encode_empty())
 
 
-def at_each(window) -> list:
+def at_each(step_batch) -> list:
     """The window at each of its timesteps alone."""
     return [
-        replace(window, gaussian_keys=[window.gaussian_keys[k]], **{c: getattr(window, c)[k : k + 1] for c in LEVELS})
+        replace(
+            step_batch,
+            gaussian_keys=[step_batch.gaussian_keys[k]],
+            **{c: getattr(step_batch, c)[k : k + 1] for c in LEVELS},
+        )
         for k in range(EACH)
     ]
 
 
-def gradient(models, window, how: StepConfig):
-    tally, logits = train_step(window, models, how, PAIRS, clip=math.inf)
-    return torch.cat([p.grad.reshape(-1) for p in models.parameters()]).clone(), tally.values(), logits
+def gradient(models, step_batch, how: StepConfig):
+    metrics, logits = train_step(step_batch, models, how, PAIRS, clip=math.inf)
+    return torch.cat([p.grad.reshape(-1) for p in models.parameters()]).clone(), metrics.values(), logits
 
 
 @pytest.mark.parametrize(("low", "high", "count"), [(0, 999, 4), (0, 999, 7), (100, 899, 3), (5, 5, 1), (0, 3, 4)])
@@ -121,11 +125,11 @@ def test_only_explicit_steps_are_shared():
 )
 def test_x_t_of_each_moment(world, how, shared):
     """Where trajectories cannot be shared each is made alone. fp32 in batches of other sizes: 1e-5 of the largest."""
-    models, how = world[0], replace(RECIPE, inversion=replace(RECIPE.inversion, **how))
-    window = window_of(world, how)
-    assert len(window.t) == EACH and trajectory_serves_all(how.inversion, models.noise_path) == shared
-    got, spent = noisy_latents(window, models, how)
-    alone = [noisy_latents(moment, models, how) for moment in at_each(window)]
+    models, how = world[0], replace(STEP_CONFIG, inversion=replace(STEP_CONFIG.inversion, **how))
+    step_batch = window_of(world, how)
+    assert len(step_batch.t) == EACH and trajectory_serves_all(how.inversion, models.noise_path) == shared
+    got, spent = noisy_latents(step_batch, models, how)
+    alone = [noisy_latents(moment, models, how) for moment in at_each(step_batch)]
     for ours, ((theirs,), _) in zip(got, alone, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert spent < sum(own for _, own in alone) if shared else spent == sum(own for _, own in alone)
@@ -137,7 +141,7 @@ def test_x_t_of_each_moment(world, how, shared):
 @pytest.mark.parametrize("method", ["inpo", "dpo", "sft", "kto"])
 def test_the_gradient_is_the_mean_of_its_timesteps(world, method):
     """Micro-batches of other sizes, too. kto's point is of all timesteps, so theirs are given that one."""
-    models, how = world[0], replace(RECIPE, method=method)
+    models, how = world[0], replace(STEP_CONFIG, method=method)
     whole = window_of(world, how)
     got, values, logits = gradient(models, whole, how)
     again = gradient(models, window_of(world, how), replace(how, micro_batch=5))[0]
@@ -158,16 +162,16 @@ def test_the_gradient_is_the_mean_of_its_timesteps(world, method):
 
 def test_noise_is_new_at_each_timestep_and_the_first_is_as_ever(world):
     """A run with one timestep draws what it drew before there could be more."""
-    models, how = world[0], replace(RECIPE, method="dpo")
-    window = window_of(world, how)
+    models, how = world[0], replace(STEP_CONFIG, method="dpo")
+    step_batch = window_of(world, how)
     one = window_of(world, replace(how, objective=ObjectiveConfig(beta=500.0)))
-    x_t, _ = noisy_latents(window, models, how)
-    assert torch.equal(one.t, window.t[:1])
+    x_t, _ = noisy_latents(step_batch, models, how)
+    assert torch.equal(one.t, step_batch.t[:1])
     assert torch.equal(noisy_latents(one, models, how)[0], x_t[:1])
     noise = []
-    for a, s, x in zip(window.a, window.s, x_t, strict=True):
+    for a, s, x in zip(step_batch.a, step_batch.s, x_t, strict=True):
         a, s = (c[..., None, None, None] for c in (a, s))
-        noise.append((x - a * window.x_0) / s)
+        noise.append((x - a * step_batch.x_0) / s)
     assert (noise[0] - noise[1]).abs().mean() > 0.5
     torch.testing.assert_close(noise[1][:, 0], noise[1][:, 1], rtol=0, atol=1e-3)  # of both sides the same
 
@@ -183,7 +187,7 @@ def test_cached_trajectories_serve_all_timesteps(tmp_path):
 
 def test_what_a_plan_says():
     """Evaluations of an image: the mean of the furthest of its timesteps, counted here one by one."""
-    plain, several = recipe("sd15"), recipe("sd15", "--objective.timesteps.per_pair=4")
+    plain, several = step_config("sd15"), step_config("sd15", "--objective.timesteps.per_pair=4")
     one, four = counted_once(plain, 1), counted_once(several, 1)
     furthest = [max(math.ceil(((t + 250 * k) % 1000 + 1) / 100) for k in range(4)) for t in range(1000)]
     assert four.work.evaluations == pytest.approx(sum(furthest) / 1000, abs=1e-6)

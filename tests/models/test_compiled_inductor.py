@@ -140,10 +140,10 @@ def test_the_pocket_by_inductor(items):
     for how, precision in (("off", "fp32"), ("fused", "bf16"), ("compiled", "bf16")):
         config = ModelsConfig(base=str(ASSETS / "model"), fast=how, precision=precision)
         models = Models(open_pipeline(config), torch.device("cpu"), config)
-        window = make_step_batch(items, models, RECIPE, models.encode_empty())
-        assert not train_step(window, models, RECIPE, len(items), 1e9)[1].any()
+        step_batch = make_step_batch(items, models, RECIPE, models.encode_empty())
+        assert not train_step(step_batch, models, RECIPE, len(items), 1e9)[1].any()
         gradients.append(torch.cat([g.double().flatten() for g in models.weights.gradients]))
         move(models, 1)
-        spread.append(noisy_latents(window, models, RECIPE)[0])
+        spread.append(noisy_latents(step_batch, models, RECIPE)[0])
     assert distance(gradients[2], gradients[0]) < 1.05 * distance(gradients[1], gradients[0])
     assert distance(spread[2], spread[0]) < 1.2 * distance(spread[1], spread[0])

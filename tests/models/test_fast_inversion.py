@@ -23,7 +23,7 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-RECIPE = StepConfig(
+STEP_CONFIG = StepConfig(
     method="inpo",
     objective=ObjectiveConfig(beta=50.0),
     inversion=InversionConfig(steps=5, batch=6),
@@ -50,8 +50,8 @@ def move(models: Models, seed: int) -> None:
 
 
 def inverted(models: Models, items: list, **how) -> torch.Tensor:
-    recipe = replace(RECIPE, inversion=replace(RECIPE.inversion, **how))
-    return noisy_latents(make_step_batch(items, models, recipe, models.encode_empty()), models, recipe)[0]
+    step_config = replace(STEP_CONFIG, inversion=replace(STEP_CONFIG.inversion, **how))
+    return noisy_latents(make_step_batch(items, models, step_config, models.encode_empty()), models, step_config)[0]
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -79,18 +79,18 @@ def test_compiled(traced, items, pipeline):
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_cache_of_trajectories_keeps_the_graphs(traced, items, tmp_path, frozen, whole):
     """However many images of a window are new: ten in calls of six, then two, then none; x_t as on the plain path."""
-    how = replace(RECIPE.inversion, model="reference", cache=str(tmp_path), frozen=frozen)
+    how = replace(STEP_CONFIG.inversion, model="reference", cache=str(tmp_path), frozen=frozen)
     plain, fast = world(tiny_pipeline), world(tiny_pipeline, fast="compiled", cuda_graphs=whole)
-    cache = open_trajectory_cache(fast, how, RECIPE.objective, DataConfig())
+    cache = open_trajectory_cache(fast, how, STEP_CONFIG.objective, DataConfig())
     cache.store.start()
-    recipe, graphs = replace(RECIPE, inversion=how, trajectory_cache=cache), 0
+    step_config, graphs = replace(STEP_CONFIG, inversion=how, trajectory_cache=cache), 0
     for part in (items, [replace(items[0], position=99), *items[1:]], items):
-        window = make_step_batch(part, fast, recipe, fast.encode_empty())
+        step_batch = make_step_batch(part, fast, step_config, fast.encode_empty())
         # a frozen record is written with the reference's answers: not here
-        assert len(window.cached.missing) == {items[0].position: 0, 99: 2}[part[0].position] or not len(cache.store)
-        got = noisy_latents(window, fast, recipe)[0]
-        bare = replace(window, cached=None)
-        want = noisy_latents(bare, plain, replace(recipe, trajectory_cache=None))[0]
+        assert len(step_batch.cached.missing) == {items[0].position: 0, 99: 2}[part[0].position] or not len(cache.store)
+        got = noisy_latents(step_batch, fast, step_config)[0]
+        bare = replace(step_batch, cached=None)
+        want = noisy_latents(bare, plain, replace(step_config, trajectory_cache=None))[0]
         graphs = graphs or len(traced)
         assert distance(got, want) < ROUNDED and len(traced) == graphs
 

@@ -251,7 +251,7 @@ def items(tmp_path_factory):
 def curve(items, pipeline, fast: str, precision: str, steps: int):
     config = ModelsConfig(base="x", fast=fast, precision=precision)
     models = Models(pipeline(), torch.device("cpu"), config)
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(beta=50.0),
         inversion=InversionConfig(steps=3),
@@ -262,11 +262,11 @@ def curve(items, pipeline, fast: str, precision: str, steps: int):
     optimizer = torch.optim.AdamW(models.parameters(), lr=2e-4)
     losses = []
     for step in range(steps):
-        window = make_step_batch(items[step], models, recipe, models.encode_empty())
-        tally, logits = train_step(window, models, recipe, 4, 1.0)
+        step_batch = make_step_batch(items[step], models, step_config, models.encode_empty())
+        metrics, logits = train_step(step_batch, models, step_config, 4, 1.0)
         if step == 0:
             assert not logits.any(), "policy and reference go through the same operations: exactly 0"
-        losses.append(tally.values()["loss"])
+        losses.append(metrics.values()["loss"])
         optimizer.step()
         models.weights.refresh()
     return torch.tensor(losses)
@@ -286,7 +286,7 @@ def test_step_zero_is_exact_in_bf16(items, pipeline):
 
 def test_x_t_of_a_fused_inversion(items):
     config = ModelsConfig(base="x", fast="fused")
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(),
         inversion=InversionConfig(steps=10),
@@ -297,6 +297,6 @@ def test_x_t_of_a_fused_inversion(items):
     both = []
     for how in ("off", "fused"):
         models = Models(tiny_pipeline(), torch.device("cpu"), replace(config, fast=how))
-        window = make_step_batch(items[0], models, recipe, models.encode_empty())
-        both.append(noisy_latents(window, models, recipe)[0])
+        step_batch = make_step_batch(items[0], models, step_config, models.encode_empty())
+        both.append(noisy_latents(step_batch, models, step_config)[0])
     assert distance(both[1], both[0]) < ROUNDED

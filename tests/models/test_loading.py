@@ -28,7 +28,7 @@ from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 CPU = torch.device("cpu")
-RECIPE = StepConfig(
+STEP_CONFIG = StepConfig(
     method="inpo",
     objective=ObjectiveConfig(beta=50.0),
     inversion=InversionConfig(steps=10),
@@ -84,8 +84,8 @@ def test_published_micro_conditioning(tmp_path, items):
     for kind, want in (("image", [48, 40, 8, 4, 32, 32]), ("published", [32, 32, 0, 0, 32, 32])):
         config = ModelsConfig(base=str(tmp_path / "xl"), micro_conditioning=kind)
         models = Models(open_pipeline(config), CPU, config)
-        window = make_step_batch([item], models, RECIPE, models.encode_empty())
-        assert window.conditional.sizes[0].tolist() == want
+        step_batch = make_step_batch([item], models, STEP_CONFIG, models.encode_empty())
+        assert step_batch.conditional.sizes[0].tolist() == want
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +101,17 @@ def v_models(tmp_path_factory):
 def test_v_prediction_inverts_as_diffusers_does(v_models, items):
     """grid diffusers-0.22 told the target is DDIMInverseScheduler's walk with prediction_type v_prediction."""
     how = InversionConfig(steps=10, grid="diffusers-0.22", evaluate_at="target", guidance=1.0)
-    recipe = replace(RECIPE, inversion=how)
-    window = make_step_batch(items, v_models, recipe, v_models.encode_empty())
-    (x_t,), _ = noisy_latents(window, v_models, recipe)
+    step_config = replace(STEP_CONFIG, inversion=how)
+    step_batch = make_step_batch(items, v_models, step_config, v_models.encode_empty())
+    (x_t,), _ = noisy_latents(step_batch, v_models, step_config)
     scheduler = DDIMInverseScheduler.from_config(v_models.pipeline.scheduler.config)
     assert scheduler.config.prediction_type == "v_prediction"
     scheduler.set_timesteps(10)
     for i in range(len(items)):
         for side in range(2):
-            x = window.x_0[i, side][None]
-            text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
-            for timestep in (w for w in scheduler.timesteps.tolist() if w < int(window.t[0, i])):
+            x = step_batch.x_0[i, side][None]
+            text = step_batch.conditional.text.hidden[step_batch.conditional.row[2 * i + side]][None]
+            for timestep in (w for w in scheduler.timesteps.tolist() if w < int(step_batch.t[0, i])):
                 with torch.no_grad():
                     v = v_models.policy(x, torch.tensor([timestep]), text).sample
                 x = scheduler.step(v, timestep, x).prev_sample
@@ -129,36 +129,36 @@ def test_refined_steps_of_v_are_refused_before_anything_is_written(v_models, tmp
 
 def test_v_predictions_loss_is_that_of_its_noise(v_models, items):
     """Errors of eps = a v + s x_t against tau, by hand; the gradient by autograd through that line."""
-    window = make_step_batch(items, v_models, RECIPE, v_models.encode_empty())
+    step_batch = make_step_batch(items, v_models, STEP_CONFIG, v_models.encode_empty())
     with torch.no_grad():
         for p in v_models.parameters():
             p.mul_(1.05)
     try:
-        tally, logits = train_step(window, v_models, RECIPE, len(items), clip=float("inf"))
-        (x_t,), _ = noisy_latents(window, v_models, RECIPE)
+        metrics, logits = train_step(step_batch, v_models, STEP_CONFIG, len(items), clip=float("inf"))
+        (x_t,), _ = noisy_latents(step_batch, v_models, STEP_CONFIG)
         got = torch.cat([p.grad.flatten() for p in v_models.parameters()])
         for p in v_models.parameters():
             p.grad = None
         want = []
         for i in range(len(items)):
-            t = window.t[0, i]
+            t = step_batch.t[0, i]
             a, s = (c.item() for c in v_models.noise_path.a_s(t))
             gap = 0.0
             for side, sign in ((0, 1), (1, -1)):
                 x = x_t[i, side][None]
-                text = window.conditional.text.hidden[window.conditional.row[2 * i + side]][None]
-                tau = (x - a * window.x_0[i, side]) / s
+                text = step_batch.conditional.text.hidden[step_batch.conditional.row[2 * i + side]][None]
+                tau = (x - a * step_batch.x_0[i, side]) / s
                 with torch.no_grad():
                     r = (a * v_models.reference(x, t[None], text).sample + s * x - tau).square().mean()
                 e = (a * v_models.policy(x, t[None], text).sample + s * x - tau).square().mean()
                 gap = gap + sign * (e - r)
-            want.append(-0.5 * RECIPE.objective.beta * gap)
+            want.append(-0.5 * STEP_CONFIG.objective.beta * gap)
         want = torch.stack(want)
         (-torch.nn.functional.logsigmoid(want)).mean().backward()
         torch.testing.assert_close(logits, want.detach(), rtol=1e-3, atol=1e-3)
         by_hand = torch.cat([p.grad.flatten() for p in v_models.parameters()])
         assert (got - by_hand).norm() / by_hand.norm() < 1e-3
-        assert tally.values()["winner_delta"] != 0
+        assert metrics.values()["winner_delta"] != 0
     finally:
         v_models.policy.load_state_dict(v_models.reference.state_dict())
 

@@ -17,7 +17,7 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-RECIPE = StepConfig(
+STEP_CONFIG = StepConfig(
     method="inpo",
     objective=ObjectiveConfig(),
     inversion=InversionConfig(steps=3),
@@ -31,7 +31,7 @@ RECIPE = StepConfig(
 def xl(tmp_path_factory):
     folder = tmp_path_factory.mktemp("xl")
     tiny_xl().save_pretrained(folder / "model")
-    windows = PairLoader(
+    loader = PairLoader(
         open_source(save_pairs(folder / "pairs.parquet")),
         DataConfig(flip=False),
         resolution=32,
@@ -39,22 +39,22 @@ def xl(tmp_path_factory):
         rank=0,
         world=1,
     )
-    return Models(load_pipeline(str(folder / "model")), torch.device("cpu")), next(windows.steps(0, 1, 4))
+    return Models(load_pipeline(str(folder / "model")), torch.device("cpu")), next(loader.steps(0, 1, 4))
 
 
 def test_xl_trains_from_exactly_ln_2(xl):
     models, items = xl
-    window = make_step_batch(items, models, RECIPE, models.encode_empty())
-    tally, logits = train_step(window, models, RECIPE, len(items), clip=math.inf)
+    step_batch = make_step_batch(items, models, STEP_CONFIG, models.encode_empty())
+    metrics, logits = train_step(step_batch, models, STEP_CONFIG, len(items), clip=math.inf)
     assert models.denoiser.is_xl and torch.equal(logits, torch.zeros(4))
-    assert tally.values()["grad_norm"] > 0
+    assert metrics.values()["grad_norm"] > 0
 
 
 def test_xl_is_told_the_true_size_and_crop(xl):
     models, items = xl
     views = [replace(items[0].winner, original=(48, 32), crop=(8, 0)), items[0].loser]
-    window = make_step_batch([replace(items[0], winner=views[0])], models, RECIPE, models.encode_empty())
-    assert window.conditional.sizes.tolist() == [[48, 32, 8, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
+    step_batch = make_step_batch([replace(items[0], winner=views[0])], models, STEP_CONFIG, models.encode_empty())
+    assert step_batch.conditional.sizes.tolist() == [[48, 32, 8, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
 
 
 def test_xl_conditioning_equals_the_pipelines(xl):
@@ -71,8 +71,8 @@ def test_xl_conditioning_equals_the_pipelines(xl):
         items[0].prompt, num_inference_steps=1, guidance_scale=1.0, output_type="latent", height=32, width=32
     )
     handle.remove()
-    window = make_step_batch(items[:1], models, RECIPE, models.encode_empty())
-    ours = window.conditional.arguments(torch.tensor([0]))
+    step_batch = make_step_batch(items[:1], models, STEP_CONFIG, models.encode_empty())
+    ours = step_batch.conditional.arguments(torch.tensor([0]))
     torch.testing.assert_close(ours["encoder_hidden_states"], seen["encoder_hidden_states"])
     for name in ("text_embeds", "time_ids"):
         torch.testing.assert_close(ours["added_cond_kwargs"][name], seen["added_cond_kwargs"][name].float())

@@ -26,11 +26,11 @@ def tau_rms(steps: int, levels=(99, 300, 999)) -> list[float]:
     """Mean rms(tau) of the shipped pairs at some levels, uncorrected."""
     torch.set_num_threads(1)
     models = Models(load_pipeline(str(ASSETS / "model")), torch.device("cpu"))
-    windows = PairLoader(
+    loader = PairLoader(
         open_source(str(ASSETS / "pairs.parquet")), DataConfig(), resolution=32, seed=0, rank=0, world=1
     )
-    items = next(windows.steps(0, 1, 8))
-    recipe = StepConfig(
+    items = next(loader.steps(0, 1, 8))
+    step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(),
         inversion=InversionConfig(steps=steps),
@@ -38,13 +38,13 @@ def tau_rms(steps: int, levels=(99, 300, 999)) -> list[float]:
         vae_sample=True,
         seed=0,
     )
-    window = make_step_batch(items, models, recipe, models.encode_empty())
+    step_batch = make_step_batch(items, models, step_config, models.encode_empty())
     out = []
     for t in levels:
-        window.t = torch.full_like(window.t, t)
-        (x_t,), _ = noisy_latents(window, models, recipe)
-        a, s = models.noise_path.a_s(window.t[0].repeat_interleave(2))
-        out.append(losses.rms(target(x_t.flatten(0, 1), window.x_0.flatten(0, 1), a, s)).mean().item())
+        step_batch.t = torch.full_like(step_batch.t, t)
+        (x_t,), _ = noisy_latents(step_batch, models, step_config)
+        a, s = models.noise_path.a_s(step_batch.t[0].repeat_interleave(2))
+        out.append(losses.rms(target(x_t.flatten(0, 1), step_batch.x_0.flatten(0, 1), a, s)).mean().item())
     return out
 
 

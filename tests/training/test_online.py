@@ -362,8 +362,8 @@ def test_a_drawn_pair_takes_the_stored_ones_place():
             return Pair("drawn", "b", encoded, encoded) if position == 1 else None
 
     how = {"resolution": 4, "seed": 0, "rank": 0, "world": 1}
-    windows = PairLoader(Stored(), DataConfig(), **how, cached=Cached(), online=Drawn())
-    assert windows.load(0) == "cached" and windows.load(1).id == "drawn" and windows.prompt(1) == "a"
+    loader = PairLoader(Stored(), DataConfig(), **how, cached=Cached(), online=Drawn())
+    assert loader.load(0) == "cached" and loader.load(1).id == "drawn" and loader.prompt(1) == "a"
 
 
 def test_what_is_refused(world, monkeypatch):

@@ -22,17 +22,17 @@ from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 INVERSION = InversionConfig(steps=3, batch=5)
-RECIPE = StepConfig(
+STEP_CONFIG = StepConfig(
     method="inpo", objective=ObjectiveConfig(beta=500.0), inversion=INVERSION, micro_batch=2, vae_sample=True, seed=0
 )
 KINDS = {
-    "plain": RECIPE,
-    "dpo": replace(RECIPE, method="dpo"),
-    "sft": replace(RECIPE, method="sft"),
-    "kto": replace(RECIPE, method="kto"),
-    "smpo, renoise": replace(RECIPE, method="smpo", inversion=replace(INVERSION, estimator="renoise")),
-    "guided, noisy": replace(RECIPE, inversion=replace(INVERSION, guidance=5.0, eta=0.1)),
-    "rms, winner preserving": replace(RECIPE, objective=ObjectiveConfig(tau_norm="rms", winner_preserving=0.9)),
+    "plain": STEP_CONFIG,
+    "dpo": replace(STEP_CONFIG, method="dpo"),
+    "sft": replace(STEP_CONFIG, method="sft"),
+    "kto": replace(STEP_CONFIG, method="kto"),
+    "smpo, renoise": replace(STEP_CONFIG, method="smpo", inversion=replace(INVERSION, estimator="renoise")),
+    "guided, noisy": replace(STEP_CONFIG, inversion=replace(INVERSION, guidance=5.0, eta=0.1)),
+    "rms, winner preserving": replace(STEP_CONFIG, objective=ObjectiveConfig(tau_norm="rms", winner_preserving=0.9)),
 }
 
 
@@ -67,31 +67,31 @@ def items(tmp_path_factory):
     return next(PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 4))
 
 
-def one_step(models: Models, items: list, recipe: StepConfig, optimizer):
-    window = make_step_batch(items, models, recipe, models.encode_empty())
-    tally, _ = train_step(window, models, recipe, len(items), clip=math.inf)
+def one_step(models: Models, items: list, step_config: StepConfig, optimizer):
+    step_batch = make_step_batch(items, models, step_config, models.encode_empty())
+    metrics, _ = train_step(step_batch, models, step_config, len(items), clip=math.inf)
     optimizer.step()
     models.weights.refresh()
-    return tally
+    return metrics
 
 
 @pytest.mark.parametrize(
     ("recipe", "pipeline", "config"),
     [
-        *((recipe, tiny_pipeline, ModelsConfig()) for recipe in KINDS.values()),
-        (RECIPE, tiny_xl, ModelsConfig(precision="bf16", fast="fused")),
-        (RECIPE, tiny_xl, ModelsConfig(precision="bf16", lora=LoraSettings(4))),
+        *((step_config, tiny_pipeline, ModelsConfig()) for step_config in KINDS.values()),
+        (STEP_CONFIG, tiny_xl, ModelsConfig(precision="bf16", fast="fused")),
+        (STEP_CONFIG, tiny_xl, ModelsConfig(precision="bf16", lora=LoraSettings(4))),
     ],
     ids=[*KINDS, "sdxl bf16 fused", "sdxl bf16 lora"],
 )
-def test_a_step_waits_for_nothing(meta_is_cuda, items, recipe, pipeline, config):
+def test_a_step_waits_for_nothing(meta_is_cuda, items, step_config, pipeline, config):
     models = Models(pipeline(), torch.device("meta"), config)
     optimizer = torch.optim.SGD(models.parameters())
     with Copies() as copies:
-        tally = one_step(models, items, recipe, optimizer)
+        metrics = one_step(models, items, step_config, optimizer)
     assert copies.waiting == []
     with pytest.raises(NotImplementedError, match="meta"):  # the one read, left to the caller
-        tally.values()
+        metrics.values()
 
 
 def test_the_count_sees_a_wait(meta_is_cuda):
@@ -104,12 +104,12 @@ def test_the_count_sees_a_wait(meta_is_cuda):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", KINDS.values(), ids=KINDS)
-def test_cuda_sees_no_wait(items, recipe):
+def test_cuda_sees_no_wait(items, step_config):
     models = Models(tiny_pipeline(), torch.device("cuda"), ModelsConfig(precision="bf16", fast="fused"))
     optimizer = torch.optim.AdamW(models.parameters(), fused=True)
-    one_step(models, items, recipe, optimizer)  # allocations and library handles of a first time
+    one_step(models, items, step_config, optimizer)  # allocations and library handles of a first time
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one_step(models, items, recipe, optimizer)
+        one_step(models, items, step_config, optimizer)
     finally:
         torch.cuda.set_sync_debug_mode("default")

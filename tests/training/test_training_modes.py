@@ -21,7 +21,7 @@ from inpo_fast.training.optim import Average, LossScale, make_optimizer
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-RECIPE = StepConfig(
+STEP_CONFIG = StepConfig(
     method="inpo",
     objective=ObjectiveConfig(beta=50.0),
     inversion=InversionConfig(steps=3),
@@ -40,8 +40,8 @@ def world(tmp_path_factory):
     tiny_pipeline().save_pretrained(folder / "sd")
     tiny_xl().save_pretrained(folder / "xl")
     source = open_source(save_pairs(folder / "pairs.parquet"))
-    windows = PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1)
-    return folder, list(windows.steps(0, 3, PAIRS))
+    loader = PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1)
+    return folder, list(loader.steps(0, 3, PAIRS))
 
 
 class Training:
@@ -57,12 +57,12 @@ class Training:
         self.scale = 64.0 if precision == "fp16" else 1.0
 
     def step(self, number: int):
-        window = make_step_batch(self.items[number], self.models, RECIPE, self.models.encode_empty())
-        tally, logits = train_step(window, self.models, RECIPE, PAIRS, 1.0, self.scale)
+        step_batch = make_step_batch(self.items[number], self.models, STEP_CONFIG, self.models.encode_empty())
+        metrics, logits = train_step(step_batch, self.models, STEP_CONFIG, PAIRS, 1.0, self.scale)
         self.optimizer.step()
         self.models.weights.refresh()
         self.average.update(number)
-        return tally.values(), logits
+        return metrics.values(), logits
 
     def everything(self) -> list[torch.Tensor]:
         return [*self.models.weights.masters, *self.models.weights.working, *self.average.mean]
@@ -105,9 +105,9 @@ def test_the_reference_of_lora_is_the_untouched_base(world, base, precision):
     training = Training(*world, base, 4, "adamw", precision)
     models = training.models
     untouched = open_pipeline(models.config).unet.eval()
-    window = make_step_batch(world[1][0], models, RECIPE, models.encode_empty())
+    step_batch = make_step_batch(world[1][0], models, STEP_CONFIG, models.encode_empty())
     x, t = torch.randn(4, 4, 8, 8), torch.tensor([1, 300, 700, 999])
-    arguments = window.conditional.arguments(torch.arange(4))
+    arguments = step_batch.conditional.arguments(torch.arange(4))
 
     def same(who: str) -> bool:
         with torch.no_grad():
@@ -142,9 +142,9 @@ def test_narrow_gradients_are_the_wide_ones(world, precision):
 
     def gradient(precision: str, micro_batch: int = 2) -> torch.Tensor:
         training = Training(*world, "sd", 0, "adamw", precision)
-        window = make_step_batch(world[1][0], training.models, RECIPE, training.models.encode_empty())
-        recipe = replace(RECIPE, micro_batch=micro_batch)
-        train_step(window, training.models, recipe, PAIRS, math.inf, training.scale)
+        step_batch = make_step_batch(world[1][0], training.models, STEP_CONFIG, training.models.encode_empty())
+        step_config = replace(STEP_CONFIG, micro_batch=micro_batch)
+        train_step(step_batch, training.models, step_config, PAIRS, math.inf, training.scale)
         assert all(g.dtype == torch.float32 for g in training.models.weights.gradients)
         return torch.cat([g.flatten() for g in training.models.weights.gradients])
 
@@ -168,12 +168,12 @@ def test_out_of_memory_names_what_to_lower_and_repeats_exactly(world, phase, mon
     """A UNet that refuses large batches, as a full GPU does: the repeated step gives the same gradient."""
     limit = 3  # images
     training = Training(*world, "sd", 0, "adamw", "fp32")
-    models, window = (
+    models, step_batch = (
         training.models,
-        make_step_batch(world[1][0], training.models, RECIPE, training.models.encode_empty()),
+        make_step_batch(world[1][0], training.models, STEP_CONFIG, training.models.encode_empty()),
     )
-    recipe = replace(RECIPE, micro_batch=4, inversion=replace(RECIPE.inversion, batch=8))
-    train_step(window, models, recipe, PAIRS, 1.0)
+    step_config = replace(STEP_CONFIG, micro_batch=4, inversion=replace(STEP_CONFIG.inversion, batch=8))
+    train_step(step_batch, models, step_config, PAIRS, 1.0)
     want = [g.clone() for g in models.weights.gradients]
 
     forward = models.policy.forward
@@ -187,15 +187,15 @@ def test_out_of_memory_names_what_to_lower_and_repeats_exactly(world, phase, mon
     tried = []
     while True:
         try:
-            train_step(window, models, recipe, PAIRS, 1.0)
+            train_step(step_batch, models, step_config, PAIRS, 1.0)
             break
         except TooLarge as problem:
             assert problem.key == phase
             tried.append(problem.size)
             if phase == "train.micro_batch":
-                recipe = replace(recipe, micro_batch=problem.size // 2)
+                step_config = replace(step_config, micro_batch=problem.size // 2)
             else:
-                recipe = replace(recipe, inversion=replace(recipe.inversion, batch=problem.size // 2))
+                step_config = replace(step_config, inversion=replace(step_config.inversion, batch=problem.size // 2))
     assert tried == {"train.micro_batch": [4, 2], "inversion.batch": [8, 4]}[phase]
     for got, wanted in zip(models.weights.gradients, want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

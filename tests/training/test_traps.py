@@ -48,7 +48,7 @@ def test_micro_batches_add_up(traced, tmp_path, fast):
             p.add_(0.05 * p.std().nan_to_num() * noise)
     source = open_source(save_pairs(tmp_path / "pairs.parquet"))
     items = next(PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 8))
-    recipe = StepConfig(
+    step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(beta=500.0),
         inversion=InversionConfig(steps=5, batch=16),
@@ -59,7 +59,7 @@ def test_micro_batches_add_up(traced, tmp_path, fast):
     empty = models.encode_empty()
 
     def gradient(parts: list[list], micro_batch: int, batch: int) -> torch.Tensor:
-        how = replace(recipe, micro_batch=micro_batch, inversion=replace(recipe.inversion, batch=batch))
+        how = replace(step_config, micro_batch=micro_batch, inversion=replace(step_config.inversion, batch=batch))
         total = 0.0
         for part in parts:
             train_step(make_step_batch(part, models, how, empty), models, how, len(part), math.inf)

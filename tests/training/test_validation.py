@@ -82,23 +82,23 @@ def observer(world, tmp_path, held="held.parquet"):
     plain = ["--data.flip=false", "--data.vae_sample=false", "--observe.held_out_pairs=6"]
     config = parse("p", arguments(world, tmp_path / "o", f"--observe.held_out={world / held}", *plain))
     opened = prepare(config, 0, 1, torch.device("cpu"))
-    recipe = StepConfig.of(config)
-    return Validation(config, opened.models, opened.models.encode_empty(), tmp_path / "o", 0), opened, recipe
+    step_config = StepConfig.of(config)
+    return Validation(config, opened.models, opened.models.encode_empty(), tmp_path / "o", 0), opened, step_config
 
 
 def test_held_out_metrics_are_those_of_the_pairs(world, tmp_path):
     """At the reference everything is 0; turned labels turn the margin once the weights move."""
     values = {}
     for held in ("held.parquet", "turned.parquet"):
-        looking, opened, recipe = observer(world, tmp_path / held, held)
-        start = looking.held_out_metrics(recipe)
+        looking, opened, step_config = observer(world, tmp_path / held, held)
+        start = looking.held_out_metrics(step_config)
         assert start["held_out_implicit_accuracy"] == 0.5 and start["held_out_margin"] == 0
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in opened.models.policy.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-        values[held] = looking.held_out_metrics(recipe)
-        assert values[held] == looking.held_out_metrics(recipe)  # the same every time
+        values[held] = looking.held_out_metrics(step_config)
+        assert values[held] == looking.held_out_metrics(step_config)  # the same every time
         parts = [values[held].get(f"held_out_winner_delta_t{b}") for b in range(BUCKETS)]
         assert min(p for p in parts if p is not None) <= values[held]["held_out_winner_delta"]
         assert values[held]["held_out_winner_delta"] <= max(p for p in parts if p is not None)
@@ -108,15 +108,15 @@ def test_held_out_metrics_are_those_of_the_pairs(world, tmp_path):
 
 
 def test_deltas_by_level_are_means_over_their_pairs():
-    tally, bucket = MetricAccumulator(torch.device("cpu")), torch.tensor([0, 0, 2, 4])
+    metrics, bucket = MetricAccumulator(torch.device("cpu")), torch.tensor([0, 0, 2, 4])
     image = torch.zeros(8, 7)
     image[:, 3] = 1  # energy
     image[:, 0] = torch.tensor([1.0, 3, 5, 7, 20, 40, 60, 80])
     ones = torch.ones(4)
-    tally.add_micro_batch(
+    metrics.add_micro_batch(
         loss=ones, logit=ones, image=image, tau_rms=torch.ones(8), bucket=bucket, sides=2, contrast=True
     )
-    values = tally.values()
+    values = metrics.values()
     assert [values.get(f"winner_delta_t{b}") for b in range(5)] == [2, None, 5, None, 7]
     assert [values.get(f"loser_delta_t{b}") for b in range(5)] == [30, None, 60, None, 80]
 

@@ -46,7 +46,7 @@ class Pairs:
         return Pair(f"pair-{index}", f"prompt {index}", *images)
 
 
-def windows(source: Pairs, rank: int = 0, world: int = 1, seed: int = 5, **config) -> PairLoader:
+def loader(source: Pairs, rank: int = 0, world: int = 1, seed: int = 5, **config) -> PairLoader:
     config = {"prompt_dropout": 0.3, "crop": "random", "bad_pair_limit": 1.0, **config}
     return PairLoader(source, DataConfig(**config), resolution=SIZE, seed=seed, rank=rank, world=world)
 
@@ -57,12 +57,12 @@ def content(item: Item) -> tuple:
 
 
 def contents(source: Pairs, steps: int = 5, pairs_per_step: int = 8, first: int = 0, **options) -> list[list[tuple]]:
-    return [[content(i) for i in w] for w in windows(source, **options).steps(first, steps, pairs_per_step)]
+    return [[content(i) for i in w] for w in loader(source, **options).steps(first, steps, pairs_per_step)]
 
 
 def test_clean_windows_hold_every_position_in_order():
     """5 steps of 8 pairs over 10 pairs: 4 epochs."""
-    items = [item for window in windows(Pairs(10), prompt_dropout=0.0).steps(0, 5, 8) for item in window]
+    items = [item for window in loader(Pairs(10), prompt_dropout=0.0).steps(0, 5, 8) for item in window]
     assert [item.position for item in items] == list(range(40))
     assert [item.id for item in items] == [f"pair-{pair_index(i, 10, 5)}" for i in range(40)]
     assert [item.prompt for item in items] == [f"prompt {pair_index(i, 10, 5)}" for i in range(40)]
@@ -72,7 +72,7 @@ def test_clean_windows_hold_every_position_in_order():
 @pytest.mark.parametrize("fault", ["winner", "loser", "record"])
 def test_broken_pair_is_dropped_whole_and_shifts_nothing(caplog, fault):
     broken = Pairs(10, unreadable={3}) if fault == "record" else Pairs(10, broken={(3, fault == "loser")})
-    reader = windows(broken)
+    reader = loader(broken)
     with caplog.at_level(logging.WARNING):
         got = [[content(item) for item in window] for window in reader.steps(0, 5, 8)]
     clean = contents(Pairs(10))
@@ -130,7 +130,7 @@ def test_worker_count_and_start_change_nothing():
 
 
 def loads(n: int, **config) -> list[Item]:
-    reader = windows(Pairs(20), crop="center", **config)
+    reader = loader(Pairs(20), crop="center", **config)
     return [reader.load(position) for position in range(n)]
 
 
@@ -178,7 +178,7 @@ def test_flips_of_the_two_sides_are_independent():
 
 
 def test_random_crops_of_the_two_sides_are_independent():
-    reader = windows(Pairs(20), crop="random")
+    reader = loader(Pairs(20), crop="random")
     crops = [[view.crop for view in (item.winner, item.loser)] for item in map(reader.load, range(300))]
     assert {left for pair in crops for _, left in pair} == {0, 1, 2, 3, 4}
     assert share(a == b for a, b in crops) < 0.4  # five places, the outer two half as likely: 0.22 expected
@@ -209,13 +209,13 @@ ENDS = [3, 4, 9, 15, 16, 22, 30, 31, 36, 40, 47]
 def test_blocks_are_read_once_an_epoch():
     """47 pairs, 11 blocks in runs of 4 at most, room for two runs; a step of 16 on one thread."""
     source = Blocks(47, ENDS, room=8)
-    reader = windows(source, workers=1)
+    reader = loader(source, workers=1)
     assert reader.order.blocks_per_run == 4 and describe(reader.order)["shuffle"] == "blocks"
     items = [item for window in reader.steps(0, 2, 16) for item in window]
     assert [item.position for item in items] == list(range(32))
     assert source.loads <= 11
     full = Blocks(47, ENDS, room=8)
-    list(windows(full, workers=1, shuffle="full").steps(0, 2, 16))
+    list(loader(full, workers=1, shuffle="full").steps(0, 2, 16))
     assert full.loads > 11
 
 
@@ -275,14 +275,14 @@ def test_read_ahead_is_bounded(megabytes, workers, most):
 
 
 def test_full_order_over_large_row_groups_is_warned_of(caplog, monkeypatch):
-    windows(Blocks(47, ENDS), shuffle="full")
+    loader(Blocks(47, ENDS), shuffle="full")
     assert "data.shuffle=full: a row group is read for nearly every pair; take blocks, or keep" in caplog.text
     caplog.clear()
-    windows(Blocks(47, ENDS), shuffle="full", cache_mb=1)
-    windows(Blocks(47, ENDS))
-    windows(Pairs(47), shuffle="full")
+    loader(Blocks(47, ENDS), shuffle="full", cache_mb=1)
+    loader(Blocks(47, ENDS))
+    loader(Pairs(47), shuffle="full")
     monkeypatch.setenv("RANK", "1")  # the first process says it for all
-    windows(Blocks(47, ENDS), shuffle="full")
+    loader(Blocks(47, ENDS), shuffle="full")
     assert not caplog.text
 
 
@@ -295,7 +295,7 @@ def test_reader_that_is_given_up_stops_reading():
             time.sleep(0.01)
             return super().read(index)
 
-    steps = windows(Slow(400)).steps(0, 50, 8)
+    steps = loader(Slow(400)).steps(0, 50, 8)
     next(steps)
     steps.close()
     assert len(count) < 60
