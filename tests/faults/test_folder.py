@@ -40,10 +40,10 @@ def test_the_newest_checkpoint_is_damaged(world, whole, caplog):
 
 
 def test_read_only_output_is_refused_before_anything_is_loaded(world, disk, monkeypatch):
-    from inpo_fast.training import loop
+    from inpo_fast.training import set_up
 
     place = disk("ro")
-    monkeypatch.setattr(loop, "open_pipeline", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(set_up, "open_pipeline", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=r"--output .* cannot be written \(Read-only file system\)"):
         train_in(world, str(place / "run"))
 
