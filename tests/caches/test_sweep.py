@@ -13,12 +13,12 @@ from sweep_runs import (
     HOW,
     PAIRS,
     STEP,
+    loader,
     models_of,
     recipe_of,
     run,
     same,
     save_world,
-    windows,
 )
 
 from inpo_fast.caches.frozen_steps import FrozenSteps
@@ -89,7 +89,7 @@ def test_x_t_of_other_batches(world, tmp_path, precision, batch):
     x_t = []
     for folder, own in ((None, 16), (tmp_path, batch)):
         recipe = recipe_of(models, folder, replace(HOW, batch=own))
-        (items,) = windows(world, 0, DATA, 0, 1)
+        (items,) = loader(world, 0, DATA, 0, 1)
         x_t.append(noisy_latents(make_step_batch(items, models, recipe, models.encode_empty()), models, recipe)[0])
     bound = {"fp32": 1e-5, "bf16": 2.0**-6}[precision]
     assert (x_t[0] - x_t[1]).abs().max() <= bound * x_t[0].abs().max()
@@ -124,7 +124,7 @@ def test_each_image_draws_its_own_latent(world, tmp_path):
     """In whatever batches it is encoded, and whichever others are there: to fp32's rounding."""
     models, data, latents = models_of(world), DataConfig(vae_sample=True), []
     run(world, tmp_path, data=data, steps=1)
-    (items,) = windows(world, 0, data, 0, 1)
+    (items,) = loader(world, 0, data, 0, 1)
     items = [replace(items[0], position=99), *items[1:]]  # two images that are not there, in front
     for folder, batch in ((None, 1), (None, 64), (tmp_path, 1), (tmp_path, 64)):
         recipe = recipe_of(models, folder, replace(HOW, batch=batch), data=data)
@@ -197,7 +197,7 @@ def test_a_full_gpu_repeats_the_step_exactly(world, tmp_path, phase, frozen, mon
         return forward(x, *args, **kwargs)
 
     monkeypatch.setattr(unet, "forward", crowded)
-    (items,), tried = windows(world, 0, DATA, 0, 1), []
+    (items,), tried = loader(world, 0, DATA, 0, 1), []
     step_batch = make_step_batch(items, models, recipe, models.encode_empty())
     while True:
         try:

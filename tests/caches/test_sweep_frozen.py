@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sweep_runs import DATA, FROZEN, HOW, OBJECTIVE, PAIRS, STEP, models_of, recipe_of, run, same, save_world, windows
+from sweep_runs import DATA, FROZEN, HOW, OBJECTIVE, PAIRS, STEP, loader, models_of, recipe_of, run, same, save_world
 
 from inpo_fast.method.config import ObjectiveConfig, Timesteps
 from inpo_fast.models.models import Models
@@ -67,7 +67,7 @@ def test_frozen_records_hold_what_a_plain_step_computes(world, tmp_path, tau_nor
     models, objective = models_of(world), ObjectiveConfig(beta=500.0, tau_norm=tau_norm)
     with torch.no_grad():
         models.policy.conv_out.weight.mul_(1.1)
-    how, (items,) = replace(HOW, frozen=True), windows(world, 0, DATA, 0, 1)
+    how, (items,) = replace(HOW, frozen=True), loader(world, 0, DATA, 0, 1)
     got = []
     for _ in range(2):
         recipe = recipe_of(models, tmp_path, how, objective, micro_batch=1)
@@ -88,7 +88,7 @@ def test_frozen_x_t_of_what_is_new(world, tmp_path, base, guidance):
     """In a window that is partly there each image is inverted to its own t with its own conditioning, bit for bit."""
     models, how = models_of(world, base), replace(HOW, frozen=True, guidance=guidance)
     run(world, tmp_path, base=base, how=how, seed=5, steps=1)
-    recipe, (items,) = recipe_of(models, tmp_path, how), windows(world, 0, DATA, 0, 1)
+    recipe, (items,) = recipe_of(models, tmp_path, how), loader(world, 0, DATA, 0, 1)
     step_batch = make_step_batch(items, models, recipe, models.encode_empty())
     assert 0 < len(step_batch.cached.missing) < 2 * PAIRS and step_batch.cached.missing != list(
         range(len(step_batch.cached.missing))
@@ -103,7 +103,7 @@ def test_frozen_t_belongs_to_the_pair(world, tmp_path):
     seen: dict[str, set[int]] = {}
     for seed in range(3):
         recipe = recipe_of(models, tmp_path, FROZEN, objective, seed=seed)
-        for items in windows(world, seed, DATA, 0, 4):
+        for items in loader(world, seed, DATA, 0, 4):
             step_batch = make_step_batch(items, models, recipe, models.encode_empty())
             for item, t in zip(items, step_batch.t[0].tolist(), strict=True):
                 seen.setdefault(item.id, set()).add(t)

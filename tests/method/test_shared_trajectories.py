@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from plans import counted_once, step_config
+from plans import counted_once, recipe
 from sweep_runs import HOW, STEP, run, same, save_world
 from test_inversion import PATH, C, eps_of, x_0
 from tiny_world import save_pairs, tiny_models
@@ -187,7 +187,7 @@ def test_cached_trajectories_serve_all_timesteps(tmp_path):
 
 def test_what_a_plan_says():
     """Evaluations of an image: the mean of the furthest of its timesteps, counted here one by one."""
-    plain, several = step_config("sd15"), step_config("sd15", "--objective.timesteps.per_pair=4")
+    plain, several = recipe("sd15"), recipe("sd15", "--objective.timesteps.per_pair=4")
     one, four = counted_once(plain, 1), counted_once(several, 1)
     furthest = [max(math.ceil(((t + 250 * k) % 1000 + 1) / 100) for k in range(4)) for t in range(1000)]
     assert four.work.evaluations == pytest.approx(sum(furthest) / 1000, abs=1e-6)

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from test_fast_inversion import RECIPE, ROUNDED, distance, inverted, move, world
+from test_fast_inversion import ROUNDED, STEP_CONFIG, distance, inverted, move, world
 from test_fast_unet import check_same, inputs, make
 from tiny_world import tiny_pipeline, tiny_unet, tiny_xl
 from torch._dynamo.utils import counters
@@ -141,14 +141,14 @@ def test_step_zero_is_exact(traced, items, pipeline, lora, precision):
     for how in ("fused", "compiled"):
         config = ModelsConfig(base="x", fast=how, precision=precision, lora=replace(LORA, rank=lora))
         models = Models(pipeline(), torch.device("cpu"), config)
-        step_batch = make_step_batch(items, models, RECIPE, models.encode_empty())
-        _, logits = train_step(step_batch, models, RECIPE, len(items), 1e9)
+        step_batch = make_step_batch(items, models, STEP_CONFIG, models.encode_empty())
+        _, logits = train_step(step_batch, models, STEP_CONFIG, len(items), 1e9)
         assert not logits.any()
         gradients.append(torch.cat([g.flatten() for g in models.weights.gradients]))
         if how == "compiled":
             graphs = len(traced)
             unsettle(models)
-            _, logits = train_step(step_batch, models, RECIPE, len(items), 1e9)
+            _, logits = train_step(step_batch, models, STEP_CONFIG, len(items), 1e9)
             assert logits.all() and len(traced) == graphs
     assert distance(gradients[1], gradients[0]) < {"fp32": 20 * ROUNDED, "bf16": 0.1}[precision]
 
@@ -156,8 +156,8 @@ def test_step_zero_is_exact(traced, items, pipeline, lora, precision):
 def test_pictures_are_drawn_on_the_same_graphs(traced, items):
     """Drawing in the middle of a run, or at its end, compiles nothing."""
     models = world(tiny_pipeline, fast="compiled")
-    step_batch = make_step_batch(items, models, RECIPE, models.encode_empty())
-    train_step(step_batch, models, RECIPE, len(items), 1e9)
+    step_batch = make_step_batch(items, models, STEP_CONFIG, models.encode_empty())
+    train_step(step_batch, models, STEP_CONFIG, len(items), 1e9)
     graphs = len(traced)
     with drawing_with(models.pipeline, models.policy):
         pictures = draw(models.pipeline, ["a", "b", "c"], [(1,), (2,), (3,)], steps=2, guidance=3.0, batch=2)
@@ -300,8 +300,8 @@ def test_cuda_graphs_are_of_one_size(traced, items):
     assert distance(inverted(fast, others), inverted(plain, others)) < ROUNDED
     assert len(traced) == 1
     models = Models(tiny_pipeline(), torch.device("cpu"), replace(fast.config, precision="bf16"))
-    step_batch = make_step_batch(items, models, RECIPE, models.encode_empty())
-    assert not train_step(step_batch, models, RECIPE, len(items), 1.0)[1].any()
+    step_batch = make_step_batch(items, models, STEP_CONFIG, models.encode_empty())
+    assert not train_step(step_batch, models, STEP_CONFIG, len(items), 1.0)[1].any()
     with pytest.raises(UserError, match=r"models.cuda_graphs=true needs models.fast=compiled"):
         check(RunConfig(models=ModelsConfig(base="x", fast="fused", cuda_graphs=True)))
 
@@ -343,13 +343,13 @@ def test_step_zero_on_a_gpu(items):
     for how in ("off", "fused", "compiled"):
         config = ModelsConfig(base="x", fast=how, precision="bf16")
         models = Models(tiny_pipeline(), torch.device("cuda"), config)
-        step_batch = make_step_batch(items, models, RECIPE, models.encode_empty())
-        _, logits = train_step(step_batch, models, RECIPE, len(items), 1e9)
+        step_batch = make_step_batch(items, models, STEP_CONFIG, models.encode_empty())
+        _, logits = train_step(step_batch, models, STEP_CONFIG, len(items), 1e9)
         zero[how] = not logits.any()
         gradients[how] = torch.cat([g.flatten() for g in models.weights.gradients])
     graphs = counters["stats"]["unique_graphs"] - before
     unsettle(models)
-    _, logits = train_step(step_batch, models, RECIPE, len(items), 1e9)
+    _, logits = train_step(step_batch, models, STEP_CONFIG, len(items), 1e9)
     assert zero == {"off": True, "fused": True, "compiled": True}
     assert logits.all() and counters["stats"]["unique_graphs"] - before == graphs > 5
     assert distance(gradients["compiled"], gradients["fused"]) < 0.1

@@ -8,7 +8,7 @@ import torch
 import torch._inductor.config
 from diffusers.models.resnet import ResnetBlock2D
 from test_compiled_blocks import KINDS
-from test_fast_inversion import RECIPE, distance, move
+from test_fast_inversion import STEP_CONFIG, distance, move
 from test_fast_unet import inputs, make
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,10 +140,10 @@ def test_the_pocket_by_inductor(items):
     for how, precision in (("off", "fp32"), ("fused", "bf16"), ("compiled", "bf16")):
         config = ModelsConfig(base=str(ASSETS / "model"), fast=how, precision=precision)
         models = Models(open_pipeline(config), torch.device("cpu"), config)
-        step_batch = make_step_batch(items, models, RECIPE, models.encode_empty())
-        assert not train_step(step_batch, models, RECIPE, len(items), 1e9)[1].any()
+        step_batch = make_step_batch(items, models, STEP_CONFIG, models.encode_empty())
+        assert not train_step(step_batch, models, STEP_CONFIG, len(items), 1e9)[1].any()
         gradients.append(torch.cat([g.double().flatten() for g in models.weights.gradients]))
         move(models, 1)
-        spread.append(noisy_latents(step_batch, models, RECIPE)[0])
+        spread.append(noisy_latents(step_batch, models, STEP_CONFIG)[0])
     assert distance(gradients[2], gradients[0]) < 1.05 * distance(gradients[1], gradients[0])
     assert distance(spread[2], spread[0]) < 1.2 * distance(spread[1], spread[0])

@@ -76,7 +76,7 @@ def one_step(models: Models, items: list, step_config: StepConfig, optimizer):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "pipeline", "config"),
+    ("step_config", "pipeline", "config"),
     [
         *((step_config, tiny_pipeline, ModelsConfig()) for step_config in KINDS.values()),
         (STEP_CONFIG, tiny_xl, ModelsConfig(precision="bf16", fast="fused")),
@@ -103,7 +103,7 @@ def test_the_count_sees_a_wait(meta_is_cuda):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("step_config", KINDS.values(), ids=KINDS)
 def test_cuda_sees_no_wait(items, step_config):
     models = Models(tiny_pipeline(), torch.device("cuda"), ModelsConfig(precision="bf16", fast="fused"))
     optimizer = torch.optim.AdamW(models.parameters(), fused=True)
