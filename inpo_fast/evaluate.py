@@ -1,6 +1,6 @@
 """Did the model get better? Paired win-rate of an aligned model against its base, with sanity checks.
 
-    python -m inpo_fast.evaluate --model runs/pocket/model --base <folder or hub id> --output runs/pocket \
+    python -m inpo_fast.evaluate --model runs/pocket/model --base <folder or hub id> --output runs/pocket \\
         --config configs/pocket.yaml
 
 Both models draw the same prompts from the same initial noise. A judge compares the two pictures; a win-rate
@@ -9,7 +9,7 @@ is wins plus half the ties, its 95 % interval a bootstrap over prompts (all pict
 Several models, or several judges, are compared in a table (comparison.md, .json and .html), which goes on where it was
 interrupted, also on several processes (torchrun):
 
-    python -m inpo_fast.evaluate --base BASE --model ours=runs/sd15/model --model lora=runs/sd15-lora/lora \
+    python -m inpo_fast.evaluate --base BASE --model ours=runs/sd15/model --model lora=runs/sd15-lora/lora \\
         --output runs/compare --evaluate.prompts=PartiPrompts.tsv --evaluate.judges='[pickscore, hps-v2.0, clip-h]'
 """
 

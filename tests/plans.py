@@ -4,8 +4,13 @@ Counts follow from shapes alone, and SDXL's take seconds: neither beta nor n nor
 counts a model, its FLOPs, activations and traffic, is remembered by the model's configuration and parameters.
 """
 
+import hashlib
+import os
+import pickle
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +20,7 @@ from inpo_fast.config import RunConfig, parse
 from inpo_fast.cost import flops, memory_traffic, plan, step_cost
 from inpo_fast.models import peak_memory
 from inpo_fast.models.unet import UNet
+from inpo_fast.runtime.files import write_bytes
 
 FORWARD_BYTES = UNet.forward_bytes
 COUNTED: dict[tuple, object] = {}
@@ -88,8 +94,20 @@ def remembered_call(count: Callable, run: partial):
 
 
 def _once(key: tuple, make: Callable):
+    """Once a process; with pytest-xdist once for all workers of a run."""
     if key not in COUNTED:
-        COUNTED[key] = make()
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+        if run is None:
+            COUNTED[key] = make()
+            return COUNTED[key]
+        name = hashlib.sha256(repr([getattr(part, "__qualname__", part) for part in key]).encode()).hexdigest()
+        file = Path(tempfile.gettempdir()) / f"counts-{run}" / name
+        try:
+            COUNTED[key] = pickle.loads(file.read_bytes())  # what a worker of this run has written
+        except FileNotFoundError:
+            COUNTED[key] = make()
+            file.parent.mkdir(exist_ok=True)
+            write_bytes(file, pickle.dumps(COUNTED[key]))
     return COUNTED[key]
 
 

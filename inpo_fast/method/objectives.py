@@ -13,6 +13,7 @@ from inpo_fast.method.methods import Terms, method_of
 from inpo_fast.method.noise_path import target
 
 
+@torch.enable_grad()  # of a leaf of its own: validation calls it where gradients are off
 def evaluate(
     method: str,
     config: ObjectiveConfig,

@@ -201,8 +201,7 @@ def test_weights_from_files_are_copied_where_they_will_be(tmp_path):
     assert seen.elements < 2000, seen.of
 
 
-@pytest.mark.parametrize("device", [None, CPU])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("device", "dtype"), [(None, torch.float32), (CPU, torch.bfloat16)])
 def test_random_weights_on_the_cpu_are_the_same_as_ever(monkeypatch, device, dtype):
     """UNet, VAE, text encoder, one after the other from one seed of the CPU's own generator."""
     small = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "attention_head_dim": 2}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,16 @@ def test_held_out_metrics_are_those_of_the_pairs(world, tmp_path):
     held, turned = values["held.parquet"], values["turned.parquet"]
     assert held["held_out_margin"] == pytest.approx(-turned["held_out_margin"], rel=1e-3) and held["held_out_margin"]
     assert held["held_out_winner_delta"] == pytest.approx(turned["held_out_loser_delta"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["smpo", "dpo", "kto", "sft"])
+def test_held_out_pairs_of_every_method(world, tmp_path, method):
+    """Nothing of them is trained on: gradients are off, also where the loss has no kernel of its own."""
+    looking, opened, step_config = observer(world, tmp_path / method, "held.parquet")
+    before = [p.clone() for p in opened.models.weights.masters]
+    found = looking.held_out_metrics(replace(step_config, method=method))
+    assert found["held_out_winner_delta"] == 0 and (method == "sft") == ("held_out_margin" not in found)
+    assert all(p.equal(own) for p, own in zip(opened.models.weights.masters, before, strict=True))
 
 
 def test_deltas_by_level_are_means_over_their_pairs():
