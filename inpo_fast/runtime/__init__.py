@@ -1,1 +1,1 @@
-"""Processes, files, errors, signals, random numbers, progress: what every room above uses."""
+"""Processes, files, errors, signals, random numbers, progress: what every package above uses."""

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_imports import FLOORS
+from test_imports import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
@@ -40,5 +40,5 @@ def test_what_it_names_is_there(file, name):
 def test_it_names_what_there_is():
     assert len(SPANS) > 80
     rows = [line for line in TEXT.splitlines() if re.match(r"\| \d+ \| (`|the files)", line)]
-    rooms = [re.search(r"`(\w+)/`", row) for row in rows[1:]]
-    assert [found[1] for found in rooms] == list(reversed(FLOORS[:-1])) and "commands" in rows[0]
+    packages = [re.search(r"`(\w+)/`", row) for row in rows[1:]]
+    assert [found[1] for found in packages] == list(reversed(LAYERS[:-1])) and "commands" in rows[0]

@@ -1,4 +1,4 @@
-"""The floors of docs/structure.md: every import of inpo_fast goes down, kernels and bench keep to their own rules."""
+"""The layers of docs/structure.md: every import of inpo_fast goes down, kernels and bench keep to their own rules."""
 
 import ast
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# from the ground up: a room imports from the rooms before it and from itself; the commands are the files of inpo_fast/
-FLOORS = (
+# from the bottom up: a package imports from those before it and from itself; the commands are the files of inpo_fast/
+LAYERS = (
     "runtime",
     "method",
     "models",
@@ -40,7 +40,7 @@ MODULES = [name for name in TREES if name.startswith("inpo_fast.") and name not 
 BENCH = [name for name in TREES if name.startswith("bench.")]
 
 
-def room(name: str) -> str:
+def package(name: str) -> str:
     part = name.split(".")[1]
     return part if (ROOT / "inpo_fast" / part).is_dir() else "commands"
 
@@ -80,18 +80,18 @@ def test_the_walk_sees_the_package():
     assert "inpo_fast.runtime.keyed_rng" in NEEDS["inpo_fast.data.loader"]  # from inpo_fast.runtime import keyed_rng
     assert "inpo_fast.training.loop" in NEEDS["inpo_fast.train"]  # inside main()
     assert "inpo_fast.training.loop" not in imports(TREES["inpo_fast.train"], in_functions=False)
-    assert {room(name) for name in MODULES} == set(FLOORS)
+    assert {package(name) for name in MODULES} == set(LAYERS)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down(name):
-    own = FLOORS.index(room(name))
+    own = LAYERS.index(package(name))
     up = [
         need
         for need in NEEDS[name]
-        if need in TREES and need.startswith("inpo_fast.") and FLOORS.index(room(need)) > own
+        if need in TREES and need.startswith("inpo_fast.") and LAYERS.index(package(need)) > own
     ]
-    assert not up, f"{name} ({FLOORS[own]}) imports from above: {up}"
+    assert not up, f"{name} ({LAYERS[own]}) imports from above: {up}"
 
 
 @pytest.mark.parametrize("name", [*MODULES, *BENCH, *KERNELS])
@@ -125,12 +125,12 @@ def test_package_never_imports_bench_or_tests(name):
 
 
 @pytest.mark.parametrize("name", [name for name in BENCH if name.count(".") > 1])
-def test_rooms_of_bench_keep_apart(name):
-    """Each imports what lies on top of bench/, but for what reads all of them, and no other room."""
-    room = name.rpartition(".")[0]
+def test_folders_of_bench_keep_apart(name):
+    """Each imports what lies on top of bench/, but for what reads all of them, and no other folder."""
+    folder = name.rpartition(".")[0]
     allowed = {"bench.results", "bench.report", "bench.interpreter"}
     assert {need for need in NEEDS[name] & TREES.keys() if need.startswith("bench.")} <= allowed | {
-        other for other in BENCH if other.startswith(f"{room}.")
+        other for other in BENCH if other.startswith(f"{folder}.")
     }
 
 
