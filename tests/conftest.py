@@ -2,6 +2,7 @@
 collection while modules are imported; without a CUDA device the kernels run in Triton's interpreter."""
 
 import gc
+import logging
 import os
 
 gc.disable()
@@ -14,6 +15,7 @@ import torch  # noqa: E402
 from bench import interpreter  # noqa: E402
 
 torch.set_num_threads(1)
+logging.getLogger("torch.__trace").propagate = True  # or pytest has a trace of all that is compiled written for itself
 pytest_pyfunc_call = interpreter.pytest_pyfunc_call
 
 

@@ -31,6 +31,9 @@ STEP_CONFIG = StepConfig(
 )
 KINDS = ["adamw", "adamw-bf16", "adamw-8bit", "adafactor"]
 MODES = [(kind, precision) for kind in KINDS for precision in ("fp32", "bf16")] + [("adamw", "fp16")]
+# an optimizer is given lists of tensors and knows no model: SDXL with the plain one, and with the one that has a kernel
+BASES = [("sd", *mode) for mode in MODES]
+BASES += [("xl", *mode) for mode in MODES if mode[0] == "adamw" or mode == ("adamw-bf16", "bf16")]
 PAIRS = 4
 
 
@@ -68,9 +71,8 @@ class Training:
         return [*self.models.weights.masters, *self.models.weights.working, *self.average.mean]
 
 
-@pytest.mark.parametrize(("kind", "precision"), MODES)
+@pytest.mark.parametrize(("base", "kind", "precision"), BASES)
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-@pytest.mark.parametrize("base", ["sd", "xl"])
 def test_trains_and_resumes(world, tmp_path, base, rank, kind, precision):
     mode = (*world, base, rank, kind, precision)
     whole = Training(*mode)
