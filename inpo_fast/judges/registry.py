@@ -19,8 +19,10 @@ PICKSCORE = "yuvalkirstain/PickScore_v1"
 
 @dataclass(frozen=True)
 class Asked:
-    """A judge as it was asked for. rest: all behind the first colon; weights and processor: its halves, "" for none."""
+    """A judge as it was asked for. spec: the whole; rest: all behind its first colon, weights and processor: the halves
+    of that, "" for none."""
 
+    spec: str
     name: str
     rest: str
     weights: str
@@ -39,8 +41,8 @@ class Entry:
 def _pocket_rules(asked: Asked) -> Judge:
     from inpo_fast.judges.pocket_rules import RuleJudge
 
-    if asked.rest:
-        raise UserError(f"judge pocket-rules: has no weights; leave out :{asked.rest}")
+    if asked.spec != asked.name:
+        raise UserError(f"judge {asked.spec}: has no weights; write {asked.name}")
     return RuleJudge()
 
 
@@ -132,7 +134,7 @@ def make_judge(spec: str, device: torch.device | str = "cpu", batch: int = 64) -
     weights, _, processor = rest.rpartition("@") if "@" in rest else (rest, "", "")
     if name not in JUDGES:
         raise UserError(f"unknown judge {spec!r}; one of {', '.join(NAMES)}")
-    return JUDGES[name].make(Asked(name, rest, weights, processor, device, batch))
+    return JUDGES[name].make(Asked(spec, name, rest, weights, processor, device, batch))
 
 
 def make_judges(specs: Sequence[str], device: torch.device | str = "cpu", batch: int = 64) -> list[Judge]:

@@ -206,6 +206,8 @@ def test_a_pickle_is_never_run(folder, tmp_path):
     ("spec", "words"),
     [
         ("nobody", "unknown judge 'nobody'.*hps-v2.0"),
+        ("pocket-rules:", "judge pocket-rules:: has no weights; write pocket-rules"),
+        ("pocket-rules:x", "has no weights"),
         ("clip", "names no model"),
         ("clip:/no/where", "no such folder"),
         ("hps-v2.1:/no/file.pt", "no such file"),
