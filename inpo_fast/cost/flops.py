@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from inpo_fast.models.families import denoiser_of
-from inpo_fast.models.peak_memory import fused_attention
+from inpo_fast.models.meta_device import counting
 
 CLASSES = {  # operation -> class of the table
     "aten.convolution": "conv",
@@ -48,7 +48,7 @@ def network_passes(network: torch.nn.Module, side: int, tokens: int, checkpointi
     """network: a denoiser's, on the meta device, in the dtype it computes in; side: of the latent; tokens: of the text
     embedding. checkpointing: blocks keep their inputs only, and one block at a time is computed again."""
     parameters, denoiser = sum(p.numel() for p in network.parameters()), denoiser_of(network)
-    with fused_attention():
+    with counting():
         kept = _Kept(network, denoiser.blocks(network))
         with FlopCounterMode(display=False) as forward, kept.watching():
             output = denoiser.meta_pass(network, side, tokens)
@@ -67,7 +67,7 @@ def network_passes(network: torch.nn.Module, side: int, tokens: int, checkpointi
 
 def forward_flop(run: Callable[[], object]) -> int:
     """FLOPs of a call without gradient on the meta device."""
-    with torch.no_grad(), fused_attention(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counting(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 

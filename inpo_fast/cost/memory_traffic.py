@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from inpo_fast.models.families import denoiser_of
-from inpo_fast.models.peak_memory import fused_attention
+from inpo_fast.models.meta_device import counting
 
 SECOND = "second read"
 KINDS = {  # operation, without the underscore of one in place -> kind; all others are copies
@@ -77,7 +77,7 @@ def network_traffic(network: torch.nn.Module, side: int, tokens: int) -> Network
     tokens: of the text embedding."""
     denoiser = denoiser_of(network)
     network.zero_grad()  # a gradient left over would be added to
-    with fused_attention():
+    with counting():
         with torch.no_grad(), denoiser.inverting(network), Traffic() as inversion:
             denoiser.meta_pass(network, side, tokens)
         with Traffic() as forward:
@@ -89,7 +89,7 @@ def network_traffic(network: torch.nn.Module, side: int, tokens: int) -> Network
 
 def forward_traffic(run: Callable[[], object]) -> dict[str, int]:
     """Bytes by kind of a call without gradient on the meta device."""
-    with torch.no_grad(), fused_attention(), Traffic() as counter:
+    with torch.no_grad(), counting(), Traffic() as counter:
         run()
     return dict(counter.bytes)
 

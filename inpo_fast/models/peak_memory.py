@@ -5,16 +5,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from inpo_fast.models.meta_device import counting
 
 
 def peak_bytes(run: Callable[[], object], modules: Iterable[torch.nn.Module]) -> int:
     """The most that a call without gradient on the meta device has alive at once: what it makes, but not the modules'
     own tensors. Exact for torch's tensors; what a kernel takes for itself (workspace) is not seen."""
     alive = _Alive(modules)
-    with torch.no_grad(), fused_attention(), alive:
+    with torch.no_grad(), counting(), alive:
         run()
     return alive.peak
 
@@ -75,17 +76,3 @@ class _Alive(TorchDispatchMode):
     def _free(self, number: int, size: int) -> None:
         self.known.discard(number)
         self.now -= size
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """On the meta device torch would take the unfused attention, which no GPU runs: it keeps whole attention maps."""
-
-    def fused(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-
-    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain

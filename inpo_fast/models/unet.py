@@ -29,7 +29,7 @@ from inpo_fast.models.config import Architecture
 from inpo_fast.models.denoiser import Denoiser, Text
 from inpo_fast.models.fast import fast_unet
 from inpo_fast.models.files.original_keys import clip_tensors, open_clip_tensors, unet_name, vae_tensors
-from inpo_fast.models.peak_memory import fused_attention
+from inpo_fast.models.meta_device import counting
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.transfer import to_device
 
@@ -268,7 +268,7 @@ class UNet(Denoiser):
                 handles.append(layer.register_forward_hook(look))
         for block in module.down_blocks:
             handles.append(block.register_forward_hook(skip))
-        with torch.no_grad(), fused_attention():
+        with torch.no_grad(), counting():
             self.meta_pass(module, side, tokens)
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from inpo_fast.cost import memory_traffic
 from inpo_fast.cost.memory_traffic import SECOND, Traffic, least_bytes, roofline_bytes
 from inpo_fast.models.fast.fast_unet import inverting, make_fast
-from inpo_fast.models.peak_memory import fused_attention
+from inpo_fast.models.meta_device import counting
 from inpo_fast.models.unet import UNet
 
 META = torch.device("meta")
@@ -38,7 +38,7 @@ def image(channels: int, side: int) -> torch.Tensor:
 
 
 def both_ways(module, *args, **more) -> tuple[dict, dict]:
-    with fused_attention():
+    with counting():
         with Traffic() as forward:
             y = module(*args, **more)
         with Traffic() as backward:
@@ -175,7 +175,7 @@ def test_kernels_of_sd15(monkeypatch):
     for module in made.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(look)
-    with torch.no_grad(), fused_attention(), Traffic() as plain:
+    with torch.no_grad(), counting(), Traffic() as plain:
         UNet(made.config).meta_pass(made, 64, 77)
     fast = memory_traffic.network_traffic(unet("sd15", "fused"), 64, 77)  # by the kinds above
     plain, inversion, forward = (
@@ -196,7 +196,7 @@ def test_fused_path_does_the_same_matrix_work(name):
     flop = []
     for how in ("off", "fused"):
         made = unet(name, how)
-        with torch.no_grad(), fused_attention(), inverting(made), FlopCounterMode(display=False) as counter, Traffic():
+        with torch.no_grad(), counting(), inverting(made), FlopCounterMode(display=False) as counter, Traffic():
             UNet(made.config).meta_pass(made, made.config.sample_size, 77)
         flop.append(counter.get_total_flops())
     assert flop[0] == flop[1]
