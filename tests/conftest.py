@@ -80,10 +80,13 @@ def interpreted(monkeypatch):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """torch.compile without the C++ compiler; the list of the graphs that it makes."""
-    from traced_graphs import GRAPHS, compile_by_tracing, forget_graphs
+    """torch.compile without the C++ compiler; the graphs that the test runs."""
+    from traced_graphs import GRAPHS, compile_by_tracing
+
+    from inpo_fast.models.fast.compiled_blocks import graph_of
 
     compile_by_tracing(monkeypatch)
-    forget_graphs()
+    graph_of.cache_clear()
+    GRAPHS.clear()
     yield GRAPHS
-    forget_graphs()
+    graph_of.cache_clear()

@@ -39,12 +39,13 @@ def one_level_unet() -> UNet2DConditionModel:
         in_channels=4,
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",),
         block_out_channels=(8,),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
         attention_head_dim=2,
-        norm_num_groups=4,
+        norm_num_groups=2,
     )
 
 

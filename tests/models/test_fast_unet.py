@@ -35,16 +35,17 @@ def make(kind: str, seed: int = 0) -> torch.nn.Module:
     return unet
 
 
-def inputs(unet, batch: int = 3) -> tuple[tuple, dict]:
-    """On the UNet's device; the same numbers on each."""
+def inputs(unet, batch: int = 3, size: int = 8) -> tuple[tuple, dict]:
+    """On the UNet's device; the same numbers on each. In the shapes of the tiny pipelines, whose graphs are then these
+    too."""
     torch.manual_seed(1)
     config, device, more = unet.config, unet.device, {}
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         texts, ids = torch.randn(batch, pooled), 32 * torch.rand(batch, 6)
         more["added_cond_kwargs"] = {"text_embeds": texts.to(device), "time_ids": ids.to(device)}
-    text = torch.randn(batch, 5, config.cross_attention_dim)
-    args = torch.randn(batch, 4, 8, 8), torch.randint(0, 1000, (batch,)), text
+    text = torch.randn(batch, 16, config.cross_attention_dim)
+    args = torch.randn(batch, 4, size, size), torch.randint(0, 1000, (batch,)), text
     return tuple(x.to(device) for x in args), more
 
 

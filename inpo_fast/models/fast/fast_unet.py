@@ -85,7 +85,7 @@ def make_fast(
 def undo(unet: UNet2DConditionModel) -> None:
     """Takes back what `make_fast` put in; the weights stay in channels_last."""
     for module in unet.modules():
-        for name in (*METHODS, "fast_mode"):
+        for name in (*METHODS, "fast_mode", "narrow"):
             module.__dict__.pop(name, None)
         if isinstance(getattr(module, "processor", None), attention.Processor):
             module.set_processor(attention.AttnProcessor2_0())

@@ -15,30 +15,38 @@ LARGEST = 448.0  # of e4m3
 SMALLEST_SCALE = 1e-12
 
 
+class Narrow:
+    """(out, in) e4m3 and (out,) fp32 scales of a linear layer. Kept at the layer, so that a compiled block's graph is
+    that of all blocks of its shape; a copy of the layer has none."""
+
+    def __init__(self, layer: nn.Linear):
+        self.weight = torch.empty_like(layer.weight, dtype=torch.float8_e4m3fn, requires_grad=False)
+        self.scale = torch.empty(len(layer.weight), dtype=torch.float32, device=layer.weight.device)
+
+    def __deepcopy__(self, memo) -> None:
+        return None
+
+
 class Fp8Weights:
-    """(out, in) e4m3 and (out,) fp32 scales of linear layers, rounded anew by `refresh` in place."""
+    """Of linear layers, rounded anew by `refresh` in place."""
 
     def __init__(self, layers: Iterable[nn.Linear]):
-        self.of = {
-            layer: (
-                torch.empty_like(layer.weight, dtype=torch.float8_e4m3fn, requires_grad=False),
-                torch.empty(len(layer.weight), dtype=torch.float32, device=layer.weight.device),
-            )
-            for layer in layers
-        }
+        self.layers = list(layers)
+        for layer in self.layers:
+            layer.narrow = Narrow(layer)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        for layer, (narrow, scale) in self.of.items():
+        for layer in self.layers:
             new, new_scale = quantise(layer.weight)
-            narrow.copy_(new)
-            scale.copy_(new_scale)
+            layer.narrow.weight.copy_(new)
+            layer.narrow.scale.copy_(new_scale)
 
     def linear(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) to (…, out) in x's dtype."""
-        weight, weight_scale = self.of[layer]
+        narrow = layer.narrow
         rows, scale = quantise(x.reshape(-1, x.shape[-1]))
-        out = _product(rows, scale, weight, weight_scale, x.dtype)
+        out = _product(rows, scale, narrow.weight, narrow.scale, x.dtype)
         return (out if layer.bias is None else out + layer.bias).unflatten(0, x.shape[:-1])
 
 
