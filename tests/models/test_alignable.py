@@ -26,6 +26,11 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def like(saved):
+    return load_pipeline(str(saved / "sd")).unet
+
+
 @pytest.fixture
 def small(saved, tmp_path):
     """kind, file, changes -> a folder of small files alone, one of them changed; None removes a key."""
@@ -88,10 +93,9 @@ UNETS = {
 
 
 @pytest.mark.parametrize("words", UNETS)
-def test_unets(small, saved, words):
+def test_unets(small, like, words):
     folder = small("sd", **UNETS[words])
     refused(f"^models.base: .*({words})", find_model, "models.base", folder)
-    like = load_pipeline(str(saved / "sd")).unet
     alone = f"{folder}/unet"
     if not words.startswith(("16", "told hidden")):  # those belong to another part of the pipeline
         refused(f"^--model: .*({words})", load_unet, "--model", alone, like)
@@ -139,11 +143,11 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_by_their_class(small, saved, name):
+def test_families_by_their_class(small, like, name):
     """The folder's other files do not count: they are those of Stable Diffusion here."""
     folder = small("sd", "model_index.json", _class_name=name)
     refused(FAMILIES[name], find_model, "models.base", folder)
-    refused(FAMILIES[name], load_unet, "--model", folder, load_pipeline(str(saved / "sd")).unet)
+    refused(FAMILIES[name], load_unet, "--model", folder, like)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
@@ -286,7 +290,8 @@ def test_a_vaes_file_has_the_scaling_of_the_bases_own(saved, tmp_path):
     other_vae(scaling_factor=0.5).save_pretrained(tmp_path)
     vae = load_vae(str(tmp_path / "diffusion_pytorch_model.safetensors"), base)
     assert vae.config.scaling_factor == 0.13025
-    assert all(x.equal(other_vae().state_dict()[name]) for name, x in vae.state_dict().items())
+    want = other_vae().state_dict()
+    assert all(x.equal(want[name]) for name, x in vae.state_dict().items())
     # a folder has a word of its own; one of old, without it, is like a file
     assert load_vae(str(tmp_path), base).config.scaling_factor == 0.5
     edit(tmp_path / "config.json", scaling_factor="remove")
