@@ -220,7 +220,8 @@ def test_random_weights_on_the_cpu_are_the_same_as_ever(monkeypatch, device, dty
         torch.set_default_dtype(torch.float32)
         torch.random.set_rng_state(before)
     for one, other in zip((got.unet, got.vae, got.text_encoder), want, strict=True):
-        assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
+        ours, theirs = one.state_dict(), other.state_dict()
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
         assert {p.dtype for p in one.parameters()} == {dtype}
 
 
