@@ -13,6 +13,7 @@ has changed is compiled again.
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
+from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction
 
 # Limits that Triton checks only when it loads or launches a kernel. Shared memory: of one program, CUDA guide.
@@ -168,6 +170,9 @@ def compile_in_processes(groups: list[tuple[list, int]], processes: int) -> Iter
         os.dup2(log.fileno(), 2)
         sender.send(compile_cases(cases, arch))
 
+    # what each process would do for its first launch
+    importlib.import_module("triton.experimental.gluon")
+    triton_key()  # a hash of all of Triton, remembered
     fork = multiprocessing.get_context("fork")
     waiting, running = groups[::-1], {}
     while waiting or running:
@@ -214,6 +219,8 @@ def main() -> int:
     if arguments.cases:
         cases = runpy.run_path(arguments.cases)["CASES"]
     else:
+        import torch._dynamo  # noqa: F401 - an op's first call imports it: here once, not in each process
+
         from bench.kernels.case import all_cases
 
         cases = all_cases()

@@ -1,17 +1,15 @@
 """.ci/resolve.py: what it makes of uv's and pip's words, and that it tells a conflict from an index that is not there.
 The words are those of uv 0.9 and 0.13 and of pip 23.2, shortened."""
 
-import functools
-import http.server
 import importlib.util
 import os
 import shutil
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
+from index_on_this_machine import served
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("resolve", ROOT / ".ci" / "resolve.py")
@@ -144,11 +142,6 @@ def publish(folder: Path, name: str, version: str, *needs: str) -> None:
     (wheel.parent / "index.html").write_text(f"<!DOCTYPE html><html><body>{links}</body></html>")
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args) -> None:
-        pass
-
-
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """torch 2.13.0 asks for one triton, as the published one does; s3fs stands for what an extra brings."""
@@ -161,13 +154,8 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/simple"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served(tmp_path) as address:
+        yield f"{address}/simple"
 
 
 def run(folder: Path, index: str, text: str, capsys, *words: str) -> tuple[int, list[str]]:
