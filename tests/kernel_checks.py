@@ -22,8 +22,8 @@ def draws(keys, steps, n, start=0):
 
 
 def kinds(every, differing):
-    """The cases of a test. A GPU gets all: it compiles each dtype and alignment anew. The interpreter runs the same lines
-    for many of them: it gets those that differ."""
+    """The cases of a test. A GPU gets all: it compiles each dtype and alignment anew. The interpreter, which runs the
+    same lines for many of them, gets those that differ."""
     return list(every) if torch.cuda.is_available() else list(differing)
 
 

@@ -109,7 +109,9 @@ def same(one, other):
 @pytest.mark.parametrize("mu", [None, 0.25], ids=["no gate", "gate"])
 @pytest.mark.parametrize(
     "shape, dtype",
-    kinds(product(SHAPES, STORE), [("real", torch.bfloat16), *product(["odd tail"], STORE), ("minimal", torch.float32)]),
+    kinds(
+        product(SHAPES, STORE), [("real", torch.bfloat16), *product(["odd tail"], STORE), ("minimal", torch.float32)]
+    ),
     ids=str,
 )
 def test_value_and_gradient(shape, dtype, mu):

@@ -56,7 +56,9 @@ def check(y, x, w, b):
 
 @pytest.mark.parametrize(
     "shape, dtype",
-    kinds(product(SHAPES, STORE), [("real", torch.bfloat16), *product(["odd tail"], STORE), ("minimal", torch.float32)]),
+    kinds(
+        product(SHAPES, STORE), [("real", torch.bfloat16), *product(["odd tail"], STORE), ("minimal", torch.float32)]
+    ),
     ids=str,
 )
 def test_value(shape, dtype):
