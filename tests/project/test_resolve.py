@@ -167,12 +167,15 @@ def run(folder: Path, index: str, text: str, capsys, *words: str) -> tuple[int, 
 
 @uv
 def test_every_combination_has_its_line(index, tmp_path, capsys):
-    status, lines = run(tmp_path, index, "torch==2.13.0\ntriton==3.7.1\nfsspec==2026.9.0\n", capsys)
+    publish(tmp_path, "torch", "2.13.0", "triton==3.7.1", "older==1; python_version < '3.12'")
+    publish(tmp_path, "older", "1")
+    status, lines = run(tmp_path, index, "torch==2.13.0\ntriton==3.7.1\nfsspec==2026.9.0\nolder==1\n", capsys)
     assert status == 0
     pythons, extras = ("3.11", "3.12", "3.13"), ("all", "none", "data")
     assert [line.split(": ")[0] for line in lines] == [f"mine.txt, Python {p}, {x}" for p in pythons for x in extras]
-    assert lines[0].endswith(": resolves, 3 packages: torch 2.13.0 triton 3.7.1")
-    assert lines[1].endswith(": resolves, 2 packages: torch 2.13.0 triton 3.7.1")
+    counts = [4, 3, 4, 3, 2, 3, 3, 2, 3]  # each Python asks for its own
+    for line, n in zip(lines, counts, strict=True):
+        assert line.endswith(f": resolves, {n} packages: torch 2.13.0 triton 3.7.1")
 
 
 @uv
