@@ -25,7 +25,6 @@ from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import TooLarge
 
-
 STEPS = contenders.STEPS
 
 
