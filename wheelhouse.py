@@ -12,6 +12,7 @@ command goes on from there.
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import re
@@ -41,6 +42,7 @@ SILENT = (
     "the package index does not answer; check the network and the proxy (HTTPS_PROXY), then call it again: it goes on "
     "from here"
 )
+DAMAGED = "DO NOT MATCH THE HASHES"  # pip's words
 PLACED = re.compile(r"^([\w.\-]+) @ \S*?/[\w.]+?-([^-/]+)-[^/]+\.whl")
 VERSION = re.compile(  # what uv reads: PEP 440; a distribution's own packages have others
     r"v?(\d+!)?\d+(\.\d+)*([-_.]?(a|alpha|b|beta|c|rc|pre|preview)[-_.]?\d*)?(-\d+|[-_.]?(post|rev|r)[-_.]?\d*)?"
@@ -101,9 +103,9 @@ def tell(has, lacking, held):
         print(f"  {name} {has[name]} there does not fit what the others need: {lacking[name]} takes its place")
 
 
-def installation(python, folder):
+def installation(python, folder, *where):
     """The command that installs a wheelhouse: just these wheels, and only as they were when it was made."""
-    words = ["-m", "pip", "install", "--no-index", "--no-deps", "--find-links", folder, "-r", folder / LIST]
+    words = ["-m", "pip", *where, "install", "--no-index", "--no-deps", "--find-links", folder, "-r", folder / LIST]
     return [str(word) for word in (python, *words)]
 
 
@@ -254,10 +256,15 @@ def environment():
     """pip's index, where it names one, for uv too; the rest of pip's configuration is about this machine."""
     index = os.environ.get("PIP_INDEX_URL")
     if index is None:
-        ask = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-        index = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+        index = configured_index()
     own = {"UV_DEFAULT_INDEX": index} if index else {}
     return {**own, **os.environ}
+
+
+@functools.cache
+def configured_index():
+    ask = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
 
 
 def stand_in(name, version, folder):
@@ -292,6 +299,18 @@ class Wheel:
         """Downloads it to a folder of its own there, and moves it when it is whole."""
         new = folder / "new"
         shutil.rmtree(new, ignore_errors=True)
+        failed, said = False, DAMAGED
+        if self.here:  # our own, and what lies in an index on this disk
+            new.mkdir()
+            shutil.copy(self.here, new / self.file)
+        else:
+            failed, said = self.download(new)
+        if failed or not self.right(new / self.file):
+            raise UserError(f"{self.file} did not come: {reason(said)}")
+        (new / self.file).replace(folder / self.file)
+        new.rmdir()
+
+    def download(self, new):
         platforms = self.file[: -len(".whl")].rsplit("-", 1)[1]
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(new)]
         command += ["--python-version", self.python, "--no-input", "--disable-pip-version-check"]
@@ -299,10 +318,7 @@ class Wheel:
         command += [self.url + (f"#sha256={self.sha256}" if self.sha256 else "")]
         quiet = [] if self.size > 30e6 else ["--quiet"]  # pip's own progress for what takes a while
         done = subprocess.run([*command, *quiet], stderr=subprocess.PIPE, text=True)
-        if done.returncode or not self.right(new / self.file):
-            raise UserError(f"{self.file} did not come: {reason(done.stderr)}")
-        (new / self.file).replace(folder / self.file)
-        new.rmdir()
+        return done.returncode, done.stderr
 
 
 def reason(said):
@@ -310,7 +326,7 @@ def reason(said):
         return install.disk_is_full("the disk is full", None)
     if re.search(install.NETWORK, said):
         return SILENT
-    if "DO NOT MATCH THE HASHES" in said:
+    if DAMAGED in said:
         return "what came is damaged; call it again: it goes on from here"
     errors = [line for line in said.splitlines() if line.startswith("ERROR")] or said.strip().splitlines()
     return " ".join(errors[-1].split()) if errors else "what came is not what the index announced; call it again"

@@ -71,6 +71,7 @@ def main(words: list[str] | None = None) -> int:
     def ask_uv(combination: tuple[Path, str, str]) -> tuple[int, str]:
         file, python, extra = combination
         command = [uv, "pip", "compile", "--quiet", "--config-file", configuration.name, "-c", file]
+        command += ["--python", sys.executable]  # asked about this machine; it would start each that is installed
         command += ["--no-header", "--no-annotate", "--only-binary", ":all:", "--no-python-downloads"]
         command += ["--python-version", python, "--python-platform", "linux"]
         command += [*(f"--extra={name}" for name in sets[extra]), asked.project / "pyproject.toml"]

@@ -42,6 +42,10 @@ def pytest_configure(config):
         raise pytest.UsageError("timing wants the machine for itself: run the benchmarks without -n")
 
 
+def pytest_collection_finish():
+    interpreter.patch_once()
+
+
 def pytest_report_header(config):
     if not CUDA and not config.option.check:
         return CPU_ONLY

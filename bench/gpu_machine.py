@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def make(asked):
     if free < UNPACKED * size:
         raise UserError(f"up to {UNPACKED * size:.0f} MB are needed for it and {free:.0f} are free; make room")
     shutil.rmtree(VENV, ignore_errors=True)
-    done = subprocess.run([python, "-m", "venv", VENV], capture_output=True, text=True)
+    # this Python's pip installs there: to give it one of its own takes seconds
+    done = subprocess.run([python, "-m", "venv", "--without-pip", VENV], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{python} -m venv fails; on Debian and Ubuntu: apt install python{asked.python}-venv")
     install_there = ("pip", "install", "--quiet", "--no-deps", "--python", VENV / "bin" / "python")
@@ -75,7 +77,8 @@ def make(asked):
     (VENV / "machine.txt").write_text(lines(there))
     uv(target, *install_there, "-r", VENV / "machine.txt")
     wheelhouse.fetch(target.wheels(lacking), VENV / "wheelhouse", f"rehearsal beside {Path(asked.has).name}")
-    without_index(wheelhouse.installation(VENV / "bin" / "python", VENV / "wheelhouse"))
+    into = ("--python", VENV / "bin" / "python")
+    without_index(wheelhouse.installation(sys.executable, VENV / "wheelhouse", *into))
     READY.write_text(state)
 
 

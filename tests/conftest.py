@@ -21,6 +21,7 @@ pytest_pyfunc_call = interpreter.pytest_pyfunc_call
 
 def pytest_collection_finish():
     """Garbage is not looked for among the modules: with torch and diffusers a tenth of the suite's processor time."""
+    interpreter.patch_once()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()

@@ -74,6 +74,8 @@ class Draw:
         self.generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0, mean: float = 0.0):
+        if self.generator is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
         x = torch.randn(shape, generator=self.generator, device=self.device)
         return x.mul_(std).add_(mean).to(dtype)
 

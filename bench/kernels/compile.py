@@ -7,12 +7,13 @@ as always (types, divisibility by 16, equality with 1), compiles it, and is stop
 measured here is what would run. Registers and spills are ptxas's own count. Widths of global loads and stores (how
 many in the code x bytes per thread; TMA not counted) and tensor-core instructions (mma) are read from the PTX.
 Exits with 1 if a launch does not compile, spills, or asks for more than the GPU has. Triton's cache is used: what
-has changed is compiled again.
+has changed is compiled again; all is with TRITON_ALWAYS_COMPILE=1.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import multiprocessing
@@ -24,11 +25,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
+from triton.runtime.cache import get_cache_manager, triton_key
 from triton.runtime.jit import JITFunction
 
 # Limits that Triton checks only when it loads or launches a kernel. Shared memory: of one program, CUDA guide.
@@ -39,6 +42,7 @@ WARPS, TENSOR_MEMORY, GRID_YZ = 32, 512, 65535
 ACCESS = r"\b{}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
 COPY = r"\bcp\.async\.c[ag]\..*?\], *\[.*?\], *(\w+)"
 MMA = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
+LOG = "ptxas.log"  # beside the kernel in Triton's cache, whose key has ptxas's version and options
 WRITE = r"\b(?:st\.global|red\.|atom\.|cp\.(?:reduce\.)?async\.bulk.*global\.shared)"
 
 
@@ -78,15 +82,24 @@ class NoGPU:
         return 0
 
 
-def measure(launch: Launch, kernel: CompiledKernel) -> None:
-    ptx, metadata = kernel.asm["ptx"], kernel.metadata
-    # the backend's own step from PTX to machine code once more: ptxas's options differ between versions of Triton
+def assemble(ptx: str, metadata, arch: int) -> str:
+    """What ptxas says. The backend's own step from PTX to machine code once more: options differ between versions."""
     knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        make_backend(metadata.target).make_cubin(ptx, {}, metadata, launch.arch)
-    launch.registers = max(map(int, re.findall(r"Used (\d+) registers", log.getvalue())))
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+        make_backend(metadata.target).make_cubin(ptx, {}, metadata, arch)
+    return log.getvalue()
+
+
+def measure(launch: Launch, kernel: CompiledKernel) -> None:
+    ptx, metadata = kernel.asm["ptx"], kernel.metadata
+    cache = get_cache_manager(kernel.hash)
+    kept = None if knobs.compilation.always_compile else cache.get_file(LOG)
+    said = Path(kept).read_text() if kept else assemble(ptx, metadata, launch.arch)
+    launch.registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     launch.spill_stores, launch.spill_loads = (sum(map(int, column)) for column in zip(*spills, strict=True))
+    if not kept:
+        cache.put(said, LOG, binary=False)
     launch.shared, launch.warps = metadata.shared, metadata.num_warps
     loads, stores = (
         [int(n or 1) * int(bits) // 8 for n, bits in re.findall(ACCESS.format(verb), ptx)] for verb in ("ld", "st")
@@ -168,6 +181,9 @@ def compile_in_processes(groups: list[tuple[list, int]], processes: int) -> Iter
         os.dup2(log.fileno(), 2)
         sender.send(compile_cases(cases, arch))
 
+    # what each process would do for its first launch
+    importlib.import_module("triton.experimental.gluon")
+    triton_key()  # a hash of all of Triton, remembered
     fork = multiprocessing.get_context("fork")
     waiting, running = groups[::-1], {}
     while waiting or running:
@@ -214,6 +230,8 @@ def main() -> int:
     if arguments.cases:
         cases = runpy.run_path(arguments.cases)["CASES"]
     else:
+        import torch._dynamo  # noqa: F401 - an op's first call imports it: here once, not in each process
+
         from bench.kernels.case import all_cases
 
         cases = all_cases()

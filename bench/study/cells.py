@@ -96,8 +96,13 @@ def first_of(cell: Cell) -> Cell:
 
 def settings_of(config: RunConfig) -> dict:
     """Flat: what differs from the defaults, but for the seed and the output."""
-    own, plain = flat(to_dict(config)), flat(to_dict(RunConfig()))
+    own, plain = flat(to_dict(config)), _defaults()
     return {key: value for key, value in own.items() if value != plain[key] and key not in ("seed", "output")}
+
+
+@functools.cache
+def _defaults() -> dict:
+    return flat(to_dict(RunConfig()))
 
 
 def split_prompts(prompts: list[str], split: str) -> list[str]:

@@ -74,9 +74,10 @@ def photographs(damage: Callable[[Image.Image, int], Image.Image], side: int) ->
     """Crops at places of their own, half of them of the photograph at half its size."""
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
         photograph = Image.open(io.BytesIO(file.read())).convert("RGB")
+    sizes = [photograph.resize([edge // by for edge in photograph.size], Image.Resampling.LANCZOS) for by in (1, 2)]
     items = []
     for i in range(PAIRS):
-        image = photograph.resize([edge // (1 + i % 2) for edge in photograph.size], Image.Resampling.LANCZOS)
+        image = sizes[i % 2]
         left, top = (int(keyed_rng.uniform("crop", axis, i) * (image.size[axis] - side)) for axis in range(2))
         crop = image.crop((left, top, left + side, top + side))
         views = [View(np.asarray(picture), (side, side), (0, 0)) for picture in (crop, damage(crop, i))]

@@ -104,6 +104,7 @@ def run_base(study: Study, scale: float) -> dict:
     return {"control": f"base, eps x {scale:g}", "seed": 0, **judged(study, None, name, scale), **provenance()}
 
 
+@functools.cache
 def evaluation() -> EvaluateConfig:
     return parse("python -m bench.study", RECIPE_WORDS).evaluate
 

@@ -16,7 +16,6 @@ from bench.kernels import attention
 from bench.step import contenders, predictions, train_step
 from bench.step.naive import lockstep_step, naive_step
 from inpo_fast.config import RunConfig
-from inpo_fast.cost.plan import make_plan
 from inpo_fast.cost.profiling import WORK
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
@@ -26,10 +25,21 @@ from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import TooLarge
 
+STEPS = contenders.STEPS
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return save_tiny_model(folder / "model"), save_pairs(folder / "pairs.parquet")
+
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
-    model, pairs = save_tiny_model(tmp_path / "model"), save_pairs(tmp_path / "pairs.parquet")
+def command(world, monkeypatch):
+    """bench.step, with an inversion of three steps."""
+    for module in (contenders, train_step):
+        monkeypatch.setattr(module, "STEPS", 3)
+    model, pairs = world
     fixed = ["--model", model, "--source", pairs, "--pairs", "4", "--micro-batch", "2", "--threads", "1"]
 
     def command(*more: str) -> None:
@@ -62,7 +72,9 @@ def test_it_prints_rates_and_ratios_and_keeps_them(command, capsys, tmp_path, pr
 
 
 def test_evaluations_are_the_mean_of_those_done(command, monkeypatch, tmp_path):
-    """What a prediction of the inversion is scaled by."""
+    """What a prediction of the inversion is scaled by. With all steps, as it is measured."""
+    for module in (contenders, train_step):
+        monkeypatch.setattr(module, "STEPS", STEPS)
     done, plain = [], contenders.train_step
 
     def counted(*args, **more):
@@ -205,7 +217,7 @@ def test_what_the_predictions_count():
     """TFLOP and GB of step/predictions.py are those of inpo_fast/cost/step_cost.py for the benchmark's settings."""
     how = InversionConfig(steps=10, grid="diffusers-0.22", evaluate_at="target", guidance=1.0, batch=60)
     config = RunConfig(models=ModelsConfig(random="sd15", precision="bf16"), inversion=how)
-    work = make_plan(replace(config, train=replace(config.train, micro_batch=predictions.MICRO_BATCH)), 1).work
+    work = counted_once(replace(config, train=replace(config.train, micro_batch=predictions.MICRO_BATCH)), 1).work
     assert work.evaluations == pytest.approx(predictions.EVALUATIONS)
     for phase, (flop, moved) in predictions.COUNTED.items():
         assert sum(work.flop[line] for line in WORK[phase]) / 1e12 == pytest.approx(flop, rel=1e-4)

@@ -5,14 +5,13 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_runs import Forked, run_code
 from torch.utils._pytree import tree_leaves
 
 from bench import interpreter, report, results
@@ -81,7 +80,10 @@ def test_deviation_is_relative_to_the_larger_of_value_and_rms():
 
 
 BREAK = """
-import dataclasses, json, sys, pytest
+import dataclasses, json, os, sys, pytest
+os.chdir(sys.argv[2])
+for name in [name for name in os.environ if name.startswith("PYTEST_")]:  # not under xdist
+    del os.environ[name]
 class Broken:
     def pytest_itemcollected(self, item):
         case = item.callspec.params["case"]
@@ -99,12 +101,14 @@ def test_a_broken_kernel_fails_the_benchmark_and_leaves_no_result(tmp_path):
     """As values and as times, one after the other in one process."""
     modes = {"--check": "ours", "--benchmark-only": "cpu path"}
     words = ["bench/kernels/bench_errors.py", "-k", "errors-forward-tiny-float32", "--results", str(tmp_path)]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not under xdist
-    command = [sys.executable, "-c", BREAK, json.dumps([[*words, mode] for mode in modes])]
-    alone["CUDA_VISIBLE_DEVICES"] = ""  # a GPU times real shapes only
-    ran = subprocess.run(command, cwd=results.ROOT, env=alone, capture_output=True, text=True)
-    _, *runs, ends = ran.stdout.split("RUN")
-    assert ends.strip() == "[1, 1]", ran.stdout + ran.stderr
+    asked = json.dumps([[*words, mode] for mode in modes])
+    # a GPU times real shapes only
+    place = tmp_path.with_name(f"{tmp_path.name}-process")
+    process = Forked(place, run_code, BREAK, asked, str(results.ROOT), CUDA_VISIBLE_DEVICES="")
+    process.wait()
+    said = process.said.read_text()
+    _, *runs, ends = said.split("RUN")
+    assert ends.strip() == "[1, 1]", said + process.complaints.read_text()
     for said, failed in zip(runs, modes.values(), strict=True):
         assert "nothing is timed" in said
         assert f"FAILED bench/kernels/bench_errors.py::test_errors[errors-forward-tiny-float32-{failed}]" in said

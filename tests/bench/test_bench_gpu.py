@@ -193,7 +193,7 @@ def test_names_and_plans(tmp_path):
 
 def test_rehearsal(tmp_path):
     """The command itself, on a few slices: the files that a call leaves, and their names."""
-    names = "machine,attention,errors"
+    names = "attention,errors"
     words = ("bench.gpu", "--rehearse", "--only", names, "--output", str(tmp_path))
     done = ran(beside(tmp_path), *words)
     assert done.returncode == 0 and "nothing left" in done.stdout, done.stdout + done.stderr
@@ -201,10 +201,19 @@ def test_rehearsal(tmp_path):
     assert len(found) == 4 and {"log.txt", "state.json", "summary.md"} < set(found)
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in found)
     text = (tmp_path / "summary.md").read_text()
-    assert [text.count(f"| {name} | passed |") for name in names.split(",")] == [1, 1, 1]
+    assert [text.count(f"| {name} | passed |") for name in names.split(",")] == [1, 1]
     assert "head size 40: torch" in text
     again = ran(beside(tmp_path), *words)
     assert again.returncode == 0 and "begun" not in again.stdout
+
+
+def test_facts_of_the_machine(capsys):
+    """What the slice `machine` runs."""
+    (machine,) = gpu.chosen(gpu.slices(results.ROOT / "x", tiny=True), "first", "machine")
+    assert machine.command[1] == "-c"
+    exec(machine.command[2], {})
+    said = capsys.readouterr().out
+    assert "\ntorch " in said and "\ntriton " in said and "Triton's C compiler" in said
 
 
 @pytest.mark.slow

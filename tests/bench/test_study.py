@@ -246,7 +246,14 @@ def test_differences_from_a_cell_leave_out_what_they_share():
     assert table.table(fewer, "train", "one").strip().splitlines()[-1].split("|")[place].strip() == "-"
 
 
+def few_steps(monkeypatch):
+    """Pictures of four steps."""
+    how = replace(train.evaluation(), sampler_steps=4)
+    monkeypatch.setattr(train, "evaluation", lambda: how)
+
+
 def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
+    few_steps(monkeypatch)
     monkeypatch.setattr(train, "read_prompts", lambda path: read_prompts(path)[:6])
     monkeypatch.setattr(train, "_bases", {})
     monkeypatch.setattr(train, "PICTURES", tmp_path / "pictures")
@@ -275,6 +282,7 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
 def test_a_cell_that_starts_from_another_runs_model(tmp_path, monkeypatch):
     """The second run's base and reference is the first one's model: its first step's loss is ln 2 there, and the
     result carries both runs' costs."""
+    few_steps(monkeypatch)
     monkeypatch.setattr(train, "read_prompts", lambda path: read_prompts(path)[:3])
     monkeypatch.setattr(train, "_bases", {})
     monkeypatch.setattr(train, "PICTURES", tmp_path / "pictures")
@@ -347,6 +355,7 @@ def test_measures_see_what_they_are_named_after():
 def test_reconstruction_falls_with_n_and_with_solved_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(reconstruct, "TIMES", (300,))
     monkeypatch.setattr(reconstruct, "PAIRS", 1)
+    monkeypatch.setattr(reconstruct, "FINE", 20)
     cells = grid({"inversion.estimator": ["ddim", "fixed-point"], "inversion.steps": ["3", "20"]})
     chosen = Study("r", cells, kind="reconstruct")
     found = [{"cell": cell.name, **reconstruct.run_cell(chosen, cell, 0)} for cell in cells]

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -90,8 +91,10 @@ def test_what_filter_and_weights_leave_of_the_bias(tmp_path):
         source = open_data(replace(data, source=str(tmp_path / f"{table.__name__}.parquet")))
         return [source.read(i) for i in range(len(source))]
 
+    brightness = cache(made_pairs.brightness)
+
     def lead(pair):
-        return made_pairs.brightness(pair.winner) - made_pairs.brightness(pair.loser)
+        return brightness(pair.winner) - brightness(pair.loser)
 
     biased, kept = (opened(f"planted bias{how}", made_pairs.bright) for how in ("", ", filtered"))
     leads = sorted(abs(lead(pair)) for pair in biased)

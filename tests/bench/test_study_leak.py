@@ -70,7 +70,8 @@ def test_pull_is_the_slope_of_the_trainers_loss(models, monkeypatch, number):
 
 def test_tau_that_is_noise_has_neither_image_nor_neighbours(models, monkeypatch):
     config = config_of(LEAK, LEAK.cells[0], 0)
-    items = leak.photographs(leak.FAULTS["noisy"], models.resolution)[:24]
+    monkeypatch.setattr(leak, "PAIRS", 24)
+    items = leak.photographs(leak.FAULTS["noisy"], models.resolution)
     plain = leak.amplitudes(items, models, config)
     noise = replace(config, inversion=replace(config.inversion, estimator="random"))
     random = leak.amplitudes(items, models, noise)
@@ -79,9 +80,10 @@ def test_tau_that_is_noise_has_neither_image_nor_neighbours(models, monkeypatch)
     assert random["rms"].mean() == pytest.approx(1, abs=0.02)
 
 
-def test_faults_are_on_the_second_picture(models):
+def test_faults_are_on_the_second_picture(models, monkeypatch):
+    monkeypatch.setattr(leak, "PAIRS", 8)
     for name, damage in leak.FAULTS.items():
-        items = leak.photographs(damage, models.resolution)[:8]
+        items = leak.photographs(damage, models.resolution)
         first, second = (
             np.stack([view.pixels for view in views]).astype(float)
             for views in zip(*((item.winner, item.loser) for item in items), strict=True)

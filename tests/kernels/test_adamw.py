@@ -96,7 +96,7 @@ def test_several_steps(public):
         x.zero_()
     leaves = [torch.nn.Parameter(x.cpu().double()) for x in p]
     optimizer = torch.optim.AdamW(leaves, **HOW)
-    for step in range(1, 11):
+    for step in range(1, 6):
         g = tensors("odd", seed=100 + step, device=DEVICE)
         before, lists = clone((p, g, m, v, [])), (p, g, m, v, copies)
         adamw_(*lists, **HOW, step=step, seed=5) if public else kernel(*lists, step=step)
@@ -105,8 +105,8 @@ def test_several_steps(public):
             leaf.grad = x.cpu().double()
         optimizer.step()
     for leaf, x in zip(leaves, p, strict=True):
-        # an update is at most about lr, and off by what ten roundings of 2^-7 make of m
-        assert not x.numel() or (leaf - x.cpu()).abs().max() <= 10 * HOW["lr"] * 2.0**-5
+        # an update is at most about lr, and off by what five roundings of 2^-7 make of m
+        assert not x.numel() or (leaf - x.cpu()).abs().max() <= 5 * HOW["lr"] * 2.0**-5
 
 
 # no shrinking: a failure would take minutes in the interpreter
@@ -176,18 +176,23 @@ def roundings(step=7, seed=5, skip=0, g=None):
     return out
 
 
-def test_rounding_is_right_in_the_mean():
+@pytest.fixture(scope="module")
+def rounded():
+    return roundings()
+
+
+def test_rounding_is_right_in_the_mean(rounded):
     """Up as often as the part cut off says, in every tenth of it (5 standard errors): to nearest would be 0 or 1."""
-    for off, chance in roundings():
+    for off, chance in rounded:
         for tenth in range(10):
             here = (chance * 10).astype(int) == tenth
             assert here.sum() > SAMPLE / 50
             assert abs(off[here].mean()) < 5 * np.sqrt((chance * (1 - chance))[here].mean() / here.sum()), tenth
 
 
-def test_rounding_depends_on_seed_step_tensor_element():
+def test_rounding_depends_on_seed_step_tensor_element(rounded):
     """The roundings of m and v, of neighbours, and under each change are uncorrelated (5 standard errors)."""
-    (m, _), (v, _) = roundings()
+    (m, _), (v, _) = rounded
     assert all(np.array_equal(x, y) for x, y in zip((m, v), (off for off, _ in roundings()), strict=True))
     others = {"v": v, "element": np.roll(m, 1), "block": np.roll(m, 2048)}
     others |= {"seed": roundings(seed=6)[0][0], "upper seed": roundings(seed=5 + (1 << 32))[0][0]}

@@ -1,6 +1,7 @@
 """inpo::geglu (on the CPU in Triton's interpreter) and its gradient against h g Phi(g) in float64 with math.erfc."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from inpo_kernels.geglu import _geglu, _geglu_backward, geglu
+from kernel_checks import kinds
 
 SHAPES = {
     "real": (2, 9, 2560),  # SD1.5's first level: 5 full blocks of 256 columns; 18 rows, the last block of 8 holds 2
@@ -61,10 +63,13 @@ def check(results, x, dy):
         assert (off <= bound).all(), (name, off.max(), (off[bound > 0] / bound[bound > 0]).max())
 
 
-@pytest.mark.parametrize("dtype", STORE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+FEW = [("real", torch.bfloat16), ("widest", torch.float16), *product(["odd tail"], STORE)]
+FEW += product(["two blocks", "minimal"], [torch.float32])
+
+
+@pytest.mark.parametrize("shape, dtype", kinds(product(SHAPES, STORE), FEW), ids=str)
 def test_value_and_gradient(shape, dtype):
-    x, dy = operands(shape, dtype)
+    x, dy = operands(SHAPES[shape], dtype)
     results = run(x, dy)
     check(results, x, dy)
     for first, again in zip(results, run(x, dy), strict=True):

@@ -1,6 +1,7 @@
 """inpo::linear_geglu (on the CPU in Triton's interpreter) against float64 NumPy: a product, a bias, h g Phi(g)."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from inpo_kernels.linear_geglu import _blocks, _linear_geglu, linear_geglu
+from kernel_checks import kinds
 
 SHAPES = {  # x, D
     "real": ((2, 3, 320), 1280),  # SD1.5's first level: full blocks of columns, K a multiple of the block
@@ -52,17 +54,25 @@ def check(y, x, w, b):
     assert (off <= bound).all(), (off.max(), (off / bound).max())
 
 
-@pytest.mark.parametrize("dtype", STORE, ids=str)
-@pytest.mark.parametrize("shape, width", SHAPES.values(), ids=SHAPES)
-def test_value(shape, width, dtype):
-    inputs = operands(shape, width, dtype)
+@pytest.mark.parametrize(
+    "shape, dtype",
+    kinds(
+        product(SHAPES, STORE), [("real", torch.bfloat16), *product(["odd tail"], STORE), ("minimal", torch.float32)]
+    ),
+    ids=str,
+)
+def test_value(shape, dtype):
+    inputs = operands(*SHAPES[shape], dtype)
     y = _linear_geglu(*inputs)
     check(y, *inputs)
     assert torch.equal(y, _linear_geglu(*inputs)), "the same bits on every run"
 
 
-@pytest.mark.parametrize("dtype", STORE, ids=str)
-@pytest.mark.parametrize("row_blocks", [8, 11, 17])
+@pytest.mark.parametrize(
+    "row_blocks, dtype",
+    kinds(product([8, 11, 17], STORE), zip([8, 11, 17], [torch.float16, torch.float32, torch.bfloat16], strict=True)),
+    ids=str,
+)
 def test_walk_over_blocks(row_blocks, dtype):
     """One full group of 8 row blocks, one and a part, two and one block, with 3 column blocks.
 

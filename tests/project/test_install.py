@@ -181,6 +181,13 @@ def test_without_a_network_nothing_is_ready_and_the_next_call_goes_on(project):
     assert (status, last) == (0, READY), said
     status, said, _ = make(project, "setup")
     assert status == 0 and "Nothing to be done" in said
+    # made by hand, or by a Makefile that left no note in it: it is filled up, and no other one takes its place
+    for name in ("ready", "made"):
+        (project / ".venv" / name).unlink()
+    shutil.rmtree(next((project / ".venv").glob("lib/python*/site-packages/triton-3.0.dist-info")))  # pip has none now
+    (project / ".venv" / "mine").touch()
+    assert make(project, "setup")[2] == READY and (project / ".venv" / "mine").exists()
+    assert "Nothing to be done" in make(project, "setup")[1]
 
 
 def test_no_python_is_one_line(project):
@@ -194,13 +201,6 @@ def test_what_is_no_environment_is_left_alone(project):
     status, said, last = make(project, "setup")
     assert status and "is no virtual environment; move it away" in last, said
     assert (project / ".venv" / "thesis.txt").read_text() == "mine"
-
-
-def test_an_environment_of_before_is_filled_up(project):
-    """Made by hand, or by a Makefile that left no note in it."""
-    subprocess.run([sys.executable, "-m", "venv", project / ".venv"], check=True)
-    assert make(project, "setup")[2] == READY
-    assert "Nothing to be done" in make(project, "setup")[1]
 
 
 @pytest.mark.slow

@@ -1,17 +1,15 @@
 """.ci/resolve.py: what it makes of uv's and pip's words, and that it tells a conflict from an index that is not there.
 The words are those of uv 0.9 and 0.13 and of pip 23.2, shortened."""
 
-import functools
-import http.server
 import importlib.util
 import os
 import shutil
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
+from index_on_this_machine import served
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("resolve", ROOT / ".ci" / "resolve.py")
@@ -144,11 +142,6 @@ def publish(folder: Path, name: str, version: str, *needs: str) -> None:
     (wheel.parent / "index.html").write_text(f"<!DOCTYPE html><html><body>{links}</body></html>")
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args) -> None:
-        pass
-
-
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """torch 2.13.0 asks for one triton, as the published one does; s3fs stands for what an extra brings."""
@@ -161,13 +154,8 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/simple"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served(tmp_path) as address:
+        yield f"{address}/simple"
 
 
 def run(folder: Path, index: str, text: str, capsys, *words: str) -> tuple[int, list[str]]:
@@ -179,12 +167,15 @@ def run(folder: Path, index: str, text: str, capsys, *words: str) -> tuple[int, 
 
 @uv
 def test_every_combination_has_its_line(index, tmp_path, capsys):
-    status, lines = run(tmp_path, index, "torch==2.13.0\ntriton==3.7.1\nfsspec==2026.9.0\n", capsys)
+    publish(tmp_path, "torch", "2.13.0", "triton==3.7.1", "older==1; python_version < '3.12'")
+    publish(tmp_path, "older", "1")
+    status, lines = run(tmp_path, index, "torch==2.13.0\ntriton==3.7.1\nfsspec==2026.9.0\nolder==1\n", capsys)
     assert status == 0
     pythons, extras = ("3.11", "3.12", "3.13"), ("all", "none", "data")
     assert [line.split(": ")[0] for line in lines] == [f"mine.txt, Python {p}, {x}" for p in pythons for x in extras]
-    assert lines[0].endswith(": resolves, 3 packages: torch 2.13.0 triton 3.7.1")
-    assert lines[1].endswith(": resolves, 2 packages: torch 2.13.0 triton 3.7.1")
+    counts = [4, 3, 4, 3, 2, 3, 3, 2, 3]  # each Python asks for its own
+    for line, n in zip(lines, counts, strict=True):
+        assert line.endswith(f": resolves, {n} packages: torch 2.13.0 triton 3.7.1")
 
 
 @uv

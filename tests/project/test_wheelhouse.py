@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from index_on_this_machine import served
 
 import wheelhouse
 
@@ -156,7 +157,7 @@ def publish(index: Path, name: str, version: str, needs: list[str]) -> None:
         file.writestr(f"{stem}.dist-info/METADATA", head)
         file.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         file.writestr(f"{stem}.dist-info/RECORD", "")
-    links = "".join(f'<a href="{path.as_uri()}">{path.name}</a>\n' for path in sorted(folder.glob("*.whl")))
+    links = "".join(f'<a href="{path.name}">{path.name}</a>\n' for path in sorted(folder.glob("*.whl")))
     (folder / "index.html").write_text(f"<!DOCTYPE html><html><body>{links}</body></html>")
 
 
@@ -200,8 +201,10 @@ def wheels(project: Path, folder: str = "build/wheelhouse") -> list[str]:
 
 
 def test_what_is_there_stays_and_what_is_missing_has_the_versions_of_constraints(project):
+    """From an index over HTTP, as most are; what lies on this disk is copied."""
     freeze(project, MACHINE)
-    done = make(project, "wheelhouse", f"FOR={HERE}", "HAS=freeze.txt")
+    with served(project.parent / "index") as address:
+        done = make(project, "wheelhouse", f"FOR={HERE}", "HAS=freeze.txt", PIP_INDEX_URL=address, NO_PROXY="127.0.0.1")
     assert done.status == 0, done.said
     assert wheels(project) == ["tester 9.0", "tool 1.6"]  # helper 2.0 is there; no library of torch's
     assert "torch 2.0+cu130 stays" in done.said and "That machine has 4 packages" in done.said
@@ -290,19 +293,23 @@ def test_without_a_network_a_complete_one_stays(project):
     assert wheels(project) == ["tester 9.0", "tool 1.6"]
 
 
-@pytest.mark.parametrize("abi", ["cp312", "abi3"])
-def test_wheels_for_another_machine_come_too(tmp_path, abi):
+@pytest.mark.parametrize(("abi", "place"), [("cp312", "an index"), ("abi3", "an index"), ("cp312", "this disk")])
+def test_wheels_for_another_machine_come_too(tmp_path, abi, place, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     publish(tmp_path, "fast", "1", [])
     name = f"fast-1-cp312-{abi}-manylinux_2_17_aarch64.manylinux2014_aarch64.whl"
-    (tmp_path / "fast" / "fast-1-py3-none-any.whl").rename(tmp_path / name)
-    wheel = wheelhouse.Wheel("fast", "1", {"path": str(tmp_path / name)}, "3.13" if abi == "abi3" else "3.12")
-    (tmp_path / "new").mkdir()
-    wheel.come(tmp_path / "new")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
-    wheel.sha256 = "0" * 64
-    (tmp_path / "new" / name).unlink()
-    assert "what came is damaged" in refusal(lambda: wheel.come(tmp_path / "new"))
-    assert not (tmp_path / "new" / name).exists()
+    file = (tmp_path / "fast" / "fast-1-py3-none-any.whl").rename(tmp_path / name)
+    with served(tmp_path) as address:
+        entry = {"path": str(file)} if place == "this disk" else {"url": f"{address}/{name}"}
+        entry["hashes"] = {"sha256": wheelhouse.digest(file)}
+        wheel = wheelhouse.Wheel("fast", "1", entry, "3.13" if abi == "abi3" else "3.12")
+        (tmp_path / "new").mkdir()
+        wheel.come(tmp_path / "new")
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+        wheel.sha256 = "0" * 64
+        (tmp_path / "new" / name).unlink()
+        assert "what came is damaged" in refusal(lambda: wheel.come(tmp_path / "new"))
+        assert not (tmp_path / "new" / name).exists()
 
 
 # the rehearsal
