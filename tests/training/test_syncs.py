@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from tiny_world import one_level_unet, save_pairs, tiny_pipeline, tiny_xl
+from tiny_world import one_level, save_pairs, tiny_pipeline, tiny_xl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpo_fast.data.loader import DataConfig, PairLoader
@@ -71,12 +70,6 @@ def items(tmp_path_factory):
     return next(PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 2))
 
 
-def one_level() -> StableDiffusionPipeline:
-    pipeline = tiny_pipeline()
-    pipeline.unet = one_level_unet()
-    return pipeline
-
-
 def one_step(models: Models, items: list, step_config: StepConfig, optimizer):
     step_batch = make_step_batch(items, models, step_config, models.encode_empty())
     metrics, _ = train_step(step_batch, models, step_config, len(items), clip=math.inf)
@@ -88,9 +81,9 @@ def one_step(models: Models, items: list, step_config: StepConfig, optimizer):
 @pytest.mark.parametrize(
     ("step_config", "pipeline", "config"),
     [
-        *((step_config, one_level, ModelsConfig()) for step_config in KINDS.values()),
+        *((step_config, lambda: one_level(tiny_pipeline()), ModelsConfig()) for step_config in KINDS.values()),
         (PARTS, tiny_xl, ModelsConfig(precision="bf16", fast="fused")),
-        (STEP_CONFIG, one_level, ModelsConfig(precision="bf16", lora=LoraSettings(4))),
+        (STEP_CONFIG, lambda: one_level(tiny_pipeline()), ModelsConfig(precision="bf16", lora=LoraSettings(4))),
     ],
     ids=[*KINDS, "sdxl bf16 fused", "bf16 lora"],
 )
