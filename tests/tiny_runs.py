@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tiny_world import save_pairs, save_tiny_model
+from tiny_world import one_level, save_pairs, tiny_pipeline
 
 from inpo_fast import train as train_command
 from inpo_fast.report import plots
@@ -28,13 +28,14 @@ def save_recipe(folder: Path, **groups: dict) -> None:
     """folder/tiny.yaml: four steps of four pairs; `groups` beside or in place of what stands here."""
     recipe = {
         "objective": {"beta": 500.0},
-        "inversion": {"steps": 3, "batch": 8},
+        "inversion": {"steps": 2, "batch": 8},
         "train": {"steps": 4, "pairs_per_step": 4, "micro_batch": 2, "checkpoint_every": 2, "threads": 1},
         "optim": {"lr": 1e-3, "warmup_steps": 1},
     }
     recipe |= {name: recipe.get(name, {}) | keys for name, keys in groups.items()}
     if "models" not in recipe:
-        recipe["models"] = {"base": save_tiny_model(folder / "model")}
+        one_level(tiny_pipeline()).save_pretrained(folder / "model")
+        recipe["models"] = {"base": str(folder / "model")}
     if "data" not in recipe:
         recipe["data"] = {"source": save_pairs(folder / "pairs.parquet")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
