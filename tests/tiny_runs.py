@@ -47,9 +47,13 @@ def train_in(folder: Path, name: str, *extra: str, curves: bool = False) -> Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train", *_words(folder, name, *extra)])
         if not curves:
-            patch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
+            _leave_out_curves(patch)
         train_command.main()
     return folder / name
+
+
+def _leave_out_curves(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
 
 
 class Forked:
@@ -60,7 +64,7 @@ class Forked:
         self.said, self.complaints = place.with_suffix(".out"), place.with_suffix(".err")
         files = [str(self.said), str(self.complaints)]
         forking = multiprocessing.get_context("forkserver")
-        forking.set_forkserver_preload(["tiny_runs"])
+        forking.set_forkserver_preload(["forked_imports"])
         self._process = forking.Process(target=_child, args=(files, environment, run, args))
         with pytest.MonkeyPatch.context() as patch:  # the first time it starts the process that imports
             for name, value in (ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}).items():
@@ -89,7 +93,14 @@ def _child(files: list[str], environment: dict[str, str], run: Callable, args: t
 
 def start(folder: Path, name: str, *extra: str) -> Forked:
     """The trainer's command in another process."""
-    return Forked(folder / name, run_command, "inpo_fast.train", *_words(folder, name, *extra))
+    return Forked(folder / name, run_training, *_words(folder, name, *extra))
+
+
+def run_training(*words: str) -> None:
+    """`python -m inpo_fast.train words` in this process, without curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        _leave_out_curves(patch)
+        run_command("inpo_fast.train", *words)
 
 
 def ran(place: Path, module: str, *words: str) -> SimpleNamespace:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from tiny_runs import Forked, free_port, metric, metrics, policy, run_command, same_bits, save_recipe, train_in
+from tiny_runs import Forked, free_port, metric, metrics, policy, run_training, same_bits, save_recipe, train_in
 from tiny_world import tiny_xl
 
 from inpo_fast.comparison.drawing import draw, use_deterministic_sampler
@@ -208,7 +208,7 @@ def test_two_processes_draw_the_same(world):
     words = ["--config", str(world / "tiny.yaml"), "--output", str(world / "two"), "--train.micro_batch=1"]
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
-        Forked(world / f"two-{rank}", run_command, "inpo_fast.train", *words, RANK=f"{rank}", LOCAL_RANK="0", **meeting)
+        Forked(world / f"two-{rank}", run_training, *words, RANK=f"{rank}", LOCAL_RANK="0", **meeting)
         for rank in range(2)
     ]
     ends = [process.wait() for process in processes]
