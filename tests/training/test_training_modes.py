@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from tiny_world import save_pairs, tiny_pipeline, tiny_xl
+from tiny_world import one_level, save_pairs, tiny_pipeline, tiny_xl
 
 from inpo_fast.config.run import OptimConfig
 from inpo_fast.data.loader import DataConfig, PairLoader
@@ -54,7 +54,7 @@ PAIRS = 4
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    tiny_pipeline().save_pretrained(folder / "sd")
+    one_level(tiny_pipeline()).save_pretrained(folder / "sd")
     tiny_xl().save_pretrained(folder / "xl")
     source = open_source(save_pairs(folder / "pairs.parquet"))
     loader = PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1)
