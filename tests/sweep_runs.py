@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from tiny_world import save_pairs, tiny_pipeline, tiny_xl
+from tiny_world import one_level, save_pairs, tiny_pipeline, tiny_xl
 
 from inpo_fast.caches.trajectory_cache import TrajectoryCache, open_trajectory_cache
 from inpo_fast.config.run import OptimConfig
@@ -20,26 +20,20 @@ from inpo_fast.training.optim import make_optimizer
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-HOW = InversionConfig(steps=4, model="reference", batch=1)
+HOW = InversionConfig(steps=3, model="reference", batch=1)
 FROZEN = replace(HOW, frozen=True, batch=64)
 DATA = DataConfig(vae_sample=False, vae_batch=8)  # what fits is not counted for each model anew
 OBJECTIVE = ObjectiveConfig(beta=500.0)
-PAIRS = 4
+PAIRS, STEPS = 4, 2
 STEP = 2 * 2 * PAIRS  # evaluations of a step without inversion: reference and policy, two images a pair
 
 
 def save_world(folder: Path) -> Path:
     """Both kinds of model and seven pairs."""
-    tiny_pipeline().save_pretrained(folder / "sd")
-    tiny_xl().save_pretrained(folder / "xl")
+    for name, pipeline in (("sd", tiny_pipeline()), ("xl", tiny_xl())):
+        one_level(pipeline).save_pretrained(folder / name)
     save_pairs(folder / "pairs.parquet", rows=8)
     return folder
-
-
-def models_of(world, base: str = "sd", precision: str = "fp32", rank: int = 0) -> Models:
-    settings = ModelsConfig(base=str(world / base), precision=precision, lora=LoraSettings(rank))
-    torch.manual_seed(0)  # an adapter starts from random numbers
-    return Models(open_pipeline(settings), torch.device("cpu"), settings)
 
 
 @lru_cache
@@ -48,12 +42,12 @@ def _opened(settings: ModelsConfig):
     return pipeline, pipeline.unet
 
 
-def trained_models(world, base: str, precision: str, rank: int) -> Models:
-    """As models_of, with another copy of the UNet in a pipeline that is opened once: nothing else of it is trained."""
+def models_of(world, base: str = "sd", precision: str = "fp32", rank: int = 0) -> Models:
+    """With a copy of the UNet of their own in a pipeline that is opened once: nothing else of it is trained."""
     settings = ModelsConfig(base=str(world / base), precision=precision, lora=LoraSettings(rank))
     pipeline, unet = _opened(settings)
     pipeline.unet = copy.deepcopy(unet)
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # an adapter starts from random numbers
     return Models(pipeline, torch.device("cpu"), settings)
 
 
@@ -91,9 +85,9 @@ class Outcome:
         return [values[name] for values in self.values]
 
 
-def run(world, cache=None, *, steps=3, first=0, lr=1e-3, base="sd", precision="fp32", rank=0, **options) -> Outcome:
+def run(world, cache=None, *, steps=STEPS, first=0, lr=1e-3, base="sd", precision="fp32", rank=0, **options) -> Outcome:
     """What inpo_fast.train does from step `first` on."""
-    models = trained_models(world, base, precision, rank)
+    models = models_of(world, base, precision, rank)
     step_config = recipe_of(models, cache, **options)
     optimizer = make_optimizer(models.parameters(), OptimConfig(lr=lr))
     values, logits = [], []

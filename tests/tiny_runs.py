@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tiny_world import save_pairs, save_tiny_model
+from tiny_world import one_level, save_pairs, tiny_pipeline
 
 from inpo_fast import train as train_command
 from inpo_fast.report import plots
@@ -28,13 +28,14 @@ def save_recipe(folder: Path, **groups: dict) -> None:
     """folder/tiny.yaml: four steps of four pairs; `groups` beside or in place of what stands here."""
     recipe = {
         "objective": {"beta": 500.0},
-        "inversion": {"steps": 3, "batch": 8},
+        "inversion": {"steps": 2, "batch": 8},
         "train": {"steps": 4, "pairs_per_step": 4, "micro_batch": 2, "checkpoint_every": 2, "threads": 1},
         "optim": {"lr": 1e-3, "warmup_steps": 1},
     }
     recipe |= {name: recipe.get(name, {}) | keys for name, keys in groups.items()}
     if "models" not in recipe:
-        recipe["models"] = {"base": save_tiny_model(folder / "model")}
+        one_level(tiny_pipeline()).save_pretrained(folder / "model")
+        recipe["models"] = {"base": str(folder / "model")}
     if "data" not in recipe:
         recipe["data"] = {"source": save_pairs(folder / "pairs.parquet")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
@@ -46,9 +47,13 @@ def train_in(folder: Path, name: str, *extra: str, curves: bool = False) -> Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train", *_words(folder, name, *extra)])
         if not curves:
-            patch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
+            _leave_out_curves(patch)
         train_command.main()
     return folder / name
+
+
+def _leave_out_curves(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
 
 
 class Forked:
@@ -59,7 +64,7 @@ class Forked:
         self.said, self.complaints = place.with_suffix(".out"), place.with_suffix(".err")
         files = [str(self.said), str(self.complaints)]
         forking = multiprocessing.get_context("forkserver")
-        forking.set_forkserver_preload(["tiny_runs"])
+        forking.set_forkserver_preload(["forked_imports"])
         self._process = forking.Process(target=_child, args=(files, environment, run, args))
         with pytest.MonkeyPatch.context() as patch:  # the first time it starts the process that imports
             for name, value in (ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}).items():
@@ -88,7 +93,14 @@ def _child(files: list[str], environment: dict[str, str], run: Callable, args: t
 
 def start(folder: Path, name: str, *extra: str) -> Forked:
     """The trainer's command in another process."""
-    return Forked(folder / name, run_command, "inpo_fast.train", *_words(folder, name, *extra))
+    return Forked(folder / name, run_training, *_words(folder, name, *extra))
+
+
+def run_training(*words: str) -> None:
+    """`python -m inpo_fast.train words` in this process, without curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        _leave_out_curves(patch)
+        run_command("inpo_fast.train", *words)
 
 
 def ran(place: Path, module: str, *words: str) -> SimpleNamespace:

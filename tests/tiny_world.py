@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
@@ -109,6 +115,23 @@ def tiny_xl() -> StableDiffusionXLPipeline:
         scheduler=small.scheduler,
         add_watermarker=False,
     )
+
+
+def one_level(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """With the UNet's level that attends to the prompt alone."""
+    torch.manual_seed(0)
+    pipeline.unet = UNet2DConditionModel.from_config(
+        pipeline.unet.config,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        attention_head_dim=2,
+        transformer_layers_per_block=1,
+    )
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(4)
+    return pipeline
 
 
 def save_tiny_model(folder: Path) -> str:

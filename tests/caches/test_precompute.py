@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_runs import run_command
-from tiny_world import pair_table, save_tiny_model, tiny_pipeline, tiny_xl
+from tiny_world import one_level, pair_table, save_tiny_model, tiny_pipeline, tiny_xl
 
 from inpo_fast.caches import latent_cache, precompute
 from inpo_fast.caches.latent_cache import LatentCache, open_latent_cache
@@ -64,14 +65,17 @@ def configuration(source: str, folder: Path, **data) -> RunConfig:
     how = {"prompt_dropout": 0.2, "bad_pair_limit": 1.0, "crop": "random"} | data
     return RunConfig(
         data=DataConfig(source=source, resolution=32, cache=str(folder), **how),
-        train=Train(steps=3, pairs_per_step=12, micro_batch=4),
-        inversion=InversionConfig(steps=3, batch=8),
+        train=Train(steps=3, pairs_per_step=12, micro_batch=6),
+        inversion=InversionConfig(steps=1, batch=16),
         seed=3,
     )
 
 
 def models_of(pipeline=tiny_pipeline, **how) -> Models:
-    return Models(pipeline(), torch.device("cpu"), ModelsConfig(base="x", **how))
+    return Models(one_level(pipeline()), torch.device("cpu"), ModelsConfig(base="x", **how))
+
+
+same_models = lru_cache(models_of)  # where nothing of them changes
 
 
 def trained(config: RunConfig, models: Models, store: LatentCache | None) -> tuple[torch.Tensor, list]:
@@ -80,7 +84,7 @@ def trained(config: RunConfig, models: Models, store: LatentCache | None) -> tup
         method="inpo",
         objective=ObjectiveConfig(beta=500.0),
         inversion=config.inversion,
-        micro_batch=4,
+        micro_batch=config.train.micro_batch,
         vae_sample=config.data.vae_sample,
         seed=config.seed,
         latent_cache=store,
@@ -98,12 +102,16 @@ def trained(config: RunConfig, models: Models, store: LatentCache | None) -> tup
     return torch.cat([p.detach().reshape(-1) for p in models.parameters()]), [*seen, reader.dropped]
 
 
+@lru_cache
+def trained_without(source: str) -> tuple[torch.Tensor, list]:
+    return trained(configuration(source, Path("nowhere")), models_of(), None)
+
+
 @pytest.mark.parametrize(
     ("pipeline", "precision", "vae_sample", "vae_batch"),
     [
         (tiny_pipeline, "fp32", True, None),
         (tiny_pipeline, "fp32", False, 16),
-        (tiny_xl, "fp32", True, None),
         (tiny_xl, "bf16", True, None),
     ],
 )
@@ -112,7 +120,7 @@ def test_training_from_it_is_training(source, tmp_path, monkeypatch, pipeline, p
     or encoded again."""
     config = configuration(source, tmp_path / "cache", vae_sample=vae_sample, vae_batch=vae_batch)
     want, said = trained(config, models_of(pipeline, precision=precision), None)
-    fill(config, models_of(pipeline, precision=precision))
+    fill(config, same_models(pipeline, precision=precision))
     models = models_of(pipeline, precision=precision)
     store = open_latent_cache(models, config.data, 32, config.seed)
     empty = models.encode_empty()
@@ -129,8 +137,8 @@ def test_training_from_it_is_training(source, tmp_path, monkeypatch, pipeline, p
 def test_a_part_of_it_is_enough(source, tmp_path):
     """Positions that are not there are decoded and encoded; the batches differ then, so to rounding."""
     config = configuration(source, tmp_path / "cache")
-    want, said = trained(config, models_of(), None)
-    fill(replace(config, train=replace(config.train, steps=2)), models_of())
+    want, said = trained_without(source)
+    fill(replace(config, train=replace(config.train, steps=2)), same_models())
     models = models_of()
     got, also_said = trained(config, models, open_latent_cache(models, config.data, 32, config.seed))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -149,7 +157,7 @@ def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     """Killed before, between and after each write of shards: the same files in the end, nothing made twice."""
     monkeypatch.setattr(precompute, "ROWS", 8)
     whole, broken = (configuration(source, tmp_path / name) for name in ("whole", "broken"))
-    fill(whole, models_of())
+    fill(whole, same_models())
 
     class Killed(BaseException):
         pass
@@ -166,7 +174,7 @@ def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
 
         monkeypatch.setattr(latent_cache.RecordStore, "write", write)
         try:
-            fill(broken, models_of())
+            fill(broken, same_models())
         except Killed:
             continue
         break
@@ -258,7 +266,7 @@ CHANGES = {
 
 def test_another_configuration_is_refused(source, tmp_path):
     config = configuration(source, tmp_path / "cache")
-    models = models_of()
+    models = same_models()
     fill(config, models)
     for name, value in CHANGES.items():
         with pytest.raises(
@@ -274,7 +282,7 @@ def test_another_configuration_is_refused(source, tmp_path):
 
 def test_prompts_are_kept_once_and_a_missing_half_is_made_again(source, tmp_path):
     """Twice in a list is once in the folder; where only one of SDXL's two parts can be read both are encoded."""
-    models = models_of(tiny_xl)
+    models = same_models(tiny_xl)
     store = LatentCache(tmp_path / "cache", models, configuration(source, tmp_path / "cache").data, 32, 3)
     store.start()
     assert store.unknown_prompts(["a", "b", "a"]) == ["a", "b"]
@@ -293,7 +301,7 @@ def test_prompts_are_kept_once_and_a_missing_half_is_made_again(source, tmp_path
 
 def test_other_models_and_sources_are_refused(source, tmp_path):
     config = configuration(source, tmp_path / "cache")
-    fill(config, models_of())
+    fill(config, same_models())
     for what, module in (("vae", "vae"), ("text", "text_encoder")):
         models = models_of()
         with torch.no_grad():
@@ -302,7 +310,7 @@ def test_other_models_and_sources_are_refused(source, tmp_path):
             open_latent_cache(models, config.data, 32, config.seed)
     copy = tmp_path / "other.parquet"
     copy.write_bytes(Path(source).read_bytes())
-    models = models_of()
+    models = same_models()
     assert open_latent_cache(models, replace(config.data, source=str(copy)), 32, 3) is not None  # moved, but the same
     write_pairs(pair_table(40), copy)
     with pytest.raises(UserError, match="source is"):
@@ -312,13 +320,13 @@ def test_other_models_and_sources_are_refused(source, tmp_path):
 def test_refusals(source, tmp_path, monkeypatch):
     config = configuration(source, tmp_path / "cache")
     with pytest.raises(UserError, match=r"holds no latents; fill it first: python -m inpo_fast\.cache"):
-        open_latent_cache(models_of(), config.data, 32, 3)
+        open_latent_cache(same_models(), config.data, 32, 3)
     with precompute.alone(tmp_path / "cache"), pytest.raises(UserError, match="being filled by another process"):  # noqa: SIM117
         with precompute.alone(tmp_path / "cache"):
             pass
     monkeypatch.setattr(precompute.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"GiB free on the disk .*take another disk"):
-        fill(config, models_of())
+        fill(config, same_models())
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     both = replace(config, inversion=InversionConfig(model="reference", cache=str(tmp_path / "t")))
     with pytest.raises(UserError, match=r"data\.cache and inversion\.cache"):
@@ -343,10 +351,10 @@ def test_the_need_that_is_printed_is_what_lies_on_disk(source, tmp_path, monkeyp
             room(latent_cache, missing, record, prompts, text, console)
 
     monkeypatch.setattr(precompute, "check_room", noted)
-    fill(config, models_of(pipeline))
+    fill(config, same_models(pipeline))
     size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert 0.7 * needs[0] < size <= needs[0]
-    fill(config, models_of(pipeline))
+    fill(config, same_models(pipeline))
     assert needs[1] == 0
 
 
@@ -365,7 +373,7 @@ def test_a_disk_that_fills_up(source, tmp_path, monkeypatch):
     """Refused in one line, no half file; with room again it goes on to the same files."""
     monkeypatch.setattr(precompute, "ROWS", 8)
     whole, config = (configuration(source, tmp_path / name) for name in ("whole", "cache"))
-    fill(whole, models_of())
+    fill(whole, same_models())
     save, left = record_store.save_file, [4]
 
     def filling(tensors, path, metadata):
@@ -379,11 +387,11 @@ def test_a_disk_that_fills_up(source, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"could not be written \(.*No space left.* are whole: free some space and start"
     ):
-        fill(config, models_of())
+        fill(config, same_models())
     there = contents(tmp_path / "cache")
     assert sum(name.endswith(".safetensors") for name in there) == 4 and not any(".tmp" in name for name in there)
     left[0] = 99
-    fill(config, models_of())
+    fill(config, same_models())
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
@@ -393,7 +401,7 @@ def test_a_full_gpu_ends_it(source, tmp_path, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    models = models_of()
+    models = same_models()
     monkeypatch.setattr(models, "encode_images", full)
     with pytest.raises(UserError, match=r"at data\.vae_batch=8; take data\.vae_batch=4, for the training too, and an "):
         fill(configuration(source, tmp_path / "cache"), models)
@@ -402,8 +410,8 @@ def test_a_full_gpu_ends_it(source, tmp_path, monkeypatch):
 
 def test_a_damaged_shard_is_made_again_by_the_run(source, tmp_path, caplog):
     config = configuration(source, tmp_path / "cache")
-    want, _ = trained(config, models_of(), None)
-    fill(config, models_of())
+    want, _ = trained_without(source)
+    fill(config, same_models())
     (shard,) = (tmp_path / "cache" / "latents").glob("*.safetensors")
     data = bytearray(shard.read_bytes())
     data[-100] ^= 1

@@ -5,7 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sweep_runs import DATA, FROZEN, HOW, OBJECTIVE, PAIRS, STEP, loader, models_of, recipe_of, run, same, save_world
+from sweep_runs import (
+    DATA,
+    FROZEN,
+    HOW,
+    OBJECTIVE,
+    PAIRS,
+    STEP,
+    STEPS,
+    loader,
+    models_of,
+    recipe_of,
+    run,
+    same,
+    save_world,
+)
 
 from inpo_fast.method.config import ObjectiveConfig, Timesteps
 from inpo_fast.models.models import Models
@@ -37,14 +51,13 @@ def policy_alone(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("base", "objective", "how"),
+    ("base", "objective", "how", "precision"),
     [
-        ("sd", OBJECTIVE, FROZEN),
-        ("sd", ObjectiveConfig(beta=500.0, tau_norm="rms", timesteps=Timesteps(200, 800)), FROZEN),
-        ("sd", OBJECTIVE, replace(FROZEN, grid="spread", guidance=1.0)),
-        ("xl", OBJECTIVE, replace(FROZEN, grid="snap")),
+        ("sd", OBJECTIVE, FROZEN, "fp32"),
+        ("sd", ObjectiveConfig(beta=500.0, tau_norm="rms", timesteps=Timesteps(200, 800)), FROZEN, "bf16"),
+        ("sd", OBJECTIVE, replace(FROZEN, grid="spread", guidance=1.0), "fp32"),
+        ("xl", OBJECTIVE, replace(FROZEN, grid="snap"), "bf16"),
     ],
     ids=["plain", "rms", "spread", "xl"],
 )
@@ -56,8 +69,8 @@ def test_a_frozen_step_is_the_policys_alone(world, tmp_path, policy_alone, base,
     policy_alone()
     warm = run(world, tmp_path, **options)
     assert same(cold, warm) and warm.each("margin")[-1] != 0
-    assert warm.each("unet_evaluations") == 3 * [STEP / 2] and warm.each("trajectories_hit") == 3 * [1]
-    other = run(world, tmp_path, **options | {"micro_batch": 4, "lr": 1e-4})  # to rounding times beta / 2
+    assert warm.each("unet_evaluations") == STEPS * [STEP / 2] and warm.each("trajectories_hit") == STEPS * [1]
+    other = run(world, tmp_path, **options | {"micro_batch": 4, "steps": 1})  # to rounding times beta / 2
     assert other.each("loss")[0] == pytest.approx(math.log(2), abs=1e-4 if precision == "fp32" else 0.2)
 
 
@@ -119,5 +132,5 @@ def test_frozen_and_partly_there(world, tmp_path):
     hit, spent = part.each("trajectories_hit")[0], part.each("unet_evaluations")[0]
     new = round((1 - hit) * 2 * PAIRS)
     assert 0 < hit < 1 and STEP / 2 + 2 * new <= spent <= STEP / 2 + (1 + HOW.steps) * new
-    assert same(part, warm) and warm.each("unet_evaluations") == 3 * [STEP / 2]
+    assert same(part, warm) and warm.each("unet_evaluations") == STEPS * [STEP / 2]
     assert part.logits[0].abs().max() < 1e-3  # the new ones in smaller batches than the policy's: rounding, times 250

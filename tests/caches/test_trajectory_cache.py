@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tiny_world import tiny_pipeline, tiny_xl
+from tiny_world import one_level, tiny_pipeline, tiny_xl
 
 from inpo_fast.caches import trajectory_cache
 from inpo_fast.caches.trajectory_cache import TrajectoryCache, open_trajectory_cache
@@ -72,26 +72,24 @@ def test_global_levels_are_read_off_the_trajectories(monkeypatch, name, column, 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    tiny_pipeline().save_pretrained(folder / "sd")
-    tiny_xl().save_pretrained(folder / "xl")
+    one_level(tiny_pipeline()).save_pretrained(folder / "sd")
+    one_level(tiny_xl()).save_pretrained(folder / "xl")
     return folder
 
 
 @lru_cache
-def models_of(settings):
-    return Models(open_pipeline(settings), torch.device("cpu"), settings)
+def models_of(settings, change=None):
+    models = Models(open_pipeline(settings), torch.device("cpu"), settings)
+    if change is not None:
+        with torch.no_grad():
+            change(models)
+    return models
 
 
 def opened(world, folder, *, how=HOW, data=DATA, objective=PAPER, base="sd", change=None, **settings):
-    """Opens (and makes) the folder for a model; one that is not changed is made once."""
+    """Opens (and makes) the folder for a model, which is made once."""
     settings = ModelsConfig(base=str(world / base), **settings)
-    if change is None:
-        models = models_of(settings)
-    else:
-        models = models_of.__wrapped__(settings)
-        with torch.no_grad():
-            change(models)
-    cache = open_trajectory_cache(models, replace(how, cache=str(folder)), objective, data)
+    cache = open_trajectory_cache(models_of(settings, change), replace(how, cache=str(folder)), objective, data)
     cache.store.start()
     return cache
 

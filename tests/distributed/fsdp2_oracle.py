@@ -8,7 +8,7 @@ import copy
 
 import torch
 import torch.distributed as dist
-from tiny_world import tiny_pipeline
+from tiny_world import one_level, tiny_pipeline
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -24,7 +24,7 @@ from inpo_fast.training.optim import make_optimizer
 from inpo_fast.training.step import micro_step, train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
-PAIRS, CLIP = 12, 0.05
+PAIRS, CLIP = 6, 0.05
 
 
 def check_split(rank: int, world: int) -> None:
@@ -51,13 +51,13 @@ def check_split(rank: int, world: int) -> None:
 def main(pairs: str) -> None:
     rank, world, device = distributed.start(2)
     check_split(rank, world)
-    models = Models(tiny_pipeline(), device, ModelsConfig(base="here"), Zero1Partition(rank, world))
+    models = Models(one_level(tiny_pipeline()), device, ModelsConfig(base="here"), Zero1Partition(rank, world))
     sharded = copy.deepcopy(models.policy)
     step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(beta=500.0),
-        inversion=InversionConfig(steps=3, batch=8),
-        micro_batch=2,
+        inversion=InversionConfig(steps=2, batch=8),
+        micro_batch=1,
         vae_sample=False,
         seed=0,
     )

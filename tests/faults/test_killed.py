@@ -67,7 +67,7 @@ def test_killed_at_random_moments(world, whole, kills):
             there = wait_for(lambda: list(folder.glob("checkpoints/.tmp-*")), process)
             saving += there
         else:
-            time.sleep(draw.uniform(0, 0.3))
+            time.sleep(draw.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
         killed += 1

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from plans import counted_once, recipe
-from sweep_runs import HOW, STEP, run, same, save_world
+from sweep_runs import HOW, STEP, STEPS, run, same, save_world
 from test_inversion import PATH, C, eps_of, x_0
-from tiny_world import save_pairs, tiny_models
+from tiny_world import one_level, save_pairs, tiny_pipeline
 
 from inpo_fast.config import parse
 from inpo_fast.data.loader import DataConfig, PairLoader
@@ -21,18 +21,19 @@ from inpo_fast.method.config import InversionConfig, ObjectiveConfig, Timesteps
 from inpo_fast.method.ddpm_path import DDPMPath, systematic_timesteps
 from inpo_fast.method.inversion import evaluations_of, invert, occupancy, trajectory_serves_all
 from inpo_fast.method.inversion_schedule import inversion_schedule
+from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, inversion_costs, make_step_batch
 
-EACH, PAIRS = 3, 5
+EACH, PAIRS = 3, 3
 LEVELS = ("t", "times", "a", "s")  # of a batch, (K, …)
 OBJECTIVE = ObjectiveConfig(beta=500.0, timesteps=Timesteps(per_pair=EACH))
 STEP_CONFIG = StepConfig(
     method="inpo",
     objective=OBJECTIVE,
-    inversion=InversionConfig(steps=5, batch=4),
+    inversion=InversionConfig(steps=4, batch=4),
     micro_batch=2,
     vae_sample=False,
     seed=0,
@@ -43,7 +44,7 @@ STEP_CONFIG = StepConfig(
 def world(tmp_path_factory):
     """A policy that differs from its reference, and pairs."""
     folder = tmp_path_factory.mktemp("world")
-    models = tiny_models(folder / "model")
+    models = Models(one_level(tiny_pipeline()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in models.parameters():
@@ -144,7 +145,7 @@ def test_the_gradient_is_the_mean_of_its_timesteps(world, method):
     models, how = world[0], replace(STEP_CONFIG, method=method)
     whole = window_of(world, how)
     got, values, logits = gradient(models, whole, how)
-    again = gradient(models, window_of(world, how), replace(how, micro_batch=5))[0]
+    again = gradient(models, window_of(world, how), replace(how, micro_batch=3))[0]
     assert (again - got).norm() < 1e-4 * got.norm()
     alone = [gradient(models, replace(moment, reference_point=whole.reference_point), how) for moment in at_each(whole)]
     want = torch.stack([g for g, _, _ in alone]).mean(0)
@@ -182,7 +183,7 @@ def test_cached_trajectories_serve_all_timesteps(tmp_path):
     objective = replace(OBJECTIVE, tau_norm="rms")
     plain, cold, warm = (run(tmp_path, cache, how=HOW, objective=objective) for cache in (None, *2 * [tmp_path / "c"]))
     assert same(plain, cold) and same(cold, warm)
-    assert warm.each("unet_evaluations") == 3 * [EACH * STEP]
+    assert warm.each("unet_evaluations") == STEPS * [EACH * STEP]
 
 
 def test_what_a_plan_says():

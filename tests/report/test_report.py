@@ -67,6 +67,12 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def no_curves(monkeypatch):
+    """They take longer than the rest of the page."""
+    monkeypatch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
+
+
 def test_page_is_complete_escaped_and_self_contained(run):
     shown = evaluation()
     page = write_report(run, shown).read_text()
@@ -85,7 +91,7 @@ def test_page_is_complete_escaped_and_self_contained(run):
     [(0.9, 0.6, "good"), (0.5, 0.6, "bad"), (0.7, 0.6, "undecided"), (0.9, 0.9, "undecided")],
     ids=["better", "worse", "equal", "better but the control wins too"],
 )
-def test_colour_of_the_verdict(run, aligned, control, tone):
+def test_colour_of_the_verdict(run, no_curves, aligned, control, tone):
     page = write_report(run, evaluation(aligned, control)).read_text()
     assert re.search(r'id="verdict" class="card verdict (\w+)"', page)[1] == tone
     assert ("✘ FAILS" in page) == (control > 0.7 or aligned < 0.7)
@@ -117,7 +123,7 @@ def test_long_runs_stay_small_and_keep_their_mean(tmp_path):
     assert np.allclose(plots.running_mean(np.ones(50), 7), 1)  # the ends too
 
 
-def test_contact_sheet_and_limits_in_bytes(run):
+def test_contact_sheet_and_limits_in_bytes(run, no_curves):
     write_report(run, evaluation())
     with Image.open(run / "samples.png") as sheet:
         assert sheet.width > 6 * 160 and sheet.height > 4 * 160  # 12 prompts, 8 pixels enlarged 20 times

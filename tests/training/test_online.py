@@ -14,8 +14,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from tiny_runs import Forked, free_port, metric, metrics, policy, run_command, same_bits, save_recipe, train_in
-from tiny_world import tiny_xl
+from tiny_runs import Forked, free_port, metric, metrics, policy, run_training, same_bits, save_recipe, train_in
+from tiny_world import one_level, tiny_xl
 
 from inpo_fast.comparison.drawing import draw, use_deterministic_sampler
 from inpo_fast.config import OnlineConfig, parse
@@ -36,7 +36,7 @@ from inpo_fast.training import online
 from inpo_fast.training.online import Online
 
 CLIP = f"clip:{ASSETS / 'clip'}"
-HOW = {"every": 2, "mix": 0.7, "judge": CLIP, "sampler_steps": 3, "guidance": 2.0, "batch": 3, "keep": True}
+HOW = {"every": 2, "mix": 0.7, "judge": CLIP, "sampler_steps": 2, "guidance": 2.0, "batch": 3, "keep": True}
 PAIRS, SEED = 4, 0
 
 
@@ -79,7 +79,7 @@ def test_pairs_are_what_the_rounds_weights_draw_for_the_stored_prompts(world, st
         prompt, pictures = source.read(order.index(position)).prompt, []
         for k in range(2):
             noise = keyed_rng.normal((4, 8, 8), "online", SEED, position, k)[None]
-            drawn = pipeline(prompt, latents=noise, num_inference_steps=3, guidance_scale=2.0, output_type="np").images[
+            drawn = pipeline(prompt, latents=noise, num_inference_steps=2, guidance_scale=2.0, output_type="np").images[
                 0
             ]
             pictures.append(np.round(drawn * 255).astype(np.uint8))
@@ -109,7 +109,7 @@ def test_metrics_and_names_say_what_was_drawn(world):
         line = on[step]
         assert line["online_pairs"] == len(rows(world / "full", step))
         assert line["online_pairs"] + line["online_ties"] == len(wanted)
-        assert line["online_evaluations"] == len(wanted) * 2 * 3 * 2  # candidates, sampler steps, guidance
+        assert line["online_evaluations"] == len(wanted) * 2 * 2 * 2  # candidates, sampler steps, guidance
     spent = metric(world / "full", "unet_evaluations")
     assert spent[0] - on[0]["online_evaluations"] == off[0]["unet_evaluations"]
     assert spent[1] == off[1]["unet_evaluations"]  # t of a position is the same
@@ -208,7 +208,7 @@ def test_two_processes_draw_the_same(world):
     words = ["--config", str(world / "tiny.yaml"), "--output", str(world / "two"), "--train.micro_batch=1"]
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
-        Forked(world / f"two-{rank}", run_command, "inpo_fast.train", *words, RANK=f"{rank}", LOCAL_RANK="0", **meeting)
+        Forked(world / f"two-{rank}", run_training, *words, RANK=f"{rank}", LOCAL_RANK="0", **meeting)
         for rank in range(2)
     ]
     ends = [process.wait() for process in processes]
@@ -253,7 +253,7 @@ def test_each_process_draws_its_share(world, tmp_path, monkeypatch, rank):
 
 def test_an_adapter_of_sdxl_draws_with_the_adapter(tmp_path):
     """bf16, LoRA: the second round's pictures are those of the trained adapter, not of the base under it."""
-    tiny_xl().save_pretrained(tmp_path / "xl")
+    one_level(tiny_xl()).save_pretrained(tmp_path / "xl")
     save_recipe(
         tmp_path,
         models={"base": str(tmp_path / "xl"), "precision": "bf16", "lora": {"rank": 2}},
@@ -267,7 +267,7 @@ def test_an_adapter_of_sdxl_draws_with_the_adapter(tmp_path):
     pipeline = load_pipeline(str(tmp_path / "xl"), torch.bfloat16)
     use_deterministic_sampler(pipeline)
     keys = [("online", SEED, row["position"], k) for k in range(2)]
-    base = draw(pipeline, [row["caption"]] * 2, keys, steps=3, guidance=2.0)
+    base = draw(pipeline, [row["caption"]] * 2, keys, steps=2, guidance=2.0)
     nearest = min(np.abs(pixels(row["jpg_0"]) - picture.astype(int)).mean() for picture in base)
     assert nearest > 2  # levels of 255; rounding alone moves none by more than one
 
@@ -387,7 +387,7 @@ def test_what_is_refused(world, monkeypatch):
 
 def test_a_plan_counts_the_drawing(world, capsys, monkeypatch):
     config = parse("train", ["--config", str(world / "tiny.yaml"), "--online.start=1"])
-    assert _drawn(config) == pytest.approx(0.7 * 2 * 3 * 2 * 3 / 4)
+    assert _drawn(config) == pytest.approx(0.7 * 2 * 2 * 2 * 3 / 4)
     train_in(world, "dry", "--dry-run")
     shown = capsys.readouterr().out
     assert "drawing" in shown and "inpo-online" in shown

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_world import pair_table, save_pairs, save_tiny_model
+from tiny_world import one_level, pair_table, save_pairs, tiny_pipeline
 
 from inpo_fast import train as train_command
 from inpo_fast.comparison.picture_store import read_picture
 from inpo_fast.config import parse
+from inpo_fast.report import plots
 from inpo_fast.report.write import write_report
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.metrics import BUCKETS, MetricAccumulator
@@ -26,7 +27,7 @@ from inpo_fast.training.validation import Validation, prompts_of
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    save_tiny_model(folder / "model")
+    one_level(tiny_pipeline()).save_pretrained(folder / "model")
     save_pairs(folder / "pairs.parquet", 24)
     other = pair_table(48).slice(24)
     turned = other.set_column(11, "label_0", other["label_1"]).set_column(12, "label_1", other["label_0"])
@@ -59,7 +60,9 @@ LOOK = ["--observe.images_every=2", "--observe.images=2"]
 
 def test_looking_changes_nothing_and_is_all_there(world, tmp_path, monkeypatch, capsys):
     look = [*LOOK, f"--observe.prompts={world / 'p.txt'}", f"--observe.held_out={world / 'held.parquet'}"]
-    plain = run(world, tmp_path / "plain", monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
+        plain = run(world, tmp_path / "plain", patch)
     seen = run(world, tmp_path / "seen", monkeypatch, *look, "--observe.held_out_every=2", "--observe.held_out_pairs=6")
     for before, after in zip(plain, seen, strict=True):
         computed = {k: v for k, v in before.items() if k not in ("seconds", "pairs_per_second")}
