@@ -23,7 +23,7 @@ def pytest_collection_finish():
     """Garbage is not looked for among the modules: with torch and diffusers a tenth of the suite's processor time."""
     interpreter.patch_once()
     gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
+    gc.set_threshold(200_000, 20, 10)
     gc.enable()
 
 
