@@ -180,8 +180,8 @@ class LargestOnTheCpu(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_another_device_has_its_weights_drawn_there(monkeypatch, precision):
-    """Pipeline, policy, reference, masters, the benchmark's moved policy: nothing large is made on the CPU. Of two levels
-    as wide as they are published."""
+    """Pipeline, policy, reference, masters, the benchmark's moved policy: nothing large is made on the CPU. Two
+    of the published levels."""
     small = {name: unet_family.UNETS["sd15"][name][::3] for name in ("block_out_channels", "down_block_types")}
     small["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
     monkeypatch.setitem(unet_family.UNETS, "sd15", unet_family.UNETS["sd15"] | small)
