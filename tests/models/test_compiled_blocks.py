@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from test_fast_inversion import ROUNDED, STEP_CONFIG, distance, inverted, move, world
+from test_fast_inversion import ROUNDED, STEP_CONFIG, distance, inverted, move, small, world
 from test_fast_unet import check_same, inputs, make
 from tiny_world import one_level, tiny_pipeline, tiny_xl
 from torch._dynamo.utils import counters
@@ -27,11 +27,6 @@ from inpo_fast.training.step_batch import make_step_batch
 
 KINDS = ("sd", "xl")
 LORA = LoraSettings(rank=2, targets=("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj"))
-
-
-def small():
-    """Of one level, as wide as fp8 wants it."""
-    return one_level(tiny_pipeline(), width=16)
 
 
 def small_xl():
