@@ -107,7 +107,7 @@ def test_a_relative_is_opened_planned_trained_and_given_away(tmp_path, shape, no
     base.save_pretrained(tmp_path / "base")
     save_pairs(tmp_path / "pairs.parquet")
     words = [f"--models.base={tmp_path / 'base'}", f"--data.source={tmp_path / 'pairs.parquet'}"]
-    words += [f"--output={tmp_path / 'run'}", "--train.steps=1", "--train.pairs_per_step=4", "--train.micro_batch=4"]
+    words += [f"--output={tmp_path / 'run'}", "--train.steps=1", "--train.pairs_per_step=2", "--train.micro_batch=2"]
     config = parse("test", [*words, "--inversion.steps=2", "--optim.lr=0.01", "--optim.warmup_steps=0"])
     assert make_plan(config, 1).parameters == sum(p.numel() for p in base.unet.parameters())
     run = prepare(config, 0, 1, torch.device("cpu"))
