@@ -117,7 +117,7 @@ def tiny_xl() -> StableDiffusionXLPipeline:
     )
 
 
-def one_level(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+def one_level(pipeline: DiffusionPipeline, width: int = 8) -> DiffusionPipeline:
     """With the UNet's level that attends to the prompt alone."""
     torch.manual_seed(0)
     pipeline.unet = UNet2DConditionModel.from_config(
@@ -125,7 +125,7 @@ def one_level(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         down_block_types=("CrossAttnDownBlock2D",),
         mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(8,),
+        block_out_channels=(width,),
         attention_head_dim=2,
         transformer_layers_per_block=1,
     )

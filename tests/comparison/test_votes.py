@@ -2,14 +2,13 @@
 
 import http.client
 import json
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from browser import CHROMIUM, Browser
+from tiny_runs import run_command
 from tiny_world import save_pairs
 
 from inpo_fast.comparison.votes import Votes, cases_of_evaluation, cases_of_source
@@ -57,7 +56,7 @@ def level(encoded):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_person_votes_and_the_trainer_accepts(evaluation, serve, tmp_path):
+def test_a_person_votes_and_the_trainer_accepts(evaluation, serve, tmp_path, capsys):
     votes = Votes(cases_of_evaluation(evaluation, (), 0), tmp_path / "out" / "votes.parquet", user=7)
     assert len(votes.cases) == 6  # equal pictures are not asked about
     server = serve(votes)
@@ -110,9 +109,9 @@ def test_a_person_votes_and_the_trainer_accepts(evaluation, serve, tmp_path):
             assert (row["label_0"] == 1) == (levels[0] > levels[1])
     assert sorted(table["label_0"].to_pylist()).count(0.5) == 1
     assert len({(a > b) for _, a, b in seen}) == 2  # sides are drawn
-    command = [sys.executable, "-m", "inpo_fast.validate", "--source", str(votes.output), "--resolution", "16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "fit to train on" in done.stdout, done.stdout + done.stderr
+    with pytest.raises(SystemExit) as end:
+        run_command("inpo_fast.validate", "--source", str(votes.output), "--resolution", "16")
+    assert not end.value.code and "fit to train on" in capsys.readouterr().out
 
 
 def test_votes_survive_a_crash(evaluation, tmp_path):

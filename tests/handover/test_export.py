@@ -203,15 +203,17 @@ def test_a_lora_acts_alike_in_every_format(world, tmp_path, monkeypatch, kind):
     merged = output_pipeline(models)
     # sums of 8 to 96 products in another order, through some twenty layers, at unit size: 1e-4 is 1000 roundings
     torch.testing.assert_close(merged.unet(**inputs).sample, adapted, atol=1e-4, rtol=0)
+    model = world / kind / "model"
+    pipeline = load_pipeline(str(model))
     for format in ("kohya", "kohya-diffusers", "diffusers"):
         file = tmp_path / f"{format}.safetensors"
-        model = world / kind / "model"
         run(monkeypatch, "--lora", tmp_path / "lora", "--model", model, "--output", file, "--format", format)
         if format == "diffusers":  # as a reader that knows no alpha: the tensors alone
             save_file(load_file(file), file)
-        pipeline = load_pipeline(str(model))
         pipeline.load_lora_weights(str(file))
         torch.testing.assert_close(pipeline.unet(**inputs).sample, adapted, atol=1e-4, rtol=0)
+        pipeline.unload_lora_weights()
+        assert torch.equal(pipeline.unet(**inputs).sample, base)
 
 
 def split(inputs: dict) -> tuple:

@@ -1,5 +1,6 @@
 """What a run leaves held against its promises: the folders, the model card, and every snippet of docs/hand-over.md."""
 
+import copy
 import json
 import re
 import shlex
@@ -70,6 +71,12 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def bases(world):
+    """kind -> its pipeline, which nobody changes."""
+    return {kind: load_pipeline(str(world / kind)) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
 def runs(world):
     """(kind, mode) -> (Run after its end, the UNet that finish() returned); each trained once."""
     done = {}
@@ -100,10 +107,9 @@ def runs(world):
 
 
 @pytest.mark.parametrize(("kind", "mode"), RUNS)
-def test_the_folders_of_a_run(world, runs, kind, mode):
+def test_the_folders_of_a_run(bases, runs, kind, mode):
     run, aligned = runs(kind, mode)
-    stock = getattr(diffusers, KINDS[kind])
-    base = load_pipeline(str(world / kind))
+    stock, base = getattr(diffusers, KINDS[kind]), bases[kind]
     model = stock.from_pretrained(run.folder.path / "model", local_files_only=True)
     for name in ("vae", "text_encoder", "text_encoder_2"):  # as they were loaded, not rounded to bf16
         if hasattr(base, name):
@@ -131,14 +137,15 @@ def test_the_folders_of_a_run(world, runs, kind, mode):
         lora = run.folder.path / "lora"
         assert {path.name for path in lora.glob("*.safetensors")} == {LORA_WEIGHT_NAME_SAFE, KOHYA_NAME}
         for place in (lora, lora / KOHYA_NAME):
-            with_lora = load_pipeline(str(world / kind))
+            with_lora = copy.copy(base)
+            with_lora.unet = copy.deepcopy(base.unet)
             with_lora.load_lora_weights(str(place))
             # the adapter beside the weight or inside it: rounding of some twenty layers at unit size
             torch.testing.assert_close(predict(with_lora.unet), predict(model.unet), atol=3e-5, rtol=0)
         with safe_open(lora / LORA_WEIGHT_NAME_SAFE, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}  # diffusers 0.34 to 0.39 stop at settings of a newer peft
     dtype = DTYPES[run.config.models.precision]
-    same(run.models.pipeline.unet.state_dict(), base.unet.to(dtype).state_dict())
+    same(run.models.pipeline.unet.state_dict(), copy.deepcopy(base.unet).to(dtype).state_dict())
     returned = aligned.state_dict()
     for name, x in model.unet.to(dtype).state_dict().items():
         # of LoRA in bf16 the base was rounded first and the sum again: two roundings of a weight below 1
@@ -149,10 +156,10 @@ def test_the_folders_of_a_run(world, runs, kind, mode):
     assert image.shape == (32, 32, 3) and np.isfinite(image).all() and image.std() > 0
 
 
-def test_a_run_that_starts_from_a_lora(world, runs):
+def test_a_run_that_starts_from_a_lora(world, bases, runs):
     """Policy and reference begin at base + LoRA; both files of the end are for the base itself."""
     first, _ = runs("sd15", "lora-fp32")
-    base = load_pipeline(str(world / "sd15")).unet
+    base = bases["sd15"].unet
     start = with_lora(base, read_lora("test", first.folder.path / "lora", base))
     for number, extra in enumerate(([], ["--models.lora.rank=3"])):
         config = parse(
@@ -181,7 +188,8 @@ def test_a_run_that_starts_from_a_lora(world, runs):
             lora = read_lora("test", run.folder.path / "lora", base)
             assert lora.rank == 5  # 2 + 3
             torch.testing.assert_close(predict(with_lora(base, lora)), predict(model), atol=3e-5, rtol=0)
-            pipeline = load_pipeline(str(world / "sd15"))
+            pipeline = copy.copy(bases["sd15"])
+            pipeline.unet = copy.deepcopy(base)
             pipeline.load_lora_weights(str(run.folder.path / "lora" / KOHYA_NAME))
             torch.testing.assert_close(predict(pipeline.unet), predict(model), atol=3e-5, rtol=0)
 
@@ -274,14 +282,14 @@ PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_snippets_of_the_document(world, places, exported, number):
+def test_snippets_of_the_document(world, bases, places, exported, number):
     """Each runs, and draws something else than with the base in the place of the aligned model."""
     code = PYTHON[number]
     aligned = drawn(code, places)
     kind = "sdxl" if "XL" in code else "sd15"
     base = {f'"runs/{kind}/model"': f'"{world / kind}"', '"aligned.safetensors"': f'"{world / "base.safetensors"}"'}
     if "aligned.safetensors" in code:
-        pipeline = load_pipeline(str(world / kind))
+        pipeline = bases[kind]
         single_file_export.save(denoiser_of(pipeline).single_file(pipeline), {}, world / "base.safetensors")
     without = drawn(re.sub(r".*load_lora_weights.*\n", "", code), places | base)
     assert aligned.shape == without.shape == (32, 32, 3)
@@ -322,9 +330,12 @@ def test_the_card_of_a_run(world, runs):
         assert manifest["config_sha256"] in text and manifest["versions"]["diffusers"] in text
         assert str(world) not in text  # no path of the machine
     (snippet,) = re.findall(r"```python\n(.*?)```", model.text, re.DOTALL)
-    assert drawn(snippet, {'"PATH_OF_THIS_FOLDER"': f'"{run.folder.path / "model"}"'}).shape == (32, 32, 3)
+    steps = {'("a prompt")': '("a prompt", num_inference_steps=3)'}
+    model_place = {'"PATH_OF_THIS_FOLDER"': f'"{run.folder.path / "model"}"'}
+    assert drawn(snippet, steps | model_place).shape == (32, 32, 3)
     (snippet,) = re.findall(r"```python\n(.*?)```", lora.text, re.DOTALL)
     lora_places = {"PATH_OF_THIS_FOLDER": str(run.folder.path / "lora"), "PATH_OF_THE_BASE_MODEL": str(world / "sd15")}
+    lora_places |= steps
     without = drawn(re.sub(r".*load_lora_weights.*\n", "", snippet), lora_places)
     assert np.abs(drawn(snippet, lora_places).astype(int) - without).max() > 3
 

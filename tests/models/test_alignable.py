@@ -1,6 +1,7 @@
 """Models that cannot be aligned are called by what they are, from their small files alone: no weights lie there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,14 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def like(saved):
-    return load_pipeline(str(saved / "sd")).unet
+def base(saved):
+    """saved/sd, opened; nobody changes it."""
+    return load_pipeline(str(saved / "sd"))
+
+
+@pytest.fixture
+def like(base):
+    return base.unet
 
 
 @pytest.fixture
@@ -246,14 +253,14 @@ def test_missing_small_files_are_named(small):
 
 
 # ---- another model's noise -------------------------------------------------------------------------------------------
-def test_a_start_that_predicts_something_else_is_refused(saved, tmp_path):
-    base = load_pipeline(str(saved / "sd"))
+def test_a_start_that_predicts_something_else_is_refused(saved, base, tmp_path):
+    tiny_pipeline(3).save_pretrained(tmp_path / "same")
     for name, changes, words in (
         ("v", {"prediction_type": "v_prediction"}, "predicts v_prediction and the base epsilon"),
         ("cosine", {"beta_schedule": "squaredcos_cap_v2"}, "other noise levels than the base .*beta_schedule"),
         ("edm", {"_class_name": "EDMEulerScheduler"}, "EDM's"),
     ):
-        tiny_pipeline(3).save_pretrained(tmp_path / name)
+        shutil.copytree(tmp_path / "same", tmp_path / name)
         edit(tmp_path / name / "scheduler/scheduler_config.json", **changes)
         for key in ("models.init", "--model"):
             refused(
@@ -261,7 +268,6 @@ def test_a_start_that_predicts_something_else_is_refused(saved, tmp_path):
             )
         # a UNet alone says nothing of noise
         load_unet("models.init", str(tmp_path / name / "unet"), base.unet, scheduler=base.scheduler.config)
-    tiny_pipeline(3).save_pretrained(tmp_path / "same")
     for changes in ({"_class_name": "EulerDiscreteScheduler"}, {"timestep_spacing": "trailing"}, {"steps_offset": 0}):
         edit(tmp_path / "same/scheduler/scheduler_config.json", **changes)
         load_unet("models.init", str(tmp_path / "same"), base.unet, scheduler=base.scheduler.config)
@@ -330,17 +336,15 @@ def test_latents_are_what_the_pipeline_undoes(saved, tmp_path):
         ({"latents_mean": [0.0] * 4}, "normalises its latents"),
     ],
 )
-def test_what_the_pipeline_would_ignore_is_refused(saved, small, tmp_path, settings, words):
-    base = load_pipeline(str(saved / "sd"))
+def test_what_the_pipeline_would_ignore_is_refused(base, small, tmp_path, settings, words):
     other_vae(**settings).save_pretrained(tmp_path / "vae")
     refused(f"^models.vae: .*{words}", load_vae, str(tmp_path / "vae"), base)
     refused(f"^models.base: .*{words}", find_model, "models.base", small("sd", "vae/config.json", **settings))
 
 
-def test_what_is_given_in_a_vaes_place(saved, tmp_path):
+def test_what_is_given_in_a_vaes_place(base, tmp_path):
     from safetensors.torch import save_file
 
-    base = load_pipeline(str(saved / "sd"))
     for name, words in {
         "lora_unet_down_blocks_0.lora_down.weight": "is a LoRA, not a VAE",
         "conv_in.weight": "is a UNet without a VAE",

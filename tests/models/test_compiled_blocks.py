@@ -9,9 +9,9 @@ from itertools import product
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from test_fast_inversion import ROUNDED, STEP_CONFIG, distance, inverted, move, world
+from test_fast_inversion import ROUNDED, STEP_CONFIG, distance, inverted, move, small, world
 from test_fast_unet import check_same, inputs, make
-from tiny_world import tiny_pipeline, tiny_xl
+from tiny_world import one_level, tiny_pipeline, tiny_xl
 from torch._dynamo.utils import counters
 
 from inpo_fast.comparison.drawing import draw, drawing_with
@@ -27,6 +27,10 @@ from inpo_fast.training.step_batch import make_step_batch
 
 KINDS = ("sd", "xl")
 LORA = LoraSettings(rank=2, targets=("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj"))
+
+
+def small_xl():
+    return one_level(tiny_xl(), width=16)
 
 
 def pair(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -99,7 +103,7 @@ def test_compiled_is_fused(traced, kind):
 
 
 def test_inference_mode_changes_no_bit(traced):
-    unet = make("one level")
+    unet = small().unet.eval()
     make_fast(unet, "compiled")
     args, _ = inputs(unet)
     with torch.no_grad():
@@ -118,14 +122,14 @@ def unsettle(models: Models) -> None:
 
 # SDXL without an adapter is held to the fused gradients above, SD1.5 with one in the next test but one; bf16 without an
 # adapter is test_fast_unet.py's
-SHORT = {(tiny_pipeline, 0, "fp32"), (tiny_xl, 2, "bf16")}
+SHORT = {(small, 0, "fp32"), (small_xl, 2, "bf16")}
 
 
 @pytest.mark.parametrize(
     ("pipeline", "lora", "precision"),
     [
         pytest.param(*how, id=f"{how[0].__name__}-{how[1]}-{how[2]}", marks=[pytest.mark.slow] * (how not in SHORT))
-        for how in product((tiny_pipeline, tiny_xl), (0, 2), ("fp32", "bf16"))
+        for how in product((small, small_xl), (0, 2), ("fp32", "bf16"))
     ],
 )
 def test_step_zero_is_exact(traced, items, pipeline, lora, precision):
@@ -148,7 +152,7 @@ def test_step_zero_is_exact(traced, items, pipeline, lora, precision):
 
 def test_pictures_are_drawn_on_the_same_graphs(traced, items):
     """Drawing in the middle of a run, or at its end, compiles nothing."""
-    models = world(tiny_pipeline, fast="compiled")
+    models = world(small, fast="compiled")
     step_batch = make_step_batch(items, models, STEP_CONFIG, models.encode_empty())
     train_step(step_batch, models, STEP_CONFIG, len(items), 1e9)
     graphs = len(traced)
@@ -162,7 +166,7 @@ def test_the_reference_of_an_adapter_is_the_base(traced, items):
     args = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
     answers = []
     for how in ("off", "compiled"):
-        models = world(tiny_pipeline, fast=how, lora=LORA)
+        models = world(small, fast=how, lora=LORA)
         more = {"encoder_hidden_states": models.encode_prompts(["a", "b"]).hidden}
         with torch.no_grad():
             unsettle(models)
@@ -271,7 +275,7 @@ def test_what_has_no_block_stays_plain(traced):
     unet(*inputs(unet)[0])
 
 
-@pytest.mark.parametrize("pipeline", [tiny_pipeline, pytest.param(tiny_xl, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pipeline", [small, pytest.param(small_xl, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_fp8(traced, items, pipeline, lora):
     """The inversion has graphs of its own then; the loss's predictions stay on theirs."""
@@ -287,7 +291,7 @@ def test_fp8(traced, items, pipeline, lora):
 
 def test_cuda_graphs_are_of_one_size(traced, items):
     """The whole evaluation is one graph, whatever the timesteps; what the loss compares stays on the blocks'."""
-    plain, fast = world(tiny_pipeline), world(tiny_pipeline, fast="compiled", cuda_graphs=True)
+    plain, fast = world(small), world(small, fast="compiled", cuda_graphs=True)
     assert distance(inverted(fast, items), inverted(plain, items)) < ROUNDED
     assert len(traced) == 1
     others = [replace(item, position=item.position + 100) for item in items]

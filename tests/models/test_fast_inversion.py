@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from tiny_world import tiny_pipeline, tiny_unet, tiny_xl
+from tiny_world import one_level, tiny_pipeline, tiny_unet, tiny_xl
 
 from inpo_fast.caches.trajectory_cache import open_trajectory_cache
 from inpo_fast.config import RunConfig
@@ -32,6 +32,11 @@ STEP_CONFIG = StepConfig(
     seed=0,
 )
 ROUNDED = 2e-5  # relative, in norm: some fifty layers in fp32 that add up in another order
+
+
+def small():
+    """Of one level, as wide as fp8 wants it."""
+    return one_level(tiny_pipeline(), width=16)
 
 
 def world(pipeline, **how) -> Models:
@@ -80,7 +85,7 @@ def test_compiled(traced, items, pipeline):
 def test_a_cache_of_trajectories_keeps_the_graphs(traced, items, tmp_path, frozen, whole):
     """However many images of a window are new: ten in calls of six, then two, then none; x_t as on the plain path."""
     how = replace(STEP_CONFIG.inversion, model="reference", cache=str(tmp_path), frozen=frozen)
-    plain, fast = world(tiny_pipeline), world(tiny_pipeline, fast="compiled", cuda_graphs=whole)
+    plain, fast = world(small), world(small, fast="compiled", cuda_graphs=whole)
     cache = open_trajectory_cache(fast, how, STEP_CONFIG.objective, DataConfig())
     cache.store.start()
     step_config, graphs = replace(STEP_CONFIG, inversion=how, trajectory_cache=cache), 0

@@ -83,7 +83,7 @@ def test_fused_is_plain(kind):
 
 
 def test_fused_is_plain_on_the_kernels(interpreted):
-    plain = make("sd")
+    plain = make("one level")
     fast = copy.deepcopy(plain)
     make_fast(fast, "fused")
     check_same(fast, plain, batch=2)
@@ -290,7 +290,7 @@ def test_x_t_of_a_fused_inversion(items):
     step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(),
-        inversion=InversionConfig(steps=10),
+        inversion=InversionConfig(steps=5),
         micro_batch=2,
         vae_sample=True,
         seed=0,

@@ -179,8 +179,12 @@ class LargestOnTheCpu(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_another_device_has_its_weights_drawn_there(precision):
-    """Pipeline, policy, reference, masters, the benchmark's moved policy: nothing large is made on the CPU."""
+def test_another_device_has_its_weights_drawn_there(monkeypatch, precision):
+    """Pipeline, policy, reference, masters, the benchmark's moved policy: nothing large is made on the CPU. Two
+    of the published levels."""
+    small = {name: unet_family.UNETS["sd15"][name][::3] for name in ("block_out_channels", "down_block_types")}
+    small["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
+    monkeypatch.setitem(unet_family.UNETS, "sd15", unet_family.UNETS["sd15"] | small)
     config, meta = ModelsConfig(random="sd15", precision=precision), torch.device("meta")
     with LargestOnTheCpu() as seen:
         models = Models(open_pipeline(config, meta), meta, config)

@@ -1,5 +1,6 @@
 """LoRAs in every program's names held against W + alpha / rank * B A in float64, and what does not fit refused."""
 
+import copy
 import json
 
 import pytest
@@ -120,15 +121,22 @@ def test_every_spelling_is_the_same_lora(unets, tmp_path, spelling, kind):
     assert lora_file(tmp_path) == tmp_path / "x.safetensors" == lora_file(tmp_path / "x.safetensors")
     lora, expected = read_lora("--model", tmp_path, unet), truth(unet, sides)
     assert lora.layers.keys() == sides.keys()
-    merged = UNet2DConditionModel.from_config(unet.config)
-    merged.load_state_dict(unet.state_dict())
+    merged = copy.deepcopy(unet)
     merge_(merged, lora)
     after, before = dict(merged.named_modules()), dict(unet.named_modules())
     for name, weight in expected.items():  # sums of four products and a weight, at unit size
         torch.testing.assert_close(after[name].weight.double(), weight, atol=1e-6, rtol=0)
     untouched = [name for name in before if isinstance(before[name], torch.nn.Linear) and name not in sides]
     assert len(untouched) > 10 and all(torch.equal(after[name].weight, before[name].weight) for name in untouched)
-    x = inputs(unet)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_the_weights_as_merged_into_them(unets, kind):
+    unet = unets[kind]
+    lora, x = Lora(drawn(unet)), inputs(unet)
+    merged = copy.deepcopy(unet)
+    merge_(merged, lora)
     beside = with_lora(unet, lora)
     torch.testing.assert_close(beside(**x).sample, merged(**x).sample, atol=3e-5, rtol=0)
     assert (beside(**x).sample - unet(**x).sample).abs().max() > 0.01

@@ -28,7 +28,7 @@ def test_counts_are_those_without_it(monkeypatch):
     unet, vae = pipeline.unet.to("meta", torch.bfloat16), pipeline.vae.to("meta")
 
     def counts():
-        passes = [network_passes(unet, 8, tokens, checkpointing) for tokens in (16, 7) for checkpointing in (0, 1)]
+        passes = [network_passes(unet, 8, *how) for how in ((16, False), (16, True), (7, False))]
         unet.disable_gradient_checkpointing()
         traffic, forward = network_traffic(unet, 8, 16), denoiser_of(unet).forward_bytes(unet, 8, 16)
         return passes, traffic, forward, encoding_bytes(vae, 32, 2), decoding_bytes(vae, 8, 2)

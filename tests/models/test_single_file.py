@@ -1,6 +1,8 @@
 """Single files against diffusers' own reader, bit for bit, and what people's files have that it does not read."""
 
+import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_world import tiny_pipeline, tiny_xl
 
 from inpo_fast.models.families import denoiser_of
+from inpo_fast.models.files.model_files import find_model
 from inpo_fast.models.loading import load_pipeline, load_unet
 from inpo_fast.runtime.errors import UserError
 
@@ -47,6 +50,10 @@ def world(tmp_path_factory):
         pipeline.save_pretrained(folder / kind)
         pipelines[kind], files[kind] = pipeline, denoiser_of(pipeline).single_file(pipeline)
     return World(folder, pipelines, files)
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def weights(pipeline) -> dict[str, torch.Tensor]:
@@ -101,9 +108,10 @@ def test_the_two_keys_of_a_file_say_what_it_predicts(world):
 def test_the_two_keys_hold_whatever_sampler_the_configuration_names(world, name, tmp_path):
     import diffusers
 
-    pipeline = tiny_xl()
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
-    pipeline.save_pretrained(tmp_path / "xl")
+    shutil.copytree(world.config("sdxl"), tmp_path / "xl", ignore=shutil.ignore_patterns("*.safetensors"))
+    sampler = getattr(diffusers, name).from_config(world.pipelines["sdxl"].scheduler.config)
+    sampler.save_pretrained(tmp_path / "xl" / "scheduler")
+    edit(tmp_path / "xl" / "model_index.json", scheduler=["diffusers", name])
     path = world.save("marked", world.files["sdxl"] | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
     opened = load_pipeline(path, single_file_config=str(tmp_path / "xl"))
     levels = DDIMScheduler.from_config(opened.scheduler.config)
@@ -111,9 +119,9 @@ def test_the_two_keys_hold_whatever_sampler_the_configuration_names(world, name,
 
 
 def test_v_alone_is_no_zero_snr_whatever_the_configuration_says(world, tmp_path):
-    pipeline = tiny_xl()
-    pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    pipeline.save_pretrained(tmp_path / "xl")
+    shutil.copytree(world.config("sdxl"), tmp_path / "xl", ignore=shutil.ignore_patterns("*.safetensors"))
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    edit(tmp_path / "xl" / "scheduler" / "scheduler_config.json", **said)
     path = world.save("marked", world.files["sdxl"] | {"v_pred": torch.zeros(0)})
     opened = load_pipeline(path, single_file_config=str(tmp_path / "xl")).scheduler.config
     assert (opened.prediction_type, opened.rescale_betas_zero_snr) == ("v_prediction", False)
@@ -123,10 +131,7 @@ def test_v_alone_is_no_zero_snr_whatever_the_configuration_says(world, tmp_path)
 def test_metadata_say_what_a_file_predicts(world, key):
     for kind in ("sd15", "sd21", "sdxl"):
         path = world.save("said", world.files[kind], **{key: "v"})
-        assert (
-            load_pipeline(path, single_file_config=world.config(kind)).scheduler.config.prediction_type
-            == "v_prediction"
-        )
+        assert find_model("models.base", path, world.config(kind)).scheduler["prediction_type"] == "v_prediction"
     path = world.save("odd", world.files["sd15"], **{key: "flow"})
     with pytest.raises(UserError, match="says that it predicts 'flow'"):
         load_pipeline(path, single_file_config=world.config("sd15"))
