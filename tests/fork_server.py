@@ -31,7 +31,7 @@ def start() -> None:
 
 def _be_the_server(listener: int, alive: int) -> None:
     sys.stdout, sys.stderr = (  # pytest has put others in their place
-        io.TextIOWrapper(open(number, "wb", 0), write_through=True) for number in (1, 2)
+        io.TextIOWrapper(io.FileIO(number, "w"), write_through=True) for number in (1, 2)
     )
     import forked_imports  # noqa: F401 - what no test file has imported yet
 
