@@ -44,9 +44,9 @@ MODES = [
     ("sd", LORA, "adamw-8bit", "bf16"),
     ("sd", LORA, "adafactor", "fp32"),
     ("sd", FULL, "adafactor", "bf16"),
-    ("xl", LORA, "adamw", "fp32"),
-    ("xl", FULL, "adamw-bf16", "bf16"),
-    ("xl", LORA, "adamw", "fp16"),
+    ("xl, one level", LORA, "adamw", "fp32"),
+    ("xl, one level", FULL, "adamw-bf16", "bf16"),
+    ("xl, one level", LORA, "adamw", "fp16"),
 ]
 PAIRS = 4
 
@@ -56,6 +56,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     one_level(tiny_pipeline()).save_pretrained(folder / "sd")
     tiny_xl().save_pretrained(folder / "xl")
+    one_level(tiny_xl()).save_pretrained(folder / "xl, one level")
     source = open_source(save_pairs(folder / "pairs.parquet"))
     loader = PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1)
     return folder, list(loader.steps(0, 3, PAIRS))
