@@ -24,7 +24,7 @@ from inpo_fast.pocket.base_model import WIDTH, make_pipeline, make_text_encoder,
 from inpo_fast.pocket.pairs import png, write_pairs
 from inpo_fast.pocket.scenes import Finish, all_scenes, random_finish, render, split_scenes
 
-# diffusers asks for it in each layer's every call, a tenth of what a tiny network takes
+# diffusers asks for it in each call of an attention layer
 AttnProcessor2_0.__call__.__signature__ = inspect.signature(AttnProcessor2_0.__call__)
 
 
