@@ -10,7 +10,7 @@ from socket import AF_UNIX, socket
 def start() -> None:
     """What multiprocessing would start with an interpreter that imports all of it again."""
     server = forkserver._forkserver
-    if server._forkserver_pid is not None:
+    if server._forkserver_pid is not None or sys.version_info >= (3, 14):  # there it is started in another way
         return
     resource_tracker.ensure_running()
     with socket(AF_UNIX) as listener:
