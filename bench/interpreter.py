@@ -49,6 +49,23 @@ def patch_once():
         return triton._LangPatchScope()  # nothing to restore
 
     triton._patch_lang = once
+    if hasattr(triton, "_get_np_dtype"):
+        triton._get_np_dtype = _remembered(triton._get_np_dtype, triton.tl)
+
+
+def _remembered(np_dtype, tl):
+    """It builds a table at each of its calls, of which every operation makes some."""
+    known = {}
+
+    def remembered(dtype):
+        scalar = dtype.scalar
+        if type(scalar) is not tl.dtype:  # a pointer
+            return np_dtype(dtype)
+        if scalar.name not in known:
+            known[scalar.name] = np_dtype(scalar)
+        return known[scalar.name]
+
+    return remembered
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from plans import counted_once
-from tiny_world import save_pairs, save_tiny_model, tiny_pipeline, tiny_xl
+from tiny_world import one_level, save_pairs, tiny_pipeline, tiny_xl
 
 from bench import report
 from bench.kernels import attention
@@ -31,7 +31,8 @@ STEPS = contenders.STEPS
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return save_tiny_model(folder / "model"), save_pairs(folder / "pairs.parquet")
+    one_level(tiny_pipeline()).save_pretrained(folder / "model")
+    return str(folder / "model"), save_pairs(folder / "pairs.parquet")
 
 
 @pytest.fixture
@@ -244,7 +245,7 @@ def test_the_distance_of_gradients():
 @pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl])
 def test_lockstep_is_the_naive_loop(tmp_path, pipeline):
     """Whatever the batch; fp32, ten chained evaluations, sums in another order."""
-    models = Models(pipeline(), torch.device("cpu"), ModelsConfig(base="x"))
+    models = Models(one_level(pipeline()), torch.device("cpu"), ModelsConfig(base="x"))
     contenders.move_policy(models)
     source = open_source(save_pairs(tmp_path / "pairs.parquet"))
     items = next(PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 5))

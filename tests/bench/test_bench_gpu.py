@@ -192,19 +192,35 @@ def test_names_and_plans(tmp_path):
 
 
 def test_rehearsal(tmp_path):
-    """The command itself, on a few slices: the files that a call leaves, and their names."""
-    names = "attention,errors"
-    words = ("bench.gpu", "--rehearse", "--only", names, "--output", str(tmp_path))
+    """The command itself, on a slice: the files that a call leaves, and their names."""
+    words = ("bench.gpu", "--rehearse", "--only", "attention", "--output", str(tmp_path))
     done = ran(beside(tmp_path), *words)
     assert done.returncode == 0 and "nothing left" in done.stdout, done.stdout + done.stderr
     found = sorted(path.name for path in tmp_path.iterdir())
     assert len(found) == 4 and {"log.txt", "state.json", "summary.md"} < set(found)
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in found)
     text = (tmp_path / "summary.md").read_text()
-    assert [text.count(f"| {name} | passed |") for name in names.split(",")] == [1, 1]
-    assert "head size 40: torch" in text
+    assert text.count("| attention | passed |") == 1 and "head size 40: torch" in text
     again = ran(beside(tmp_path), *words)
     assert again.returncode == 0 and "begun" not in again.stdout
+
+
+UNDER_XDIST = """
+import os, sys, pytest
+for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+    del os.environ[name]
+os.chdir(sys.argv[1])
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+def test_rehearsal_of_a_kernels_benchmark(tmp_path):
+    """The slice's own words, in a process that has imported all."""
+    (errors,) = gpu.chosen(gpu.slices(tmp_path, tiny=True), "first", "errors")
+    assert errors.command[1:3] == ("-m", "pytest")
+    process = Forked(beside(tmp_path), run_code, UNDER_XDIST, str(results.ROOT), *errors.command[3:])
+    code, said = process.wait(), process.said.read_text()
+    assert code == 0 and re.search(r"\b[1-9]\d* passed", said), said + process.complaints.read_text()
 
 
 def test_facts_of_the_machine(capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tiny_world import save_pairs, tiny_models
+from tiny_world import one_level, save_pairs, tiny_pipeline
 
 from inpo_fast.caches.trajectory_cache import open_trajectory_cache
 from inpo_fast.data.loader import DataConfig, PairLoader
@@ -20,6 +20,7 @@ from inpo_fast.method.inversion import check_inversion, evaluations_of, invert
 from inpo_fast.method.inversion_schedule import inversion_schedule, shares_prefix
 from inpo_fast.method.noise_path import NoisePath, noised, per_image, target
 from inpo_fast.method.objectives import evaluate
+from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.step import train_step
@@ -312,7 +313,7 @@ def test_flow_draws_timesteps():
 @pytest.mark.parametrize("grid", ["exact", "spread"])
 def test_a_training_step_asks_nothing_else_of_the_path(tmp_path, grid):
     """A UNet that is taken for a flow's network: one step, and on the exact grid the same from a cache."""
-    models = tiny_models(tmp_path / "model")
+    models = Models(one_level(tiny_pipeline()), torch.device("cpu"))
     models.noise_path = Flow(lambda s: 1000 * s, sign=-1.0)
     items = next(
         PairLoader(

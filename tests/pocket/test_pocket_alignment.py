@@ -22,19 +22,17 @@ from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
 
-def tau_rms(steps: int, levels=(99, 300, 999)) -> list[float]:
+def tau_rms(models: Models, steps: int, levels=(99, 300, 999)) -> list[float]:
     """Mean rms(tau) of the shipped pairs at some levels, uncorrected."""
-    torch.set_num_threads(1)
-    models = Models(load_pipeline(str(ASSETS / "model")), torch.device("cpu"))
     loader = PairLoader(
         open_source(str(ASSETS / "pairs.parquet")), DataConfig(), resolution=32, seed=0, rank=0, world=1
     )
-    items = next(loader.steps(0, 1, 8))
+    items = next(loader.steps(0, 1, 4))
     step_config = StepConfig(
         method="inpo",
         objective=ObjectiveConfig(),
         inversion=InversionConfig(steps=steps),
-        micro_batch=8,
+        micro_batch=4,
         vae_sample=True,
         seed=0,
     )
@@ -51,7 +49,9 @@ def tau_rms(steps: int, levels=(99, 300, 999)) -> list[float]:
 def test_tau_nears_the_size_of_noise_as_the_grid_gets_finer():
     """The first evaluation sees a clean image, on which a good model predicts little noise: an explicit step from
     there lands under-noised at every t, and only a finer grid (or tau_norm) repairs it. LOG.md has the argument."""
-    coarse, fine, finest = tau_rms(5), tau_rms(20), tau_rms(80)
+    torch.set_num_threads(1)
+    models = Models(load_pipeline(str(ASSETS / "model")), torch.device("cpu"))
+    coarse, fine, finest = (tau_rms(models, steps) for steps in (5, 20, 80))
     for a, b, c in zip(coarse, fine, finest, strict=True):
         assert a < b < c < 1.05
     assert finest[-1] > 0.8

@@ -74,6 +74,9 @@ def test_places_of_packages_are_read_from_pips_configuration(tmp_path, monkeypat
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     assert install.own_sources() == []
+    monkeypatch.setenv("PIP_INDEX_URL", "https://index.example/")
+    assert install.own_sources() == ["index-url"]
+    monkeypatch.delenv("PIP_INDEX_URL")
     (tmp_path / "pip.conf").write_text("[global]\ntimeout = 60\nextra-index-url = https://index.example/\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

@@ -82,7 +82,7 @@ def one_step(models: Models, items: list, step_config: StepConfig, optimizer):
     ("step_config", "pipeline", "config"),
     [
         *((step_config, lambda: one_level(tiny_pipeline()), ModelsConfig()) for step_config in KINDS.values()),
-        (PARTS, tiny_xl, ModelsConfig(precision="bf16", fast="fused")),
+        (PARTS, lambda: one_level(tiny_xl()), ModelsConfig(precision="bf16", fast="fused")),
         (STEP_CONFIG, lambda: one_level(tiny_pipeline()), ModelsConfig(precision="bf16", lora=LoraSettings(4))),
     ],
     ids=[*KINDS, "sdxl bf16 fused", "bf16 lora"],

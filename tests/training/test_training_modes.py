@@ -1,7 +1,6 @@
 """Every optimizer in every precision, and both with each model, full and LoRA: starts at ln 2, moves, and resumes
 exactly."""
 
-import copy
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -15,6 +14,7 @@ from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import LoraSettings, ModelsConfig
+from inpo_fast.models.copies import copy_of
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.runtime.memory import TooLarge
@@ -44,9 +44,9 @@ MODES = [
     ("sd", LORA, "adamw-8bit", "bf16"),
     ("sd", LORA, "adafactor", "fp32"),
     ("sd", FULL, "adafactor", "bf16"),
-    ("xl", LORA, "adamw", "fp32"),
-    ("xl", FULL, "adamw-bf16", "bf16"),
-    ("xl", LORA, "adamw", "fp16"),
+    ("xl, one level", LORA, "adamw", "fp32"),
+    ("xl, one level", FULL, "adamw-bf16", "bf16"),
+    ("xl, one level", LORA, "adamw", "fp16"),
 ]
 PAIRS = 4
 
@@ -56,6 +56,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     one_level(tiny_pipeline()).save_pretrained(folder / "sd")
     tiny_xl().save_pretrained(folder / "xl")
+    one_level(tiny_xl()).save_pretrained(folder / "xl, one level")
     source = open_source(save_pairs(folder / "pairs.parquet"))
     loader = PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1)
     return folder, list(loader.steps(0, 3, PAIRS))
@@ -74,7 +75,7 @@ class Training:
     def __init__(self, folder, items, base: str, rank: int, kind: str, precision: str):
         config = ModelsConfig(base=str(folder / base), precision=precision, lora=LoraSettings(rank))
         pipeline, unet = opened(config)
-        pipeline.unet = copy.deepcopy(unet)
+        pipeline.unet = copy_of(unet)
         torch.manual_seed(0)
         self.models, self.items = Models(pipeline, torch.device("cpu"), config), items
         optim = OptimConfig(kind=kind, lr=1e-4, average="ema")

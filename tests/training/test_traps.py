@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_world import save_pairs, tiny_pipeline, tiny_xl
+from tiny_world import one_level, save_pairs, tiny_pipeline, tiny_xl
 
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
@@ -41,7 +41,7 @@ def test_policy_and_reference_take_the_same_matrix_product():
 def test_micro_batches_add_up(traced, tmp_path, fast):
     """Four accumulated micro-steps, one of four times the size, and pairs inverted and trained one by one at their own
     t give one gradient: sums in another order through five chained evaluations, 1e-4."""
-    models = Models(tiny_pipeline(), torch.device("cpu"), ModelsConfig(base="x", fast=fast))
+    models = Models(one_level(tiny_pipeline()), torch.device("cpu"), ModelsConfig(base="x", fast=fast))
     with torch.no_grad():
         for i, p in enumerate(models.parameters()):
             noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
