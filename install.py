@@ -98,8 +98,6 @@ def set_up(torch, installer):
 def own_sources():
     """Options of pip's configuration and environment that name another place of packages than the public index."""
     found = {name for name in SOURCES if os.environ.get("PIP_" + name.replace("-", "_").upper())}
-    if os.environ.get("PIP_CONFIG_FILE") == os.devnull:  # pip reads no file then
-        return [name for name in SOURCES if name in found]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -4,7 +4,6 @@ collection while modules are imported; without a CUDA device the kernels run in 
 import gc
 import logging
 import os
-import sys
 
 gc.disable()
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -26,14 +25,6 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(200_000, 20, 10)
     gc.enable()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop():
-    if "tiny_runs" in sys.modules and not torch.cuda.is_available():  # CUDA does not survive a fork
-        import fork_server
-
-        fork_server.start()
 
 
 def pytest_report_header():

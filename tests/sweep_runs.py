@@ -1,5 +1,6 @@
 """Runs of a few steps with inversion.cache or without it, and what they computed."""
 
+import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,6 @@ from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import LoraSettings, ModelsConfig
-from inpo_fast.models.copies import copy_of
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.training.optim import make_optimizer
@@ -46,7 +46,7 @@ def models_of(world, base: str = "sd", precision: str = "fp32", rank: int = 0) -
     """With a copy of the UNet of their own in a pipeline that is opened once: nothing else of it is trained."""
     settings = ModelsConfig(base=str(world / base), precision=precision, lora=LoraSettings(rank))
     pipeline, unet = _opened(settings)
-    pipeline.unet = copy_of(unet)
+    pipeline.unet = copy.deepcopy(unet)
     torch.manual_seed(0)  # an adapter starts from random numbers
     return Models(pipeline, torch.device("cpu"), settings)
 

@@ -24,16 +24,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's doc
 class StrictParser(ArgumentParser):
     """Errors are one line: the key, the nearest known name, the remedy."""
 
-    _defaults_of_all: Namespace | None = None
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(_explain(message, _keys(RunConfig)))
-
-    def get_defaults(self, *args, **kwargs) -> Namespace:
-        """They stay the same, and to gather them is a quarter of parsing."""
-        if self._defaults_of_all is None:
-            self._defaults_of_all = super().get_defaults(*args, **kwargs)
-        return self._defaults_of_all.clone()
 
 
 @functools.cache  # it takes a sixth of a second, most of what parsing takes

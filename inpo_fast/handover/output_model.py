@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from inpo_fast.models.config import ModelsConfig
-from inpo_fast.models.copies import copy_of
 from inpo_fast.models.families import PARTS
 from inpo_fast.models.files.hub import base_folder, hub_id
 from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, write_tensors
@@ -126,7 +125,7 @@ def detach_policy(models: Models) -> torch.nn.Module:
     """The aligned network as its own module, in the working precision; models.pipeline keeps the untouched base."""
     if not models.adapters:
         return models.policy
-    aligned = copy_of(models.policy)
+    aligned = copy.deepcopy(models.policy)
     aligned.fuse_lora()
     aligned.unload_lora()
     models.policy.unload_lora()

@@ -6,12 +6,12 @@ OneTrainer and SimpleTuner ignore the metadata in which diffusers keeps alpha, a
 metadata of a newer peft. lora_files.py reads what others wrote.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
 from inpo_fast.models.config import LoraSettings
-from inpo_fast.models.copies import copy_of
 from inpo_fast.models.denoiser import Denoiser
 
 
@@ -56,7 +56,7 @@ def _padded(x: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
 # ---- using ----------------------------------------------------------------------------------------------------------
 def with_lora(network: torch.nn.Module, lora: Lora) -> torch.nn.Module:
     """A copy of the network with the LoRA beside its weights, as `load_lora_weights` has it."""
-    adapted = copy_of(network)
+    adapted = copy.deepcopy(network)
     adapted.load_lora_adapter({name: x.to(network.dtype) for name, x in tensors(lora).items()}, prefix=None)
     own, layers = dict(adapted.named_parameters()), lora.padded().layers
     for name, sides in layers.items():

@@ -1,6 +1,7 @@
 """A pipeline becomes a policy, a frozen reference, a VAE and text encoders. loading.py opens the pipeline; what depends
 on the model family is asked of its denoiser (denoiser.py)."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
@@ -9,7 +10,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from inpo_fast.models.config import ModelsConfig
-from inpo_fast.models.copies import copy_of
 from inpo_fast.models.denoiser import Conditioning, Text
 from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.fast.fast_unet import resolve
@@ -58,10 +58,10 @@ class Models:
         else:
             base.to(device)  # first: copying and rounding there is quick
             masters = dict(base.named_parameters()) if self.dtype != torch.float32 else None
-            self.policy = copy_of(base).to(device, self.dtype).requires_grad_(True)
+            self.policy = copy.deepcopy(base).to(device, self.dtype).requires_grad_(True)
             # Its parameters keep requires_grad, though nothing ever asks for their gradient: torch's linear layers look
             # at that flag to choose between mm and bmm, and the two round differently (SDXL's proj_in, in bf16).
-            self.reference = copy_of(self.policy)
+            self.reference = copy.deepcopy(self.policy)
             self.denoiser.put(pipeline, self.reference)
             del base  # what is needed of it is among the masters
             self.adapters = []

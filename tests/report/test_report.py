@@ -16,7 +16,7 @@ from inpo_fast.comparison.evaluation import Evaluation, Gallery, summarise
 from inpo_fast.config import EvaluateConfig
 from inpo_fast.judges import Scores
 from inpo_fast.report import curves, pictures, plots
-from inpo_fast.report.results import verdict
+from inpo_fast.report.results import headline, verdict
 from inpo_fast.report.write import write_report
 
 EVIL = "<script>alert('&')</script>"
@@ -95,6 +95,21 @@ def test_colour_of_the_verdict(run, no_curves, aligned, control, tone):
     page = write_report(run, evaluation(aligned, control)).read_text()
     assert re.search(r'id="verdict" class="card verdict (\w+)"', page)[1] == tone
     assert ("✘ FAILS" in page) == (control > 0.7 or aligned < 0.7)
+
+
+@pytest.mark.parametrize(
+    ("tone", "low", "high"),
+    [
+        ("good", 0.501, 0.9),
+        ("undecided", 0.5, 0.9),
+        ("undecided", 0.45, 0.55),
+        ("undecided", 0.1, 0.5),
+        ("bad", 0.1, 0.49),
+    ],
+)
+def test_a_verdict_is_an_interval_on_one_side_of_a_half(tone, low, high):
+    result = evaluation(0.9, 0.6).result | {"win_rate_low": low, "win_rate_high": high}
+    assert headline(result).tone == tone
 
 
 def test_missing_parts_are_left_out(tmp_path):

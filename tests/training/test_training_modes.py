@@ -1,6 +1,7 @@
 """Every optimizer in every precision, and both with each model, full and LoRA: starts at ln 2, moves, and resumes
 exactly."""
 
+import copy
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -14,7 +15,6 @@ from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.models.config import LoraSettings, ModelsConfig
-from inpo_fast.models.copies import copy_of
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.runtime.memory import TooLarge
@@ -75,7 +75,7 @@ class Training:
     def __init__(self, folder, items, base: str, rank: int, kind: str, precision: str):
         config = ModelsConfig(base=str(folder / base), precision=precision, lora=LoraSettings(rank))
         pipeline, unet = opened(config)
-        pipeline.unet = copy_of(unet)
+        pipeline.unet = copy.deepcopy(unet)
         torch.manual_seed(0)
         self.models, self.items = Models(pipeline, torch.device("cpu"), config), items
         optim = OptimConfig(kind=kind, lr=1e-4, average="ema")

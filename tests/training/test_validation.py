@@ -115,8 +115,10 @@ def test_held_out_metrics_are_those_of_the_pairs(world, tmp_path):
 def test_held_out_pairs_of_every_method(world, tmp_path, method):
     """Nothing of them is trained on: gradients are off, also where the loss has no kernel of its own."""
     looking, opened, step_config = observer(world, tmp_path / method, "held.parquet")
-    before = [p.clone() for p in opened.models.weights.masters]
+    before, graphs = [p.clone() for p in opened.models.weights.masters], set()
+    opened.models.policy.register_forward_hook(lambda module, args, out: graphs.add(out[0].requires_grad))
     found = looking.held_out_metrics(replace(step_config, method=method))
+    assert graphs == {False}
     assert found["held_out_winner_delta"] == 0 and (method == "sft") == ("held_out_margin" not in found)
     assert all(p.equal(own) for p, own in zip(opened.models.weights.masters, before, strict=True))
 
