@@ -1,7 +1,7 @@
 """How much is computed at once: sizes from counted bytes, and less of it where memory does not suffice after all."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -39,13 +39,22 @@ class TooLarge(UserError):
         self.key, self.size = key, size
 
 
-@contextmanager
-def fits(key: str, size: int) -> Iterator[None]:
-    """TooLarge where what is done inside, `size` at once, runs out of memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise TooLarge(key, size) from None
+class fits:
+    """TooLarge where what is done inside, `size` at once, runs out of memory.
+
+    No generator: from Python 3.12 on, an exception that contextlib's turns into another keeps its frames, and what did
+    not fit with them, until the next search for garbage.
+    """
+
+    def __init__(self, key: str, size: int):
+        self.key, self.size = key, size
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(problem, torch.OutOfMemoryError):
+            raise TooLarge(self.key, self.size) from None
 
 
 def with_less(work: Callable[[], T], lower: Callable[[str, int], None]) -> T:
