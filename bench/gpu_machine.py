@@ -91,6 +91,8 @@ def state_of(asked):
 
 def find_python(program, version):
     """One that is installed: uv would fetch one of its own."""
+    if version == "{}.{}".format(*sys.version_info):
+        return sys.executable  # it need not be on the PATH
     command = [program, "python", "find", "--no-python-downloads", "--system", version]
     done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
     if done.returncode:
