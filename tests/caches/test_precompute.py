@@ -196,24 +196,35 @@ def test_kill_9_at_random_moments(source, tmp_path):
     model = str(tmp_path / "model")
     tiny_pipeline().save_pretrained(model)
     long = f"--train.steps={SHARDS}", f"--train.pairs_per_step={precompute.ROWS}"
-    begun = time.monotonic()
-    subprocess.run(command(source, tmp_path / "whole", model, *long), check=True)
-    of_one = (time.monotonic() - begun) / SHARDS  # an upper bound, start included
-    rng, there, cut_off = random.Random(0), 0, 0
-    for _ in range(KILLS):
+
+    def start(folder: str) -> subprocess.Popen:
         process = subprocess.Popen(
-            command(source, tmp_path / "broken", model, *long),
+            command(source, tmp_path / folder, model, *long),
             stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         for line in process.stdout:
             if "GiB free" in line:  # the last thing before the first pair
                 break
-        time.sleep(rng.uniform(0, 2 * of_one))
+        return process
+
+    def written() -> int:
+        return len(list((tmp_path / "broken" / "latents").glob("*.safetensors")))
+
+    process, begun = start("whole"), time.monotonic()
+    process.communicate()
+    of_one = (time.monotonic() - begun) / SHARDS
+    assert process.returncode == 0
+    rng, there, cut_off = random.Random(0), 0, 0
+    for _ in range(KILLS):
+        process, least = start("broken"), there + rng.choice((0, 1))
+        while written() < least and process.poll() is None:
+            time.sleep(of_one / 20)
+        time.sleep(rng.uniform(0, of_one))
         cut_off += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        before, there = there, len(list((tmp_path / "broken" / "latents").glob("*.safetensors")))
+        before, there = there, written()
         assert before <= there
     assert cut_off == KILLS and 1 < there < SHARDS  # each came while there was work
     subprocess.run(command(source, tmp_path / "broken", model, *long), check=True)
