@@ -21,10 +21,10 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import with_less
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.progress import StepProgress
-from inpo_fast.training.checkpoint import State
 from inpo_fast.training.health_checks import HealthChecks
 from inpo_fast.training.metrics import MetricAccumulator, MetricsFile
 from inpo_fast.training.optim import lr_at
+from inpo_fast.training.saved_checkpoint import State
 from inpo_fast.training.set_up import Run
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepBatch, inversion_costs, make_step_batch, uses_inversion

@@ -33,7 +33,7 @@ from inpo_fast.runtime import distributed, keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import whole
 from inpo_fast.runtime.preemption import Preemption
-from inpo_fast.training.checkpoint import found, step_of
+from inpo_fast.training.saved_checkpoint import found, step_of
 
 FOLDER = "online"  # of the run
 CHUNK = 64  # pairs of a file: what an interruption costs at most

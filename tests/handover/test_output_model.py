@@ -37,7 +37,7 @@ from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.report import plots
 from inpo_fast.report.results import NAMES, verdict
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training import checkpoint, loop
+from inpo_fast.training import loop, saved_checkpoint
 from inpo_fast.training.set_up import prepare
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "hand-over.md"
@@ -115,7 +115,7 @@ def test_the_folders_of_a_run(bases, runs, kind, mode):
         if hasattr(base, name):
             same(getattr(model, name).state_dict(), getattr(base, name).state_dict())
     saved = run.folder.checkpoints / "step-0002"
-    tensors = checkpoint.read(saved)
+    tensors = saved_checkpoint.read(saved)
     policy, average = (
         {name.removeprefix(kind): x for name, x in tensors.items() if name.startswith(kind)}
         for kind in ("policy/", "average/")
