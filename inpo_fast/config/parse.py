@@ -16,7 +16,12 @@ from inpo_fast.config.rules import check
 from inpo_fast.config.run import RunConfig
 from inpo_fast.runtime.errors import UserError
 
-SWITCHES = {"--resume": "--resume", "--overwrite": "--overwrite", "--dry-run": "--dry_run"}  # may stand without a value
+SWITCHES = {  # may stand without a value
+    "--resume": "--resume",
+    "--overwrite": "--overwrite",
+    "--dry-run": "--dry_run",
+    "--accept-changed-inputs": "--accept_changed_inputs",
+}
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
 

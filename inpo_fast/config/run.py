@@ -137,9 +137,14 @@ class RunConfig:
     output: str | None = None
     """Folder of the run. Default: runs/<name of the config file>."""
     resume: bool = False
-    """Continue from the newest checkpoint in the output folder."""
+    """Continue from the newest checkpoint in the output folder; where there is none, from step 0. A run can be made
+    longer (train.steps) where that changes nothing of the steps done."""
     overwrite: bool = False
-    """Delete what an earlier run left in the output folder."""
+    """Replace the run in the output folder. It is kept aside there until the new one has its first checkpoint, so there
+    must be room for both."""
+    accept_changed_inputs: bool = False
+    """With --resume: go on although pairs, labels or the model's files are not those that the run began with.
+    manifest.json keeps what they were and what they are."""
     dry_run: bool = False
     """Print what the run needs (memory, work, the step batch's arithmetic) and stop. Loads no weights."""
     models: ModelsConfig = field(default_factory=ModelsConfig)

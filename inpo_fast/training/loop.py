@@ -106,6 +106,8 @@ def _open_output(run: Run, console: Console) -> Iterator[_Output]:
         progress = closing.enter_context(StepProgress(console, steps, run.done, run.variant, shown=shown))
         for note in run.notes:
             progress.say(note)
+        if file is not None and file.foreign:
+            progress.say(f"warning: {run.folder.metrics}: {file.foreign} lines that no run wrote were dropped")
         yield _Output(progress, file, tracker)
 
 
@@ -241,7 +243,8 @@ def finish(run: Run) -> torch.nn.Module:
         weights.refresh()
     masters = whole_masters(models, keep=run.rank == 0)
     if run.rank == 0:
-        run.folder.save_model(output_pipeline(models, masters))
+        untouched = run.folder.unchanged_parts()
+        run.folder.save_model(output_pipeline(models, masters), untouched, is_new=run.began < run.done)
         if models.adapters:
             run.folder.save_adapter(models, masters)
     return detach_policy(models)

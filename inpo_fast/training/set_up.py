@@ -17,10 +17,12 @@ from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
 from inpo_fast.runtime import distributed
+from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.checkpoint import Checkpoints
 from inpo_fast.training.online import Online, open_online
 from inpo_fast.training.optim import Average, LossScale, make_optimizer
 from inpo_fast.training.run_folder import RunFolder
+from inpo_fast.training.run_inputs import fingerprints
 from inpo_fast.training.step_batch import StepConfig
 from inpo_fast.training.validation import check_validation
 
@@ -46,6 +48,7 @@ class Run:
     latent_cache: LatentCache | None = None
     notes: tuple[str, ...] = ()  # to be said before the first step
     done: int = 0  # optimizer steps
+    began: int = 0  # of them, how many there were at this start
     saved: int = -1  # of them, how many the newest checkpoint of this start has
     seconds: float = 0.0
     dropped: tuple[str, ...] = ()
@@ -104,6 +107,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     distributed.barrier()
     if config.resume:
         _load_checkpoint(run)
+    _check_inputs(run)
     _start_folders(run)
     distributed.barrier()
     return run
@@ -123,6 +127,7 @@ def _open_checkpoints(folder: RunFolder, config: RunConfig) -> Checkpoints:
         keep=config.train.keep_checkpoints,
         milestones=config.train.milestone_every,
         patience=60 * config.train.patience_minutes,
+        written=folder.has_checkpoint,
     )
 
 
@@ -131,17 +136,32 @@ def _load_checkpoint(run: Run) -> None:
     state = run.checkpoints.load_newest(run.models.weights, run.optimizer, run.average, warn)
     if state is None:
         return
-    run.done, run.saved, run.seconds, run.dropped = state.step, state.step, state.seconds, tuple(state.dropped)
+    run.done = run.began = run.saved = state.step
+    run.seconds, run.dropped = state.seconds, tuple(state.dropped)
     if state.vae_batch is not None:
         run.lowered["data.vae_batch"] = state.vae_batch
     if run.loss_scale is not None and state.loss_scale:
         run.loss_scale.value, run.loss_scale.good = state.loss_scale
 
 
+def _check_inputs(run: Run) -> None:
+    """One process looks; all of them refuse."""
+    problem = None
+    if run.rank == 0:
+        judge = run.online.judge if run.online is not None else None
+        try:
+            run.folder.accept_inputs(fingerprints(run.config, run.source, judge), run.done)
+            run.notes = (*run.folder.notes, *run.notes)
+        except UserError as raised:
+            problem = raised
+    if told := next((each for each in distributed.gather(problem and str(problem)) if each), None):
+        raise UserError(told) from problem
+
+
 def _start_folders(run: Run) -> None:
     if run.trajectory_cache is not None:
         run.trajectory_cache.store.start()
     if run.rank == 0:  # takes the lock: only now may anything be removed
-        run.folder.start(run.done, run.source, run.models, run.variant, run.world)
+        run.folder.start(run.done, list(run.dropped), run.source, run.models, run.variant, run.world)
         if run.online is not None:
             run.online.forget_after(run.done)
