@@ -43,6 +43,7 @@ def train(run: Run, console: Console) -> None:
         empty = models.encode_empty()
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
+        _mend_last_looks(run, validation, output)
         health_checks = HealthChecks(expects_noise=config.objective.tau_norm == "none")
         begun = time.perf_counter()
         for step in range(run.done, steps):
@@ -74,6 +75,22 @@ def train(run: Run, console: Console) -> None:
             if run.done % config.train.checkpoint_every == 0 or run.done == steps:
                 _save(run, batches.dropped, preemption, wait=run.done == steps)
         preemption.agree(steps, preemption.asked)  # asked during the last save: everything is on the disk
+
+
+def _mend_last_looks(run: Run, validation: Validation, output: "_Output") -> None:
+    """Of a run that got another length: what is shown of the last step alone is undone at the one that was to be the
+    last, and made up for at the one that is it now."""
+    lacks = False
+    if run.rank == 0:
+        for step in run.former_steps:
+            if step <= run.done and step != run.config.train.steps:
+                output.file.rewrite(step, partial(validation.forget_last_look, step))
+        if run.former_steps and run.done == run.config.train.steps:
+            lacks = validation.lacks_last_look(run.done, output.file.values(run.done))
+    if any(distributed.gather(lacks)):
+        values = _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config))
+        if run.rank == 0:
+            output.file.rewrite(run.done, lambda old: old | values)
 
 
 @dataclass(frozen=True)
@@ -244,7 +261,7 @@ def finish(run: Run) -> torch.nn.Module:
     masters = whole_masters(models, keep=run.rank == 0)
     if run.rank == 0:
         untouched = run.folder.unchanged_parts()
-        run.folder.save_model(output_pipeline(models, masters), untouched, is_new=run.began < run.done)
+        run.folder.save_model(output_pipeline(models, masters), untouched, step=run.done)
         if models.adapters:
             run.folder.save_adapter(models, masters)
     return detach_policy(models)

@@ -142,14 +142,24 @@ class MetricsFile:
 
     def rewrite(self, step: int, change: Callable[[dict], dict]) -> None:
         """Another line in the place of that step's, if there is one: change(values of the old one)."""
-        self.file.close()
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines):
-            values = json.loads(line)
-            if values.pop("step") == step:
-                lines[number] = json.dumps({"step": step, **_finite(change(values))})
-        write_text(self.path, "".join(f"{line}\n" for line in lines))
-        self.file = self.path.open("a", encoding="utf-8")
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        changed = [self._changed(line, step, change) for line in lines]
+        if changed != lines:
+            self.file.close()
+            write_text(self.path, "\n".join(changed))
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def values(self, step: int) -> dict:
+        """What was written of a step before this start; empty where nothing was."""
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line]
+        return next((row for row in rows if row["step"] == step), {})
+
+    @staticmethod
+    def _changed(line: str, step: int, change: Callable[[dict], dict]) -> str:
+        values = json.loads(line) if line else {}
+        if values.pop("step", None) != step:
+            return line
+        return json.dumps({"step": step, **_finite(change(values))})
 
     def close(self) -> None:
         self.file.close()

@@ -82,6 +82,7 @@ class RunFolder:
         self.notes: list[str] = []  # to be said before the first step
         self.inputs: dict[str, dict] = {}  # what this run began with
         self._before: Before | None = None
+        self._model_step: int | None = None  # of what lies in model/, where that is known
         self._changed: list[dict] = []  # of the inputs, what was accepted, for the manifest
 
     def check(self) -> None:
@@ -198,6 +199,7 @@ class RunFolder:
         if before is None:
             return
         self._changed = before.manifest.get("changed_inputs", [])
+        self._model_step = before.manifest.get("model_of_step")
         if before.inputs is None:
             self.notes.append(
                 f"warning: {self.path / replaced_run.MANIFEST} does not say what the run began with; whether "
@@ -215,6 +217,14 @@ class RunFolder:
             )
         self._changed = [*self._changed, {"step": done, **changed}]
         self.notes.append(f"{run_inputs.ACCEPT}: {run_inputs.refusal(changed)}")
+
+    @property
+    def former_steps(self) -> tuple[int, ...]:
+        """What train.steps was before, of a run that got another length."""
+        if self._before is None:
+            return ()
+        known = [*self._before.manifest.get("former_steps", []), self._before.config["train.steps"]]
+        return tuple(step for step in dict.fromkeys(known) if step != self.config.train.steps)
 
     def _setting(self, key: str) -> object:
         return shipped.from_home(flat(to_dict(self.config))[key])
@@ -275,22 +285,25 @@ class RunFolder:
                 "unet_parameters": sum(p.numel() for p in models.policy.parameters()),
                 "trained_parameters": sum(p.numel() for p in models.weights.working),
             },
+            **({"former_steps": list(self.former_steps)} if self.former_steps else {}),
             "inputs": self.inputs,
             **({"changed_inputs": self._changed} if self._changed else {}),
             "continued_from_step": done,
+            **({"model_of_step": self._model_step} if self._model_step is not None else {}),
             "processes": world,
             "device": torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else "cpu",
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         }
 
     def record_dropped(self, dropped: list[str]) -> None:
-        path = self.path / replaced_run.MANIFEST
+        self._change_manifest(lambda manifest: manifest | {"data": manifest["data"] | {"dropped": dropped}})
+
+    def _change_manifest(self, change: Callable[[dict], dict]) -> None:
         try:
-            manifest, _ = sealed_json.loads(path.read_bytes())
+            manifest, _ = sealed_json.loads((self.path / replaced_run.MANIFEST).read_bytes())
         except ValueError:  # somebody wrote into it while the run trained
             return
-        manifest["data"]["dropped"] = dropped
-        self._write_manifest(manifest)
+        self._write_manifest(change(manifest))
 
     def unchanged_parts(self) -> dict[str, Path]:
         """At the end: the parts that were not trained and may be copied, as they are what the run began with; what is
@@ -305,12 +318,15 @@ class RunFolder:
         gone = {re.search(r"\((\w+)\)", name)[1] for name in replaced if "(" in name}
         return {name: path for name, path in untouched_parts(self.config.models).items() if name not in gone}
 
-    def save_model(self, pipeline: DiffusionPipeline, untouched: dict[str, Path], is_new: bool) -> None:
+    def save_model(self, pipeline: DiffusionPipeline, untouched: dict[str, Path], step: int) -> None:
         """model/: a diffusers folder. Written aside and renamed; what is there stays until then.
 
-        untouched: see `unchanged_parts`. is_new: an evaluation that is there is of another model, and goes.
+        untouched: see `unchanged_parts`. step: an evaluation of a model of another step goes with that model.
         """
-        self._save("model", lambda folder: write_folder(pipeline, folder, untouched), is_new)
+        known = self._model_step
+        self._save("model", lambda folder: write_folder(pipeline, folder, untouched), known not in (None, step))
+        self._model_step = step
+        self._change_manifest(lambda manifest: manifest | {"model_of_step": step})
 
     def save_adapter(self, models: Models, masters: dict[str, torch.Tensor]) -> None:
         """lora/: what `pipeline.load_lora_weights(folder)` reads, and beside it the same in kohya's names."""

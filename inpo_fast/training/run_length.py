@@ -39,7 +39,7 @@ def check_length(config: RunConfig, old: dict, done: int, folder: Path) -> None:
         raise UserError(
             f"{what}, with optim.average={optim.average} then and {now.average} now: the average over the {done} steps "
             f"done would have been another; give --optim.average=none, "
-            + (f"or train.steps={2 * done} or more, " if now.average == "last-half" else "")
+            + (f"or train.steps={2 * (done - 1)} or more, " if now.average == "last-half" else "")
             + f"or {anew}"
         )
     _check_round(config, before, folder)

@@ -48,7 +48,7 @@ class Run:
     latent_cache: LatentCache | None = None
     notes: tuple[str, ...] = ()  # to be said before the first step
     done: int = 0  # optimizer steps
-    began: int = 0  # of them, how many there were at this start
+    former_steps: tuple[int, ...] = ()  # what train.steps was before, of a run that got another length
     saved: int = -1  # of them, how many the newest checkpoint of this start has
     seconds: float = 0.0
     dropped: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ def _load_checkpoint(run: Run) -> None:
     state = run.checkpoints.load_newest(run.models.weights, run.optimizer, run.average, warn)
     if state is None:
         return
-    run.done = run.began = run.saved = state.step
+    run.done = run.saved = state.step
     run.seconds, run.dropped = state.seconds, tuple(state.dropped)
     if state.vae_batch is not None:
         run.lowered["data.vae_batch"] = state.vae_batch
@@ -154,7 +154,8 @@ def _check_inputs(run: Run) -> None:
             run.notes = (*run.folder.notes, *run.notes)
         except UserError as raised:
             problem = raised
-    if told := next((each for each in distributed.gather(problem and str(problem)) if each), None):
+    told, run.former_steps = distributed.gather((problem and str(problem), run.folder.former_steps))[0]
+    if told:
         raise UserError(told) from problem
 
 

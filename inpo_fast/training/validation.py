@@ -4,7 +4,6 @@ Both are functions of the weights alone: the same prompts from the same noise, t
 the same noise, so that values of different steps can be compared. Nothing of the training is touched by looking.
 """
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,28 +45,52 @@ class Validation:
         self.rank, self.world = distributed.rank_and_world()
         how = config.observe
         self.prompts = prompts_of(config)
-        # what others may have written before: an earlier run that this one replaces, or steps past the checkpoint
-        if self.rank == 0:
+        if self.rank == 0:  # pictures of steps past the checkpoint; others are not ours
             for path in self.folder.glob("*.png"):
-                if not path.stem.isdigit() or int(path.stem) > done:
-                    path.unlink()
-            if self.folder.is_dir() and not any(self.folder.iterdir()):
-                shutil.rmtree(self.folder)
+                if path.stem.isdigit() and int(path.stem) > done:
+                    self._remove_picture(int(path.stem))
         self.items = [] if how.held_out is None else self._held_out(open_held_out(config))
 
     def step(self, done: int, tracker: Tracker | None, step_config: StepConfig) -> dict[str, float]:
-        how, last = self.config.observe, done == self.config.train.steps
+        last = done == self.config.train.steps
+        at_pairs, at_pictures = self._regular(done)
         values: dict[str, float] = {}
-        if how.held_out is not None and (done % how.held_out_every == 0 or done == 1 or last):
+        if self.config.observe.held_out is not None and (at_pairs or last):
             values = self.held_out_metrics(step_config)
-        if self.prompts and (done % how.images_every == 0 or last):
+        if self.prompts and (at_pictures or last):
             strip = self.draw_strip()
             if self.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_bytes(self.folder / f"{done:06d}.png", png(strip))
+                write_bytes(self._picture(done), png(strip))
                 if tracker is not None:
                     tracker.picture(done, strip)
         return values
+
+    def _regular(self, done: int) -> tuple[bool, bool]:
+        """Whether held-out pairs and pictures are looked at after this step, be it the last one or not."""
+        how = self.config.observe
+        at_pairs = how.held_out is not None and (done % how.held_out_every == 0 or done == 1)
+        return at_pairs, bool(how.images_every) and done % how.images_every == 0
+
+    def forget_last_look(self, done: int, values: dict) -> dict:
+        """What a step's metrics are where it is not the last one any more; its picture goes too."""
+        at_pairs, at_pictures = self._regular(done)
+        if not at_pictures:
+            self._remove_picture(done)
+        return values if at_pairs else {k: v for k, v in values.items() if not k.startswith("held_out_")}
+
+    def lacks_last_look(self, done: int, values: dict) -> bool:
+        """Whether a step that was not meant to be the last one was not looked at."""
+        lacks_pairs = self.config.observe.held_out is not None and not any(k.startswith("held_out_") for k in values)
+        return lacks_pairs or (bool(self.prompts) and not self._picture(done).exists())
+
+    def _picture(self, done: int) -> Path:
+        return self.folder / f"{done:06d}.png"
+
+    def _remove_picture(self, done: int) -> None:
+        self._picture(done).unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     @torch.no_grad()
     def held_out_metrics(self, step_config: StepConfig) -> dict[str, float]:
