@@ -27,18 +27,21 @@ def check_length(config: RunConfig, old: dict, done: int, folder: Path) -> None:
         )
     if (before, optim) == (steps, now):
         return
-    what = f"--resume: train.steps is {steps} but the run in {folder} was to have {before}"
+    values = {f"optim.{key}": (value, vars(optim)[key]) for key, value in vars(now).items()}
+    differ = [(key, *pair) for key, pair in {"train.steps": (steps, before), **values}.items() if pair[0] != pair[1]]
+    told = [f"{key} is {new} but the run in {folder} has {former}" for key, new, former in differ]
+    what = f"--resume: {'; '.join(told)}"
     anew = f"start a new run from its model (models.init={folder / 'model'}, which is then the reference too)"
     if any(lr_at(step, before, optim) != lr_at(step, steps, now) for step in range(done)):
         kind = now.decay if optim.decay == "constant" else optim.decay
         raise UserError(
-            f"{what}, and with optim.decay={kind} the learning rates of the {done} steps done depend on it; keep "
+            f"{what}; with optim.decay={kind} the learning rates of the {done} steps done would have been others; keep "
             f"train.steps={before} and optim.decay={optim.decay}, or {anew}"
         )
     if not _same_average(before, optim, steps, now, done):
         raise UserError(
-            f"{what}, with optim.average={optim.average} then and {now.average} now: the average over the {done} steps "
-            f"done would have been another; give --optim.average=none, "
+            f"{what}; with optim.average={now.average} the average over the {done} steps done would have been another; "
+            "give optim.average=none, "
             + (f"or train.steps={2 * (done - 1)} or more, " if now.average == "last-half" else "")
             + f"or {anew}"
         )
@@ -73,7 +76,7 @@ def _check_round(config: RunConfig, before: int, folder: Path) -> None:
     first = cut - (cut - how.start) % how.every
     if (folder / "online" / f"{first:06d}").exists():
         raise UserError(
-            f"--resume: train.steps is {config.train.steps} but the run in {folder} was to have {before}: its round of "
+            f"--resume: train.steps is {config.train.steps} but the run in {folder} has {before}; its round of "
             f"online.every={how.every} from step {first} on was drawn for that; keep train.steps={before}, or start a "
             "new run"
         )
