@@ -172,7 +172,7 @@ def _finite(values: dict) -> dict:
 def _own_lines(content: bytes, last: int) -> tuple[list[str], int]:
     """Of a metrics.jsonl, whatever was done to it: the lines of steps 1 to `last`, and how many lines no run wrote."""
     kept, foreign = [], 0
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # saved again by an editor or a shell
+    if content[:4] in (codecs.BOM_UTF16_LE + b"{\0", codecs.BOM_UTF16_BE + b"\0{"):  # saved by an editor or a shell
         content = content.decode("utf-16", errors="replace").encode()
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, raw in enumerate(lines):

@@ -76,6 +76,13 @@ def test_the_lock_of_one_start(tmp_path, monkeypatch):
     os.close(lock.take(tmp_path))
     assert not lock.is_restart_of(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not lock.is_restart_of(tmp_path)  # it ended before it had begun: what is there is another run
+    handle = lock.take(tmp_path)
+    lock.note_launch(handle)
+    os.close(handle)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not lock.is_restart_of(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert lock.is_restart_of(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b")
     assert not lock.is_restart_of(tmp_path)
