@@ -18,6 +18,9 @@ from pathlib import Path
 
 from inpo_fast.config import parse
 from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.files import json_or_none
+
+WRITTEN = ("evaluation.json", "samples.png", "report.html", *(f"comparison.{end}" for end in ("json", "md", "html")))
 
 
 def main() -> None:
@@ -45,6 +48,7 @@ def main() -> None:
         raise UserError("evaluate.prompts is empty; give a text file with one prompt a line")
     if own.limit is not None and own.limit < 1:
         raise UserError(f"--limit {own.limit}: must be at least 1")
+    check_folder(Path(own.output))
     import torch
 
     from inpo_fast.comparison.drawing import open_base
@@ -83,6 +87,19 @@ def main() -> None:
                 print(f"Report: {report}")
     finally:
         distributed.stop()
+
+
+def check_folder(folder: Path) -> None:
+    """UserError where something of the names that are written lies in a folder that no run and no evaluation wrote."""
+    known = {"manifest.json": "config_sha256", "evaluation.json": "win_rate", "comparison.json": "sampler"}
+    if any(key in (json_or_none(folder / name) or {}) for name, key in known.items()):
+        return
+    there = [name for name in WRITTEN if (folder / name).exists()]
+    if there:
+        raise UserError(
+            f"--output {folder} holds {', '.join(there)}, which neither a run nor an evaluation left there; move it "
+            "away, or name another folder"
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.output_file import check_output
 
 FORMATS = ("kohya", "kohya-diffusers", "diffusers")
 FORMAT_HELP = (
@@ -33,8 +34,7 @@ def main() -> None:
         raise UserError("nothing to export; name a diffusers folder with --model or a LoRA with --lora")
     if own.output.suffix != ".safetensors":
         raise UserError(f"--output {own.output}: must end with .safetensors")
-    if own.output.exists() and not own.overwrite:
-        raise UserError(f"--output {own.output} exists; replace it with --overwrite, or name another")
+    check_output(own.output, own.overwrite, {"--model": own.model, "--lora": own.lora})
     from inpo_fast.handover.single_file_export import export_lora, export_model
     from inpo_fast.models.loading import quiet_libraries
     from inpo_fast.models.models import DTYPES

@@ -15,6 +15,7 @@ from pathlib import Path
 from inpo_fast.data.config import DataConfig
 from inpo_fast.judges.registry import NAMES
 from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.output_file import check_output
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--vote", choices=("mean", "majority"), default="mean", help="of several judges (default mean)")
     parser.add_argument("--batch", type=int, default=64, help="pictures at once (default 64)")
     parser.add_argument("--workers", type=int, default=DataConfig.workers, help="threads that read and decode")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace labels that are there")
     own = parser.parse_args()
     temperatures = own.temperature or [1.0]
     temperatures = temperatures * len(own.judge) if len(temperatures) == 1 else temperatures
@@ -43,10 +44,9 @@ def main() -> None:
         raise UserError(
             f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges; positive"
         )
-    if own.output.exists() and not own.overwrite:
-        raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
+    check_output(own.output, own.overwrite, {"--source": own.source})
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
-    from inpo_fast.data.relabelled import pair_ids, source_identity
+    from inpo_fast.data.relabelled import check_replaceable, pair_ids, source_identity
     from inpo_fast.data.sources import open_source
     from inpo_fast.judges import judge_id
     from inpo_fast.judges.registry import make_judges
@@ -55,6 +55,7 @@ def main() -> None:
     from inpo_fast.runtime import distributed
 
     quiet_libraries()
+    check_replaceable(own.output, own.source)
     rank, _, device = distributed.start()
     try:
         source = open_source(config.source, config.format, images=config.images)

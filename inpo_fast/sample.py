@@ -6,6 +6,7 @@ python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --
 from pathlib import Path
 
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.output_file import check_output
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--prompts", help="text file, one prompt a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace another file than an earlier sheet")
     parser.add_argument("--seeds", type=int, default=1, help="pictures per prompt (default 1)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance", type=float, default=7.5, help="7.5 for SD1.5 (default), 5 for SDXL")
@@ -38,10 +40,12 @@ def main() -> None:
     from inpo_fast.comparison.drawing import draw_both, open_base
     from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
-    from inpo_fast.report.pictures import Comparison, contact_sheet
+    from inpo_fast.report.pictures import Comparison, contact_sheet, is_sheet
     from inpo_fast.runtime import distributed
     from inpo_fast.runtime.files import write_bytes
 
+    inputs = {"--prompts": own.prompts, "--base": own.base, "--model": own.model, "--vae": own.vae}
+    check_output(Path(own.output), own.overwrite, inputs, is_sheet)
     quiet_libraries()
     _, _, device = distributed.start()
     pipeline = open_base("--base", own.base, DTYPES[own.precision], own.single_file_config, "--vae", own.vae).to(device)

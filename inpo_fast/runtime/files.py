@@ -1,5 +1,6 @@
 """Files that are either whole or absent."""
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
+
+
+def json_or_none(path: Path) -> dict | None:
+    """A file's JSON object; None where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 @contextmanager

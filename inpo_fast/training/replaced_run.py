@@ -7,7 +7,6 @@ earlier one's.
 """
 
 import glob
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from inpo_fast.config import RunConfig, flat, to_dict
 from inpo_fast.data.places import find
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import json_or_none
 
 MANIFEST = "manifest.json"
 FILES = ("config.yaml", "metrics.jsonl", "evaluation.json", "samples.png", "report.html", "wandb-id", MANIFEST)
@@ -42,11 +42,8 @@ def there(folder: Path) -> list[str]:
 
 def is_run(folder: Path) -> bool:
     """Whether a run wrote what is in the folder: by its manifest.json."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and all(key in content for key in KEYS)
+    content = json_or_none(folder / MANIFEST) or {}
+    return all(key in content for key in KEYS)
 
 
 def is_kept(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from inpo_fast.models.files.safetensors_header import FLOAT8, SafetensorsFile, r
 from inpo_fast.models.unet import UNet
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import json_or_none
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _find_file(key: str, place: str, path: Path, single_file_config: str | None)
     alignable.check_index(option, str(folder), index)
     found = ModelFiles(key, place, folder, index, {}, {}, {}, [], file=file)
     said = single_file.said_prediction(file)
-    scheduler = recognise.json_or_none(folder / "scheduler" / "scheduler_config.json") or {}
+    scheduler = json_or_none(folder / "scheduler" / "scheduler_config.json") or {}
     kind = scheduler.get("prediction_type", "epsilon")
     if said is None and (width == 1024 or kind != "epsilon"):  # files of SD 2.x seldom say it
         warn_once(
