@@ -114,4 +114,6 @@ def _named(paths: list[str], fs: Any) -> list[File]:
     shared = 0
     while folders and all(len(f) > shared and f[shared] == folders[0][shared] for f in folders):
         shared += 1
-    return [File(path, "/".join(Path(path).parts[shared:]), fs) for path in paths]
+    signed = fs is not None and "http" in fs.protocol  # parameters say who may read, not what is read
+    names = [path.partition("?")[0] if signed else path for path in paths]
+    return [File(path, "/".join(Path(name).parts[shared:]), fs) for path, name in zip(paths, names, strict=True)]
