@@ -75,9 +75,7 @@ def summarise(
         a, b = (_part(scores[name], part) for name in (ours, base))
         found = win_rate(a, b, judge.tie, seeds)
         if not found.prompts:
-            raise UserError(
-                f"judge {judge.name} gave no score that could be compared, of {len(a):,} pictures; look at it"
-            )
+            raise UserError(f"judge {judge.name}: no two of {len(a):,} pictures have scores; look at what it answers")
         return _interval(found) | {
             "mean": float(known(a).mean()),
             "median": float(np.median(known(a))),
@@ -128,9 +126,7 @@ def _independently(judge: Judge, galleries: dict[str, Gallery]) -> dict:
     )
     found = win_rate(ours, theirs, judge.tie, seeds)
     if not found.prompts:
-        raise UserError(
-            f"judge {judge.name} gave no score that could be compared, of {len(ours):,} pictures; look at it"
-        )
+        raise UserError(f"judge {judge.name}: no two of {len(ours):,} pictures have scores; look at what it answers")
     spread = known(theirs.reshape(-1, seeds).std(1)) if seeds > 1 else known(theirs).std()[None]
     spread = spread.mean() if len(spread) else 0.0
     shift = float((known(ours).mean() - known(theirs).mean()) / max(spread, 1e-9))

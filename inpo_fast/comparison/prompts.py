@@ -62,10 +62,8 @@ def read_prompt_set(path: str, limit: int | None = None) -> PromptSet:
     if not found.prompts:
         raise UserError(f"evaluate: {path} has no prompt; write one a line")
     if found.repeated:
-        said = (
-            "prompt is listed again and counts once" if found.repeated == 1 else "prompts are listed again: once each"
-        )
-        warn_once(log, "%s: %d of %d %s", masked(path), found.repeated, found.repeated + len(found.prompts), said)
+        said = "prompts is listed again; it counts" if found.repeated == 1 else "prompts are listed again; each counts"
+        warn_once(log, "%s: %d of %d %s once", masked(path), found.repeated, found.repeated + len(found.prompts), said)
     if limit is None or limit >= len(found.prompts):
         return found
     kept = {i * len(found.prompts) // limit: row for row, i in enumerate(range(limit))}
@@ -202,9 +200,7 @@ def _captions(path: str) -> Rows:
             raise UserError(f"evaluate: {file} has no readable column caption ({line})") from problem
     if not all(caption is None or isinstance(caption, str) for caption in captions):
         raise UserError(f"evaluate: {path}: captions are no texts")
-    return _plain(
-        dict.fromkeys(caption.strip() for caption in captions if caption)
-    )  # a row is a pair, of a prompt many
+    return _plain(dict.fromkeys(caption.strip() for caption in captions if caption))  # many pairs have one prompt
 
 
 def _list(path: Path, text: str) -> list[str]:

@@ -19,6 +19,7 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import pairwise
 
 LONGEST = 20_000  # characters of an answer without its thinking: a longer one is no score
 AROUND = 40  # characters beside a number that tell what it is
@@ -99,7 +100,7 @@ def _in_words(text: str, low: float, high: float) -> float | None:
     if (low, high) == (0, 100):
         text = text.replace("%", "")
     numbers = _numbers(text, low)
-    ratios = [n for n, whole in zip(numbers, numbers[1:], strict=False) if _is_ratio(text, n, whole, high)]
+    ratios = [n for n, whole in pairwise(numbers) if _is_ratio(text, n, whole, high)]
     if ratios:
         good = all(n.plain and low <= n.value <= high and n.value == ratios[0].value for n in ratios)
         return ratios[0].value if good else None

@@ -5,6 +5,7 @@ closes the connection, whatever it waits for: a proxy, the TLS handshake, header
 never unpacked. Proxies are those of the environment (https_proxy), as urllib knows them.
 """
 
+import contextlib
 import http.client
 import socket
 import threading
@@ -82,10 +83,8 @@ class _Clock:
         self.over = True
         with self.lock:
             for own in self.sockets:
-                try:
+                with contextlib.suppress(OSError):  # closed already
                     own.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # closed already
 
 
 def _timed(kind: type, clock: _Clock) -> type:
