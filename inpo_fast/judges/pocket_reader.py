@@ -1,7 +1,7 @@
 """The pocket world's independent judge: a small network that learned to read renderings, and nothing of the reward.
 
-It says which words a picture shows and how well it is finished. docs/judges.md has the rule by which it decides, written
-down before it was asked; pocket/reader.py trains it.
+It says which words a picture shows and how well it is finished. docs/judges.md has the rule by which it decides,
+written down before it was asked; pocket/reader.py trains it.
 """
 
 from collections.abc import Sequence

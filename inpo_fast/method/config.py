@@ -70,5 +70,8 @@ class ObjectiveConfig:
     label_smoothing: float = 0.0
     """In 0..0.5: how probable it is that a pair's label is the wrong way round (cDPO). Label y becomes
     (1 - s) y + s (1 - y), also where y is soft already."""
+    error_space: Literal["noise", "velocity"] = "noise"
+    """Whose squared error e is. noise: the paper's, also of a model that predicts v, whose timesteps then weigh the
+    less the noisier they are (docs/methods.md). velocity: of v itself, for models that predict it; labelled so."""
     gamma: float = 10.0
     """Of method smpo: its logit is (2 y - 1) gamma times that of inpo, y the pair's soft label. Published code: 10."""

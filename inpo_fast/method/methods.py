@@ -131,6 +131,7 @@ def variant_name(name: str, objective: ObjectiveConfig, inversion: InversionConf
         name += "-fp8" if inversion.fp8 else ""
     elif method.inverts:
         name = method.without_inversion
+    name += "-velocity" if objective.error_space == "velocity" else ""
     if method.uses_gamma and objective.gamma != ObjectiveConfig.gamma:
         name += f"-gamma{objective.gamma:g}"
     if objective.label_smoothing and "label_smoothing" not in method.refuses:

@@ -56,7 +56,7 @@ def train_reader(scenes: list[Scene], seed: int, folder: Path) -> None:
     reader, order = Reader(), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, STEPS))
-    for step in track(range(STEPS), description="reader"):
+    for _ in track(range(STEPS), description="reader"):
         pick = torch.randint(len(pixels), (BATCH,), generator=order)
         grain = GRAIN * torch.rand(BATCH, 1, 1, 1, generator=order)
         seen = pixels[pick] + grain * torch.randn(BATCH, *pixels.shape[1:], generator=order)
