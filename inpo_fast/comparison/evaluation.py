@@ -3,7 +3,7 @@
 A win-rate is wins plus half the ties, its 95 % interval a bootstrap over prompts (all pictures of a prompt together).
 Each sanity check catches one way to please a judge without drawing better. The negative control is the base with its
 noise prediction scaled: no better model, so a judge that prefers it measures grain. The independent judge is one that
-no reward was made from.
+no reward was made from; docs/judges.md has its rule. `ok` of a check is None where it cannot decide.
 """
 
 import json
@@ -88,8 +88,7 @@ def summarise(
     if "alignment" in parts:
         checks["alignment"] = parts["alignment"] | {"ok": parts["alignment"]["win_rate_high"] >= 0.5}
     if seeds > 1:
-        ratio = diversity(galleries["aligned"]) / max(diversity(galleries["base"]), 1e-9)
-        checks["diversity_ratio"] = {"value": ratio, "ok": ratio >= DIVERSITY_FLOOR}
+        checks["diversity_ratio"] = _diversity_ratio(diversity(galleries["aligned"]), diversity(galleries["base"]))
     if independent is not None:
         checks["outside"] = _independently(independent, galleries)
     if "aligned_seen" in scores:
@@ -116,7 +115,8 @@ def _independently(judge: Judge, galleries: dict[str, Gallery]) -> dict:
     """Win-rate by the independent judge; it fails when the base is clearly preferred, however slightly.
 
     shift says how large the change is: that of the mean, in units of what two pictures of one prompt differ by.
-    control: what this judge says of the negative control, which is no better and no worse than the base.
+    control: what this judge says of the negative control, which is no better and no worse than the base; a judge that
+    tells them apart is not fit to decide.
     """
     base, seeds = galleries["base"], galleries["base"].seeds
     ours, theirs, control = (
@@ -125,6 +125,8 @@ def _independently(judge: Judge, galleries: dict[str, Gallery]) -> dict:
     rate, low, high = win_rate(ours, theirs, judge.tie, seeds)
     spread = theirs.reshape(-1, seeds).std(1).mean() if seeds > 1 else theirs.std()
     shift = float((ours.mean() - theirs.mean()) / max(spread, 1e-9))
+    fooled = list(win_rate(control, theirs, judge.tie, seeds))
+    fit = includes_half(*fooled[1:3])
     return {
         "judge": judge.name,
         "win_rate": rate,
@@ -133,9 +135,22 @@ def _independently(judge: Judge, galleries: dict[str, Gallery]) -> dict:
         "mean": float(ours.mean()),
         "base_mean": float(theirs.mean()),
         "shift": shift,
-        "control": list(win_rate(control, theirs, judge.tie, seeds)),
-        "ok": high >= 0.5,
+        "control": fooled,
+        "fit": fit,
+        "ok": high >= 0.5 if fit else None,
     }
+
+
+def includes_half(low: float | None, high: float | None) -> bool:
+    """Whether an interval leaves open who is preferred. None: there is no interval, so nothing is told."""
+    return low is None or high is None or low <= 0.5 <= high
+
+
+def _diversity_ratio(ours: float, base: float) -> dict:
+    """None where the base draws the same picture again and again itself."""
+    if not base > 0:
+        return {"value": None, "ok": None}
+    return {"value": ours / base, "ok": ours / base >= DIVERSITY_FLOOR}
 
 
 def _part(scores: Scores, part: str | None) -> np.ndarray:

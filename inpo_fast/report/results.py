@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from inpo_fast.comparison.evaluation import DIVERSITY_FLOOR
+from inpo_fast.comparison.evaluation import DIVERSITY_FLOOR, includes_half
 from inpo_fast.judges import SUMMARIES
 
 NAMES = {  # of sanity checks whose key in evaluation.json says less
@@ -10,6 +10,21 @@ NAMES = {  # of sanity checks whose key in evaluation.json says less
     "outside": "independent judge",
     "seen": "seen prompts",
     "control": "negative control",
+}
+
+
+FAILS = {  # what it means, for people who have never heard of the check
+    "alignment": "its pictures show less of what the prompt asks for than the base's",
+    "diversity_ratio": "its pictures of one prompt are too much alike",
+    "outside": "{second}, a judge that no reward was made from, prefers the base: the gain may be {judge}'s only",
+    "seen": "it wins far more often on prompts like those of the training than on new ones",
+    "control": "{judge} also prefers the untrained base with its noise prediction x {scale}, which is no better: it "
+    "rewards something else than quality",
+}
+CANNOT_DECIDE = {
+    "diversity_ratio": "the base draws one picture of a prompt only",
+    "outside": "{second} tells even the base from the base with a slightly scaled noise prediction, so what it says of "
+    "this model may be about that",
 }
 
 
@@ -41,20 +56,20 @@ class SanityCheck:
     name: str
     value: str
     meaning: str
-    ok: bool
+    ok: bool | None  # None: it cannot decide
 
 
 def verdict(result: dict) -> str:
     """The result in one sentence, with its numbers."""
     rate, low, high = (100 * result[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
-    failed = [NAMES.get(name, name) for name, check in result["guards"].items() if not check["ok"]]
+    failed = checks_that(result, False)
     if low > 50:
         word = f"The aligned model is better than its base{'' if not failed else ' for this judge'}"
     elif high < 50:
         word = "The aligned model is WORSE than its base"
     else:
         word = "No difference from the base can be shown"
-    checks = "all sanity checks hold" if not failed else "BUT these sanity checks fail: " + ", ".join(failed)
+    checks = checks_in_words(result)
     return (
         f"{word}: it wins {rate:.1f} % of paired comparisons (95 % interval {low:.1f} to {high:.1f}) on "
         f"{result['prompts']} prompts x {result['seeds']} pictures, judged by {result['judge']} "
@@ -63,14 +78,16 @@ def verdict(result: dict) -> str:
 
 
 def headline(result: dict) -> Headline:
-    """A win is called good only when every sanity check holds too."""
+    """A win is called good only when no sanity check fails and a check that cannot decide is named with it."""
     text = verdict(result)
     if result["win_rate_high"] < 0.5:
         return Headline("bad", "Worse than its base", text)
     if not result["win_rate_low"] > 0.5:
         return Headline("undecided", "No difference shown", text)
-    if not all(check["ok"] for check in result["guards"].values()):
+    if checks_that(result, False):
         return Headline("undecided", "Better for the judge, but a sanity check fails", text)
+    if checks_that(result, None):
+        return Headline("good", "Better than its base, though a sanity check cannot decide", text)
     return Headline("good", "Better than its base", text)
 
 
@@ -108,7 +125,7 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
     if "win_rate" in values:
         rate, low, high = (100 * values[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
         value = f"wins {rate:.1f} % ({low:.1f} to {high:.1f})"
-    elif "value" in values:
+    elif values.get("value") is not None:
         value = f"{values['value']:.3g}"
     if key == "alignment":
         meaning = (
@@ -118,7 +135,8 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
     elif key == "diversity_ratio":
         meaning = (
             "How much pictures of one prompt differ from each other, against the base. "
-            f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again."
+            f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again. Where the base "
+            "itself draws only one, there is nothing to compare."
         )
     elif key == "outside":
         meaning = (
@@ -129,8 +147,11 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
         if "control" in values:  # not in evaluations of earlier versions
             rate, low, high = values["control"]
             meaning += f" Of the negative control it says {100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-            fooled = ": what it sees also moves with the size of the noise prediction."
-            meaning += "." if low <= 0.5 <= high else fooled
+            fooled = (
+                ", which is no better and no worse than the base: what it sees also moves with the size of the noise "
+                "prediction, so it is unfit for this base and cannot decide, for the model or against it."
+            )
+            meaning += "." if includes_half(low, high) else fooled
     elif key == "seen":
         value = f"gap {100 * values['gap']:+.1f} points"
         meaning = (
@@ -142,4 +163,33 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
             f"The base with its noise prediction × {values['eps_scale']:g}. It is no better model, so it "
             "must not win; where it does, the judge measures grain rather than quality."
         )
-    return SanityCheck(NAMES.get(key, key.replace("_", " ")), value, meaning, bool(values["ok"]))
+    ok = None if values["ok"] is None else bool(values["ok"])
+    return SanityCheck(NAMES.get(key, key.replace("_", " ")), value, meaning, ok)
+
+
+def checks_that(result: dict, state: bool | None) -> list[str]:
+    """Keys of the sanity checks that hold (True), fail (False) or cannot decide (None)."""
+    return [key for key, check in result["guards"].items() if check["ok"] is state]
+
+
+def checks_in_words(result: dict) -> str:
+    """For people who have never heard of them: which fail or cannot decide, and what that means."""
+    failed, open_ = checks_that(result, False), checks_that(result, None)
+    if not result["guards"]:
+        return "no sanity check was made"
+    if not failed and not open_:
+        return "all sanity checks hold"
+    parts = []
+    if failed:
+        parts.append("BUT these sanity checks fail: " + "; ".join(_with_reason(key, result, FAILS) for key in failed))
+    if open_:
+        parts.append("cannot decide: " + "; ".join(_with_reason(key, result, CANNOT_DECIDE) for key in open_))
+    held = len(result["guards"]) - len(failed) - len(open_)
+    return "; ".join([*parts, *([f"the other {held} hold" if held > 1 else "the other one holds"] if held else [])])
+
+
+def _with_reason(key: str, result: dict, reasons: dict[str, str]) -> str:
+    check = result["guards"][key]
+    names = {"judge": result["judge"], "second": check.get("judge", ""), "scale": f"{check.get('eps_scale', 0):g}"}
+    reason = reasons.get(key, "").format_map(names)
+    return f"{NAMES.get(key, key.replace('_', ' '))}{f' ({reason})' if reason else ''}"

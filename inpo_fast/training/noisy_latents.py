@@ -102,6 +102,7 @@ def _schedule_of(models: Models, how: InversionConfig):
         grid=how.grid,
         evaluate_at=how.evaluate_at,
         eta=how.eta,
+        refine_at=how.refine_at,
     )
 
 
