@@ -22,6 +22,7 @@ def check(config: RunConfig) -> None:
         (config.observe.images >= 1, "observe.images", config.observe.images, "at least 1"),
         (config.observe.held_out_every >= 1, "observe.held_out_every", config.observe.held_out_every, "at least 1"),
         (config.observe.held_out_pairs >= 1, "observe.held_out_pairs", config.observe.held_out_pairs, "at least 1"),
+        (config.observe.fine_inversion >= 0, "observe.fine_inversion", config.observe.fine_inversion, "not negative"),
         (config.plan.memory > 0, "plan.memory", config.plan.memory, "positive"),
         (config.plan.tflops > 0, "plan.tflops", config.plan.tflops, "positive"),
         (config.models.lora.rank >= 0, "models.lora.rank", config.models.lora.rank, "not negative"),
