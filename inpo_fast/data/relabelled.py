@@ -31,7 +31,8 @@ def source_identity(path: str, images: str | None = None) -> str:
     """What the pairs are, whatever the folder is called."""
     files = [path]
     if glob.has_magic(path):
-        files = [file.path for file in find(path, (".parquet", ".tar")) or ()]
+        found = find(path, (".parquet", ".tar")) or ()
+        files = [file.path if file.fs is None else file.fs.unstrip_protocol(file.path) for file in found]
     return digest(*(source_fingerprint(file).encode() for file in files), (images or "").encode())
 
 

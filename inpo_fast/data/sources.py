@@ -16,6 +16,7 @@ from inpo_fast.data.parquet import ParquetSource
 from inpo_fast.data.places import File, find, is_url
 from inpo_fast.data.webdataset import WebdatasetSource
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.masking import keep_secrets_of
 
 
 def open_source(
@@ -26,6 +27,7 @@ def open_source(
     images: folder that the paths in a JSON listing start from; None: the listing's own. cache_mb: MiB of decoded
     row groups kept in memory; None: what the order of the pairs needs.
     """
+    keep_secrets_of(path)
     source = _open(path, format, images, None if cache_mb is None else int(cache_mb * 2**20))
     if len(source) == 0:
         raise UserError(

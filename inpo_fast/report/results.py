@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-from inpo_fast.comparison.evaluation import DIVERSITY_FLOOR, includes_half
+from inpo_fast.comparison.evaluation import DIVERSITY_FLOOR
+from inpo_fast.comparison.win_rates import FEWEST
 from inpo_fast.judges import SUMMARIES
 
+RATE = ("win_rate", "win_rate_low", "win_rate_high")
 NAMES = {  # of sanity checks whose key in evaluation.json says less
     "diversity_ratio": "diversity ratio",
     "outside": "independent judge",
@@ -37,18 +39,42 @@ class Headline:
 
 @dataclass(frozen=True)
 class Interval:
-    """A win-rate against the base with its 95 % interval, all in percent."""
+    """A win-rate against the base with its 95 % interval, all in percent; None where there is none.
+
+    prompts: it is over so many; None: of an evaluation by an earlier version.
+    """
 
     group: str
     name: str
-    rate: float
-    low: float
-    high: float
+    rate: float | None
+    low: float | None
+    high: float | None
     notes: tuple[str, ...] = ()
+    prompts: int | None = None
 
     @property
     def side(self) -> str:
+        if self.low is None or self.high is None:
+            return "both"
         return "above" if self.low > 50 else "below" if self.high < 50 else "both"
+
+    @property
+    def between(self) -> str:
+        return "no interval" if self.low is None else f"{self.low:.0f}–{self.high:.0f}"
+
+
+def percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def told(rate: float | None, low: float | None, high: float | None, prompts: int | None) -> str:
+    """A win-rate of 0..1 in percent: `62.0 (55.1 to 69.8; 128 prompts)`, `100.0 (1 prompt, no interval)`, `-`."""
+    if rate is None:
+        return "-"
+    count = "" if prompts is None else f"{prompts:,} prompt{'s' * (prompts != 1)}"
+    if low is None or high is None:
+        return f"{100 * rate:.1f} ({count + ', ' if count else ''}no interval)"
+    return f"{100 * rate:.1f} ({100 * low:.1f} to {100 * high:.1f}{'; ' + count if count else ''})"
 
 
 @dataclass(frozen=True)
@@ -61,8 +87,10 @@ class SanityCheck:
 
 def verdict(result: dict) -> str:
     """The result in one sentence, with its numbers."""
-    rate, low, high = (100 * result[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
+    rate, low, high = (percent(result[key]) for key in RATE)
     failed = checks_that(result, False)
+    if low is None or high is None:
+        return _too_few(result)
     if low > 50:
         word = f"The aligned model is better than its base{'' if not failed else ' for this judge'}"
     elif high < 50:
@@ -73,13 +101,32 @@ def verdict(result: dict) -> str:
     return (
         f"{word}: it wins {rate:.1f} % of paired comparisons (95 % interval {low:.1f} to {high:.1f}) on "
         f"{result['prompts']} prompts x {result['seeds']} pictures, judged by {result['judge']} "
-        f"[{result['variant']}]; {checks}."
+        f"[{result['variant']}]; {checks}.{_without_score(result)}"
     )
+
+
+def _too_few(result: dict) -> str:
+    count = result["total"].get("prompts", result["prompts"])
+    failed = [_with_reason(key, result, FAILS) for key in checks_that(result, False)]
+    checks = f" These sanity checks fail: {'; '.join(failed)}." if failed else ""
+    return (
+        f"Too few prompts for a verdict: it wins {100 * result['win_rate']:.1f} % of paired comparisons on {count} "
+        f"prompt{'s' * (count != 1)} x {result['seeds']} pictures, judged by {result['judge']} [{result['variant']}]; "
+        f"with fewer than {FEWEST} nothing can be told from chance.{checks}{_without_score(result)}"
+    )
+
+
+def _without_score(result: dict) -> str:
+    """What an unclear answer cost: said, as nobody knows on which pictures a judge keeps silent."""
+    count = sum(result.get("without_score", {}).values())
+    return f" {count:,} pictures got no clear score and are left out." if count else ""
 
 
 def headline(result: dict) -> Headline:
     """A win is called good only when no sanity check fails and a check that cannot decide is named with it."""
     text = verdict(result)
+    if result["win_rate_low"] is None:
+        return Headline("undecided", "Too few prompts for a verdict", text)
     if result["win_rate_high"] < 0.5:
         return Headline("bad", "Worse than its base", text)
     if not result["win_rate_low"] > 0.5:
@@ -111,8 +158,10 @@ def _interval(group: str, name: str, values: dict, *notes: str) -> Interval:
     for kind in ("mean", "median"):
         if kind in values and f"base_{kind}" in values:
             notes += (f"{kind} {values[f'base_{kind}']:.3g} → {values[kind]:.3g}",)
-    rate, low, high = (100 * values[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
-    return Interval(group, name, rate, low, high, notes)
+    prompts = values.get("prompts")
+    if prompts is not None:
+        notes += (f"{prompts:,} prompt{'s' * (prompts != 1)}",)
+    return Interval(group, name, *(percent(values[key]) for key in RATE), notes, prompts)
 
 
 def sanity_checks(result: dict) -> list[SanityCheck]:
@@ -123,8 +172,8 @@ def sanity_checks(result: dict) -> list[SanityCheck]:
 def _sanity_check(key: str, values: dict) -> SanityCheck:
     value, meaning = "", ""
     if "win_rate" in values:
-        rate, low, high = (100 * values[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
-        value = f"wins {rate:.1f} % ({low:.1f} to {high:.1f})"
+        found = told(*(values[key] for key in RATE), values.get("prompts"))
+        value = f"wins {found.replace(' ', ' % ', 1)}"
     elif values.get("value") is not None:
         value = f"{values['value']:.3g}"
     if key == "alignment":
@@ -146,12 +195,13 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
         )
         if "control" in values:  # not in evaluations of earlier versions
             rate, low, high = values["control"]
-            meaning += f" Of the negative control it says {100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+            between = "no interval" if low is None else f"{100 * low:.0f} to {100 * high:.0f}"
+            meaning += f" Of the negative control it says {100 * (rate or 0):.0f} % ({between})"
             fooled = (
                 ", which is no better and no worse than the base: what it sees also moves with the size of the noise "
                 "prediction, so it is unfit for this base and cannot decide, for the model or against it."
             )
-            meaning += "." if includes_half(low, high) else fooled
+            meaning += "." if low is None or low <= 0.5 <= high else fooled
     elif key == "seen":
         value = f"gap {100 * values['gap']:+.1f} points"
         meaning = (
@@ -192,4 +242,6 @@ def _with_reason(key: str, result: dict, reasons: dict[str, str]) -> str:
     check = result["guards"][key]
     names = {"judge": result["judge"], "second": check.get("judge", ""), "scale": f"{check.get('eps_scale', 0):g}"}
     reason = reasons.get(key, "").format_map(names)
+    if reasons is CANNOT_DECIDE and check.get("fit"):
+        reason = "too few prompts for an interval"
     return f"{NAMES.get(key, key.replace('_', ' '))}{f' ({reason})' if reason else ''}"

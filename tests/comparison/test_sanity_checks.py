@@ -10,7 +10,7 @@ import pytest
 from inpo_fast.comparison.config import EvaluateConfig
 from inpo_fast.comparison.evaluation import Evaluation, Gallery, summarise
 from inpo_fast.judges import Scores
-from inpo_fast.report.results import headline, sanity_checks, verdict
+from inpo_fast.report.results import checks_in_words, headline, sanity_checks, verdict
 from inpo_fast.report.write import write_report
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
@@ -98,6 +98,19 @@ def test_diversity_without_any_in_the_base():
         assert "diversity ratio (the base draws one picture of a prompt only)" in verdict(result)
         assert [check.value for check in sanity_checks(result) if check.name == "diversity ratio"] == [""]
     assert result_of(spreads=(10, 5)).result["guards"]["diversity_ratio"]["ok"] is False
+
+
+def test_too_few_prompts_decide_nothing():
+    few = PROMPTS[:3]
+    full = result_of(aligned=(60, 40))
+    galleries = {name: Gallery(few, 2, g.pictures[:6]) for name, g in full.galleries.items()}
+    scores = {name: Reads("first").score(g.pictures, few) for name, g in galleries.items()}
+    result = summarise(
+        galleries, scores, Reads("first"), Reads("second", 1), replace(EvaluateConfig(), seeds=2), "inpo"
+    )
+    assert result["guards"]["outside"]["ok"] is None and result["guards"]["outside"]["fit"] is True
+    assert "Too few prompts" in verdict(result) and headline(result).tone == "undecided"
+    assert "independent judge (too few prompts for an interval)" in checks_in_words(result)
 
 
 def test_no_check_was_made():
