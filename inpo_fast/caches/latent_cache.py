@@ -14,23 +14,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from inpo_fast.data.identity import WORDS, identity_of
 from inpo_fast.data.images import View
 from inpo_fast.data.loader import DataConfig, Item
-from inpo_fast.data.pair import BadPair
+from inpo_fast.data.pair import BadPair, Source
 from inpo_fast.models.denoiser import Text
 from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.fingerprint import fingerprint, source_fingerprint
-from inpo_fast.runtime.record_store import RecordStore, digest
+from inpo_fast.runtime.fingerprint import fingerprint
+from inpo_fast.runtime.record_store import RecordStore
 
 # what of DataConfig decides a view; the rest is about reading
-VIEW = ("format", "images", "filters", "shuffle", "crop", "flip", "prompt_dropout", "vae_sample", "max_pixels")
+VIEW = ("shuffle", "crop", "flip", "prompt_dropout", "vae_sample", "max_pixels")
 
 
 class LatentCache:
     """Two folders of shards: latents/ by position, text/ by prompt."""
 
-    def __init__(self, folder: Path, models: Models, config: DataConfig, resolution: int, seed: int):
+    def __init__(self, folder: Path, models: Models, config: DataConfig, source: Source, resolution: int, seed: int):
         """Reads the index; writes nothing. UserError, naming what differs, where it was made for something else."""
         self.folder, self.resolution = folder, resolution
         self.vae_batch = config.vae_batch or models.vae_batch(resolution)
@@ -38,11 +39,10 @@ class LatentCache:
         data = asdict(config)
         latents = common | {
             "holds": "latents",
-            "source": source_fingerprint(config.source),
+            **{WORDS[name]: value for name, value in identity_of(source).items()},
             "seed": seed,
             "resolution": resolution,
             **{f"data.{name}": data[name] for name in VIEW},
-            **({"labels": digest(Path(config.labels).read_bytes()), "as": config.labels_as} if config.labels else {}),
             "vae": fingerprint(models.vae),
             "vae_dtype": str(models.vae_dtype),
             "data.vae_batch": self.vae_batch,  # decides the last bits
@@ -61,6 +61,10 @@ class LatentCache:
         """Makes the folders and manifests."""
         for store in (self.latent_store, self.text_store):
             store.start()
+
+    def reopened(self) -> tuple[RecordStore, RecordStore]:
+        """Latents and texts as they are on disk now, by whatever process they were written."""
+        return tuple(RecordStore(store.folder, store.identity) for store in (self.latent_store, self.text_store))
 
     def has(self, position: int) -> bool:
         return self._key(position) in self.latent_store
@@ -109,11 +113,13 @@ class LatentCache:
         return self.latent_store.key(str(position).encode())
 
 
-def open_latent_cache(models: Models, config: DataConfig, resolution: int, seed: int) -> LatentCache | None:
+def open_latent_cache(
+    models: Models, config: DataConfig, source: Source, resolution: int, seed: int
+) -> LatentCache | None:
     """The cache that data.cache names, None where it names none. UserError where there is nothing."""
     if config.cache is None:
         return None
-    latents = LatentCache(Path(config.cache), models, config, resolution, seed)
+    latents = LatentCache(Path(config.cache), models, config, source, resolution, seed)
     if not len(latents.latent_store):
         raise UserError(
             f"data.cache={config.cache} holds no latents; fill it first: python -m inpo_fast.cache, with the same "

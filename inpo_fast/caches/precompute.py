@@ -66,7 +66,7 @@ def fill(
     """Everything that is not there yet of a run's first `pairs` positions. Every rank takes every world-th shard."""
     source = open_data(config)
     resolution = config.resolution or models.resolution
-    latents = LatentCache(Path(config.cache), models, config, resolution, seed)
+    latents = LatentCache(Path(config.cache), models, config, source, resolution, seed)
     if rank == 0:
         latents.start()
     distributed.barrier()

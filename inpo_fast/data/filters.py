@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from inpo_fast.data.config import MODELS, FilterConfig
+from inpo_fast.data.identity import identity_of
 from inpo_fast.data.images import short_side
 from inpo_fast.data.pair import BadPair, Pair, Source
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.record_store import digest
 
 READERS, AHEAD = 8, 256  # threads that look at headers (disks are mostly waited for), pairs they are given at a time
 
@@ -51,6 +53,10 @@ class FilteredSource:
         self.reweighted = int((self._weight != 1).sum())
         self.blocks = None if source.blocks is None else np.searchsorted(self.kept, source.blocks).astype(np.int64)
         self.bytes = int(source.bytes * len(self.kept) / max(1, len(source)))
+
+    def identity(self) -> dict[str, str]:
+        own = digest(self.kept.tobytes(), self._weight.tobytes())
+        return identity_of(self.source) | {"pairs": len(self), "filters": own}
 
     def __len__(self) -> int:
         return len(self.kept)

@@ -5,14 +5,16 @@ better with probability 0.7), or label_0 and label_1 in its place; or `chosen`, 
 `weight` where there is one. Image paths are relative to the folder and never leave it.
 """
 
+import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from inpo_fast.data import labels, records
+from inpo_fast.data import identity, labels, records
 from inpo_fast.data.pair import BadPair, Pair
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import open_regular
 
 
 class Choice(NamedTuple):
@@ -76,6 +78,21 @@ class ListedSource:
         for index in range(len(self)):
             _, record, choice = self._said(index)
             yield {"prompt": choice.prompt} | {name: record.get(name) for name in fields}
+
+    def identity(self) -> dict[str, str]:
+        with open_regular(self.listing) as file:
+            rows = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return {"rows": rows, "pictures": identity.of_files(self._mentioned())}
+
+    def _mentioned(self) -> Iterator[Path | None]:
+        """The files of each pair in turn; None where one may not be read."""
+        for number, _, _, record in self._scan():
+            choice = self._choice(record, f"{self.listing}:{number}")
+            for name in sorted((choice.winner, choice.loser)) if choice else ():  # whichever is better
+                try:
+                    yield self._path("", name)
+                except BadPair:
+                    yield None
 
     def _said(self, index: int) -> tuple[str, dict, Choice]:
         """The pair's id, its record and what that says."""

@@ -15,7 +15,7 @@ from inpo_fast.data.filters import filtered
 from inpo_fast.data.images import View, decode, make_view
 from inpo_fast.data.order import FULL_BYTES, make_order, step_positions
 from inpo_fast.data.pair import BadPair, Pair, Source
-from inpo_fast.data.relabelled import RelabelledSource, source_identity
+from inpo_fast.data.relabelled import RelabelledSource
 from inpo_fast.data.sources import open_source
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
@@ -28,8 +28,7 @@ def open_data(config: DataConfig) -> Source:
     """The pairs that a run trains on. UserError where there are none."""
     source = open_source(config.source, config.format, images=config.images, cache_mb=config.cache_mb)
     if config.labels is not None:
-        identity = source_identity(config.source, config.images)
-        source = RelabelledSource(source, config.labels, config.labels_as, identity)
+        source = RelabelledSource(source, config.labels, config.labels_as)
     return filtered(source, config.filters)
 
 

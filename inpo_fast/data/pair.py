@@ -40,6 +40,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def identity(self) -> dict[str, str]:
+        """Digests of what the pairs are: `rows` and `pictures`, as data/identity.py explains; asked through
+        `identity_of`, once."""
+        ...
+
     def read(self, index: int) -> Pair:
         """The pair at index 0..len-1, from any thread. BadPair if its record cannot be used."""
         ...

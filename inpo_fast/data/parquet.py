@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from inpo_fast.data import labels
+from inpo_fast.data import labels, parquet_identity
 from inpo_fast.data.block_cache import BlockCache
 from inpo_fast.data.order import FULL_BYTES, blocks_per_run
 from inpo_fast.data.pair import BadPair, Pair
@@ -129,6 +129,9 @@ class ParquetSource:
 
     def __len__(self) -> int:
         return len(self._row)
+
+    def identity(self) -> dict[str, str]:
+        return parquet_identity.identity(self.shards, _Shard)
 
     def _load(self, block: int) -> pa.Table:
         shard, group = (int(v) for v in self._place[block])

@@ -5,7 +5,6 @@ A sidecar is parquet: `id`; `soft`, how probable it is that the image which the 
 made for.
 """
 
-import glob
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,23 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from inpo_fast.data.config import LabelsAs
+from inpo_fast.data.identity import differences, identity_of
 from inpo_fast.data.pair import Pair, Source
-from inpo_fast.data.places import find
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.fingerprint import source_fingerprint
 from inpo_fast.runtime.record_store import digest
 
 METADATA = b"inpo_fast.labels"
 TIE = 1e-6
-
-
-def source_identity(path: str, images: str | None = None) -> str:
-    """What the pairs are, whatever the folder is called."""
-    files = [path]
-    if glob.has_magic(path):
-        files = [file.path for file in find(path, (".parquet", ".tar")) or ()]
-    return digest(*(source_fingerprint(file).encode() for file in files), (images or "").encode())
 
 
 def pair_ids(source: Source) -> list[str]:
@@ -47,12 +37,18 @@ class RelabelledSource:
     labels: what the run's manifest says of them.
     """
 
-    def __init__(self, source: Source, path: str, kind: LabelsAs, identity: str):
+    def __init__(self, source: Source, path: str, kind: LabelsAs):
         table, about = read_sidecar(path)
-        if about["source_identity"] != identity:
+        said = about.get("source_identity")
+        if not isinstance(said, dict):
             raise UserError(
-                f"data.labels={path} was made for another source ({about['source']}); relabel this one: "
-                "python -m inpo_fast.relabel"
+                f"data.labels={path} does not say in full which pairs it was made for (an older version wrote it); "
+                "relabel them: python -m inpo_fast.relabel"
+            )
+        if differ := differences(said, identity_of(source)):
+            raise UserError(
+                f"data.labels={path} was made for another source ({about['source']}): there differ "
+                f"{' and '.join(differ)}; relabel this one: python -m inpo_fast.relabel"
             )
         ids = pair_ids(source)
         rows = pc.index_in(pa.array(ids, pa.string()), table["id"].combine_chunks())
@@ -82,6 +78,10 @@ class RelabelledSource:
         }
         if not len(self.kept):
             raise UserError(f"data.labels={path} leaves none of {len(source):,} pairs: every one is a tie")
+
+    def identity(self) -> dict[str, str]:
+        own = digest(self.kept.tobytes(), self._swap.tobytes(), self._label.tobytes())
+        return identity_of(self.source) | {"pairs": len(self), "labels": own}
 
     def __len__(self) -> int:
         return len(self.kept)

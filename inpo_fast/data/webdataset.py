@@ -13,14 +13,18 @@ import json
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from inpo_fast.data import labels
+import numpy as np
+
+from inpo_fast.data import identity, labels
 from inpo_fast.data.folder import prompt
 from inpo_fast.data.pair import BadPair, Pair
 from inpo_fast.data.places import File
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import open_regular
 
 
 class _Span(NamedTuple):
@@ -38,8 +42,13 @@ class WebdatasetSource:
         # 52 bytes a pair and its key: shard, then first byte and length of JSON, winner and loser
         self._shard, self._start, self._length = array("i"), array("q"), array("q")
         self._keys, self._key_ends = bytearray(), array("q")
+        self._records = identity.new_digest()
         for number, shard in enumerate(self.shards):
             for key, parts in _samples(shard):
+                where = [parts[name] for name in sorted(parts) if name != "record"]
+                identity.add(
+                    self._records, key.encode(), repr(where).encode(), json.dumps(parts.get("record")).encode()
+                )
                 self._add(number, f"{shard}:{key}", key, parts)
 
     def _add(self, shard: int, where: str, key: str, parts: "dict[str, _Span | dict]") -> None:
@@ -65,6 +74,28 @@ class WebdatasetSource:
         """Of a pair, without reading it."""
         key = self._keys[self._key_ends[index - 1] if index else 0 : self._key_ends[index]].decode()
         return f"{self.shards[self._shard[index]].name}:{key}"
+
+    def identity(self) -> dict[str, str]:
+        with ThreadPoolExecutor(identity.READERS) as pool:
+            found = pool.map(self._of_pictures, range(len(self.shards)))
+            pictures = identity.new_digest()
+            identity.add(pictures, *found)
+        return {"rows": self._records.hexdigest(), "pictures": pictures.hexdigest()}
+
+    def _of_pictures(self, shard: int) -> bytes:
+        """Of a shard here both ends of each picture of a pair, of a remote one what its file system says; where they
+        lie is with the rows."""
+        file, digest = self.shards[shard], identity.new_digest()
+        if file.fs is not None:
+            return identity.checksum(file).encode()
+        shards = np.frombuffer(self._shard, np.int32)
+        pairs = range(np.searchsorted(shards, shard), np.searchsorted(shards, shard, "right"))
+        with open_regular(file.path) as opened:
+            for start, length in sorted(
+                (self._start[i], self._length[i]) for p in pairs for i in (3 * p + 1, 3 * p + 2)
+            ):
+                identity.add(digest, *identity.ends(opened, start, length))
+        return digest.digest()
 
     def read(self, index: int) -> Pair:
         shard, id = self.shards[self._shard[index]], self.id(index)

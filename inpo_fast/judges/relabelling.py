@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from inpo_fast.data.config import DataConfig
+from inpo_fast.data.identity import identity_of
 from inpo_fast.data.images import decode
 from inpo_fast.data.pair import BadPair, Source
-from inpo_fast.data.relabelled import METADATA, source_identity
+from inpo_fast.data.relabelled import METADATA
 from inpo_fast.judges import Judge, judge_id
 from inpo_fast.judges.cache import ScoreCache
 from inpo_fast.runtime import distributed
@@ -84,7 +85,7 @@ def relabel(source: Source, judges: Sequence[Judge], output: Path, config: DataC
     """Scores of all pairs, in parts beside `output`; this process takes its share. The folder of the parts."""
     rank, world = distributed.rank_and_world()
     folder = output.with_name(f".{output.name}.parts")
-    about = {"source": source_identity(config.source, config.images), "judges": [judge_id(judge) for judge in judges]}
+    about = {"source": identity_of(source), "judges": [judge_id(judge) for judge in judges]}
     if rank == 0:
         _start(folder, about, output)
     distributed.barrier()

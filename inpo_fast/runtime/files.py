@@ -1,10 +1,13 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent; and files of a user's folder, which may hold anything."""
 
+import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -19,6 +22,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file of a user's folder, for reading. OSError of all that is no regular file: a named pipe, a socket or a
+    device would be waited for, perhaps for ever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+    raise OSError(errno.EINVAL, "is no regular file (a named pipe, a socket or a device)", str(path))
+
+
+def read_regular(path: str | Path) -> bytes:
+    """All bytes of a file of a user's folder. OSError as of `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 @contextmanager

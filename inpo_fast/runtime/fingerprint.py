@@ -1,14 +1,9 @@
-"""What a model or a source of pairs is, in 32 hexadecimal digits: so that a cache is never used for another one."""
+"""What a model is, in 32 hexadecimal digits: so that a cache is never used for another one."""
 
 import hashlib
 import json
 
-import fsspec
 import torch
-
-from inpo_fast.runtime.errors import UserError
-
-ENDS = 64 * 1024  # bytes of a file's beginning and end that are looked at; parquet's index stands at the end
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -22,23 +17,4 @@ def fingerprint(module: torch.nn.Module) -> str:
     for name, x in sorted(tensors.items()):
         out.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         out.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return out.hexdigest()
-
-
-def source_fingerprint(path: str) -> str:
-    """Of a file or folder of pairs, local or any fsspec URL: names, sizes, the listing, both ends of each data file."""
-    out = hashlib.blake2b(digest_size=16)
-    try:
-        system, root = fsspec.core.url_to_fs(path)
-        files = sorted(system.find(root)) if system.isdir(root) else [root]
-        for name in files:
-            size = system.size(name)
-            out.update(f"{name.removeprefix(root)} {size}\n".encode())
-            if name.endswith((".parquet", ".jsonl", ".json", ".tar")):
-                with system.open(name, "rb") as file:
-                    out.update(file.read(ENDS))
-                    file.seek(max(0, size - ENDS))
-                    out.update(file.read(ENDS))
-    except (OSError, ImportError, ValueError) as problem:
-        raise UserError(f"data.source: {path} cannot be read ({problem})") from problem
     return out.hexdigest()
