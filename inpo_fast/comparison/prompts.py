@@ -19,8 +19,10 @@ import fsspec
 import pyarrow.parquet as pq
 
 from inpo_fast.data.places import find, is_url
+from inpo_fast.data.text import unusable
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import read_text
 
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 PUBLISHED = {"hpdv2": 3200, "parti": 1632, "pickapic": 500}  # prompts of the published test sets
@@ -44,9 +46,14 @@ class PromptSet:
 
 def read_prompt_set(path: str, limit: int | None = None) -> PromptSet:
     """limit: that many prompts, spread evenly over the set. UserError where there is none."""
+    if not path.strip():
+        raise UserError("evaluate: the place of the prompts is empty; name a file or folder")
     found = _read(path)
     if not found.prompts:
         raise UserError(f"evaluate: {path} has no prompt; write one a line")
+    for number, prompt in enumerate(found.prompts, 1):
+        if wrong := unusable(prompt):
+            raise UserError(f"evaluate: {path}: prompt {number}: {wrong}; mend it or take it out")
     if limit is None or limit >= len(found.prompts):
         return found
     rows = [i * len(found.prompts) // limit for i in range(limit)]
@@ -131,6 +138,6 @@ def _text(path: Path) -> str:
     if git_lfs.is_pointer(path):
         raise UserError(f"evaluate: {path} {git_lfs.WHAT}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"evaluate: cannot read the prompts in {path} ({problem})") from problem

@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from inpo_fast.data.balance import fair_shares
 from inpo_fast.data.config import DataConfig
 from inpo_fast.data.filters import filtered
 from inpo_fast.data.images import View, decode, make_view
+from inpo_fast.data.labels import check_undecided, undecided_of
 from inpo_fast.data.order import FULL_BYTES, make_order, step_positions
 from inpo_fast.data.pair import BadPair, Pair, Source
 from inpo_fast.data.relabelled import RelabelledSource
@@ -27,8 +28,10 @@ log = logging.getLogger(__name__)
 def open_data(config: DataConfig) -> Source:
     """The pairs that a run trains on. UserError where there are none."""
     source = open_source(config.source, config.format, images=config.images, cache_mb=config.cache_mb)
+    rows = len(source) + sum(astuple(undecided_of(source))[:3])
     if config.labels is not None:
         source = RelabelledSource(source, config.labels, config.labels_as)
+    check_undecided(source, rows, config.bad_pair_limit)
     return filtered(source, config.filters)
 
 

@@ -24,7 +24,7 @@ from inpo_fast.judges import Judge, judge_id
 from inpo_fast.judges.cache import ScoreCache
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import whole, write_text
+from inpo_fast.runtime.files import read_text, whole, write_text
 from inpo_fast.runtime.progress import picture_progress
 
 PART = 512  # pairs that are judged between two writes
@@ -134,7 +134,7 @@ def _start(folder: Path, about: dict, output: Path) -> None:
     notes = folder / "about.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if notes.exists() and json.loads(notes.read_text(encoding="utf-8")) != about:
+        if notes.exists() and json.loads(read_text(notes)) != about:
             raise UserError(
                 f"{folder} holds the beginning of another relabelling (other pairs or judges); remove it, or name "
                 f"another --output than {output}"

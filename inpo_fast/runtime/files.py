@@ -1,6 +1,7 @@
 """Files that are either whole or absent; and files of a user's folder, which may hold anything."""
 
 import errno
+import io
 import os
 import stat
 import uuid
@@ -41,6 +42,22 @@ def read_regular(path: str | Path) -> bytes:
     """All bytes of a file of a user's folder. OSError as of `open_regular`."""
     with open_regular(path) as file:
         return file.read()
+
+
+def read_text(path: str | Path, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """A text of a user's folder. OSError as of `open_regular`, ValueError (UnicodeDecodeError) of other bytes."""
+    with io.TextIOWrapper(open_regular(path), encoding, errors) as file:
+        return file.read()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file that a listing in `folder` names, symbolic links resolved. OSError where it would lie outside: a listing
+    of somebody else must not say which files of this machine are read (or shown). ValueError of a NUL in the name."""
+    root = os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, name))
+    if not path.startswith(os.path.join(root, "")):
+        raise PermissionError(errno.EACCES, f"outside {root}", name)
+    return Path(path)
 
 
 @contextmanager
