@@ -43,6 +43,8 @@ def main() -> None:
         raise UserError(
             f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges; positive"
         )
+    if own.output.is_dir():
+        raise UserError(f"--output {own.output} is a folder; name a file in it")
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)

@@ -39,7 +39,7 @@ from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import read_text
-from inpo_fast.runtime.fingerprint import fingerprint
+from inpo_fast.runtime.fingerprint import fingerprint, tokenizer_fingerprints
 from inpo_fast.runtime.memory import GIB
 from inpo_fast.runtime.record_store import MANIFEST, RecordStore, digest
 
@@ -173,6 +173,7 @@ def _identity(
         "reference": fingerprint(models.reference),
         "vae": fingerprint(models.vae),
         "text": digest(*(fingerprint(encoder).encode() for encoder in models.encoders)),
+        "tokenizers": tokenizer_fingerprints(models.pipeline),
         "empty_prompt": "zeros" if models.denoiser.zeros_for_empty(models.pipeline) else "encoded",
         "precision": settings.precision,
         # where the fused inversion meets an adapter it takes another kernel, which rounds otherwise

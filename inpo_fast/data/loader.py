@@ -136,8 +136,15 @@ class PairLoader:
         pair = None if self.online is None else self.online.pair(position)
         if pair is None and self.cached is not None and (item := self.cached.item(position)) is not None:
             return item
+        return self.viewed(position, pair or self.stored(position))
+
+    def stored(self, position: int) -> Pair:
+        """The pair of the source at a position. BadPair where it cannot be read."""
+        return self.source.read(self.order.index(position))
+
+    def viewed(self, position: int, pair: Pair) -> Item:
+        """Decoded and cut as the run sees it at a position. BadPair with its id."""
         key = (self.seed, position)
-        pair = pair or self.source.read(self.order.index(position))
         try:
             winner, loser = (self._view(image, (*key, side)) for side, image in enumerate((pair.winner, pair.loser)))
         except BadPair as problem:
@@ -148,7 +155,7 @@ class PairLoader:
 
     def prompt(self, position: int) -> str:
         """Of the stored pair at a position. BadPair where it cannot be read."""
-        return self.source.read(self.order.index(position)).prompt
+        return self.stored(position).prompt
 
     def _view(self, encoded: bytes, key: keyed_rng.Key) -> View:
         return make_view(
