@@ -116,7 +116,7 @@ class ListedSource:
 
     def _path(self, id: str, name: str) -> Path:
         try:
-            return inside(self.images, name)
+            return inside(self.images, name, resolved=True)
         except (OSError, ValueError) as problem:  # outside; NUL or half a character in the name
             raise _bad(id, name, problem) from problem
 

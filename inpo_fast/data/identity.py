@@ -22,11 +22,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from inpo_fast.data.pair import Source
 from inpo_fast.data.places import File
-from inpo_fast.runtime.files import open_regular
+from inpo_fast.runtime.files import regular_handle
 
 END = 4096  # bytes of a picture's beginning and end
 READERS, PART = 16, 256  # threads that look at files (disks are mostly waited for), files that each is given at a time
@@ -92,20 +92,22 @@ def _of_file(path: Path | None) -> bytes:
     try:
         if path is None:
             raise OSError("not to be read")
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            found = b"".join(ends(file, 0, size))
+        handle, size = regular_handle(path)
+        try:
+            found = b"".join(ends(handle, 0, size))
+        finally:
+            os.close(handle)
     except (OSError, ValueError):
         return bytes(24)
     return size.to_bytes(8, "little") + hashlib.blake2b(found, digest_size=16).digest()
 
 
-def ends(file: BinaryIO, start: int, length: int) -> Iterator[bytes]:
+def ends(handle: int, start: int, length: int) -> Iterator[bytes]:
     """The first END bytes of a stretch of an open file, and the last ones that were not among them."""
-    yield os.pread(file.fileno(), min(END, length), start)
+    yield os.pread(handle, min(END, length), start)
     if length > END:
         beyond = max(END, length - END)
-        yield os.pread(file.fileno(), length - beyond, start + beyond)
+        yield os.pread(handle, length - beyond, start + beyond)
 
 
 def checksum(file: File) -> str:

@@ -97,7 +97,7 @@ class WebdatasetSource:
             for start, length in sorted(
                 (self._start[i], self._length[i]) for p in pairs for i in (3 * p + 1, 3 * p + 2)
             ):
-                identity.add(digest, *identity.ends(opened, start, length))
+                identity.add(digest, *identity.ends(opened.fileno(), start, length))
         return digest.digest()
 
     def read(self, index: int) -> Pair:
