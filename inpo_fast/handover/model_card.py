@@ -17,6 +17,7 @@ from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.report.results import sanity_checks, verdict
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.masking import masked_tree
 
 RECIPE = (
     "seed",
@@ -56,8 +57,9 @@ READERS = """| file | names | read by |
 def write_cards(run: Path) -> list[Path]:
     """model/README.md, and lora/README.md if there is a LoRA, of a finished run. UserError where that fails."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = masked_tree(yaml.safe_load((run / "config.yaml").read_text()))  # an earlier version did not mask it
         manifest, index = (json.loads((run / n).read_text()) for n in ("manifest.json", "model/model_index.json"))
+        manifest = masked_tree(manifest)
         evaluation = run / "evaluation.json"
         result = json.loads(evaluation.read_text()) if evaluation.is_file() else None
         cards = [run / name / "README.md" for name in ("model", "lora") if (run / name).is_dir()]
@@ -178,8 +180,8 @@ def _evaluation(result: dict | None) -> str:
     if result is None:
         return "Its run's folder holds no evaluation of this model: it is not known whether it is better than its base."
     lines = [verdict(result), ""]
-    for check in sorted(sanity_checks(result), key=lambda check: check.ok):
-        state = "holds" if check.ok else "**FAILS**"
+    for check in sorted(sanity_checks(result), key=lambda check: (check.ok is not False, check.ok is not None)):
+        state = {True: "holds", False: "**FAILS**", None: "**cannot decide**"}[check.ok]
         lines.append(f"- {check.name}: {state}{f', {check.value}' if check.value else ''}. {check.meaning}")
     return "\n".join(lines)
 

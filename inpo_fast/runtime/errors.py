@@ -7,9 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 
+from inpo_fast.runtime.masking import mask_logs, masked
+
 
 class UserError(ValueError):
-    """Says what is wrong, where, and how to mend it, in one line."""
+    """Says what is wrong, where, and how to mend it, in one line; secrets in it are masked."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(masked(str(message)))
 
 
 class Hang(UserError):
@@ -28,6 +33,7 @@ def command_line(program: str, about: str | None, epilog: str | None = None) -> 
 def run_command(program: str, main: Callable[[], None]) -> None:
     """Runs a command line; a UserError becomes one line on stderr and exit status 2, never a traceback. So does a GPU
     that is full where nobody knew a smaller batch."""
+    mask_logs()
     try:
         main()
     except Hang as problem:

@@ -19,7 +19,16 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import json_or_none
 
 MANIFEST = "manifest.json"
-FILES = ("config.yaml", "metrics.jsonl", "evaluation.json", "samples.png", "report.html", "wandb-id", MANIFEST)
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluation.json",
+    "samples.png",
+    "report.html",
+    "warnings.json",
+    "wandb-id",
+    MANIFEST,
+)
 FOLDERS = {  # with the names that a run writes in them; what else lies there is somebody's
     "checkpoints": r"step-\d{4,}",
     "model": r"model_index\.json|README\.md|unet|vae|scheduler|safety_checker|feature_extractor|image_encoder|"

@@ -1,6 +1,7 @@
 """The output folder of a run: fixed names, never two runs in one folder by accident.
 
 config.yaml  manifest.json  metrics.jsonl  checkpoints/  model/  evaluation.json  samples.png  report.html
+warnings.json
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from inpo_fast.models.models import Models
 from inpo_fast.runtime import lock, sealed_json
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.masking import masked, masked_tree
 from inpo_fast.training import replaced_run, run_inputs, run_length
 from inpo_fast.training.saved_checkpoint import found, step_of
 
@@ -160,13 +162,14 @@ class RunFolder:
         """The run's settings before, keys joined by dots."""
         try:
             old = flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as problem:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as problem:
             why = " ".join(str(problem).split())[:200]  # AttributeError: not a mapping
             raise UserError(
                 f"{self.path / 'config.yaml'}: cannot be read ({why}); the run cannot be continued"
             ) from problem
         new = flat(yaml.safe_load(to_yaml(self.config)))
-        old, new = ({key: shipped.from_home(value) for key, value in run.items()} for run in (old, new))
+        # masked: another key to the same place is the same place
+        old, new = ({key: masked_tree(shipped.from_home(value)) for key, value in run.items()} for run in (old, new))
         free = (*FREE_ON_RESUME, *run_length.KEYS)
         differ = [key for key in new if old.get(key) != new[key] and not key.startswith(free)]
         if differ:
@@ -242,10 +245,10 @@ class RunFolder:
             elif done:
                 replaced_run.forget(self.path)
             manifest = self._manifest(done, source, models, variant, world)
-            manifest["data"]["dropped"] = dropped
+            manifest["data"]["dropped"] = masked_tree(dropped)
             self._write_manifest(manifest)
             config = replace(self.config, resume=False, overwrite=False, accept_changed_inputs=False)
-            write_text(self.path / "config.yaml", to_yaml(config))
+            write_text(self.path / "config.yaml", yaml.safe_dump(masked_tree(to_dict(config)), sort_keys=False))
             lock.note_launch(self.lock)
         except OSError as problem:
             raise UserError(f"--output {self.path} cannot be written ({problem.strerror})") from problem
@@ -265,9 +268,11 @@ class RunFolder:
             self.lock = None
 
     def _manifest(self, done: int, source: Source, models: Models, variant: str, world: int) -> dict:
-        return {
+        found = {
             "variant": variant,
-            "config_sha256": hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode()).hexdigest(),
+            "config_sha256": hashlib.sha256(
+                masked(json.dumps(to_dict(self.config), sort_keys=True)).encode()
+            ).hexdigest(),
             "data": {
                 "source": self.config.data.source,
                 "pairs": len(source),
@@ -294,8 +299,10 @@ class RunFolder:
             "device": torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else "cpu",
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         }
+        return masked_tree(found)
 
     def record_dropped(self, dropped: list[str]) -> None:
+        dropped = masked_tree(dropped)
         self._change_manifest(lambda manifest: manifest | {"data": manifest["data"] | {"dropped": dropped}})
 
     def _change_manifest(self, change: Callable[[dict], dict]) -> None:

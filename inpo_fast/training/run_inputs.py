@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inpo_fast.config import RunConfig
+from inpo_fast.data.identity import differences, identity_of
 from inpo_fast.data.pair import Source
-from inpo_fast.data.relabelled import source_identity
 from inpo_fast.judges import Judge, judge_id
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.files.folder_weights import choose_in_folder
@@ -29,25 +29,14 @@ SMALL = (".json", ".txt")  # of a part's folder, beside its weights: configurati
 ACCEPT = "--accept-changed-inputs"
 
 
-def fingerprints(config: RunConfig, source: Source, judge: Judge | None) -> dict[str, dict]:
-    """Input -> what it is, plain values. judge: of online training."""
-    out = {"data.source": {"pairs": len(source), "content": pairs_fingerprint(config.data.source, config.data.images)}}
-    for key, place in (
-        ("data.labels", config.data.labels),
-        ("data.filters.block_list", config.data.filters.block_list),
-    ):
-        if place is not None:
-            out[key] = {"content": _hash(key, {"": Path(place).expanduser()})}
-    if config.observe.held_out is not None:
-        out["observe.held_out"] = {"content": pairs_fingerprint(config.observe.held_out, None)}
+def fingerprints(config: RunConfig, source: Source, held_out: Source | None, judge: Judge | None) -> dict[str, dict]:
+    """Input -> what it is, plain values. held_out: pairs that are not trained on; judge: of online training."""
+    out: dict[str, dict] = {"data.source": identity_of(source)}
+    if held_out is not None:
+        out["observe.held_out"] = identity_of(held_out)
     if judge is not None:
         out["online.judge"] = {"content": judge_id(judge)}
     return out | model_fingerprints(config.models)
-
-
-def pairs_fingerprint(source: str, images: str | None) -> str:
-    """Of a source of pairs. UserError where it cannot be read."""
-    return source_identity(source, images)
 
 
 def model_fingerprints(config: ModelsConfig) -> dict[str, dict]:
@@ -126,8 +115,14 @@ def files_of_part(key: str, folder: Path, has_weights: bool) -> dict[str, Path]:
 
 def changes(then: dict[str, dict], now: dict[str, dict], leave_out: set[str]) -> dict[str, dict]:
     """Input -> {then, now} of each that is not what it was."""
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in leave_out]
+    names = [name for name in {**then, **now} if name not in leave_out and _differ(then.get(name), now.get(name))]
     return {name: {"then": then.get(name), "now": now.get(name)} for name in names}
+
+
+def _differ(then: dict | None, now: dict | None) -> bool:
+    if then is None or now is None or "content" in then or "content" in now:
+        return then != now
+    return bool(differences(then, now))  # pairs
 
 
 def refusal(changed: dict[str, dict]) -> str:
@@ -140,8 +135,9 @@ def _in_words(name: str, then: dict | None, now: dict | None) -> str:
         return f"{name}: {'not there' if then is None else 'there'} when the run began"
     if then.get("pairs") != now.get("pairs"):
         return f"{name}: {then.get('pairs'):,} pairs when the run began, {now.get('pairs'):,} now"
-    if name.startswith("data.source"):
-        return f"{name}: as many pairs as when the run began, with other contents or in another order"
+    if "content" not in then:
+        said = ", ".join(differences(then, now)).replace("data.source", name)
+        return f"{name}: as many pairs as when the run began, but other ones: {said}"
     return f"{name}: not what it was when the run began"
 
 

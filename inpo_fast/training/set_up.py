@@ -13,6 +13,7 @@ from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.data.loader import open_data
 from inpo_fast.data.pair import Source
 from inpo_fast.method.inversion import check_inversion
+from inpo_fast.method.objectives import check_objective, objective_notes
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
@@ -24,7 +25,7 @@ from inpo_fast.training.optim import Average, LossScale, make_optimizer
 from inpo_fast.training.run_folder import RunFolder
 from inpo_fast.training.run_inputs import fingerprints
 from inpo_fast.training.step_batch import StepConfig
-from inpo_fast.training.validation import check_validation
+from inpo_fast.training.validation import check_validation, open_held_out
 
 log = logging.getLogger("inpo_fast")
 
@@ -84,7 +85,10 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     trajectory_cache, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), []
     if trajectory_cache is not None:
         notes += trajectory_cache.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
-    latent_cache = open_latent_cache(models, config.data, config.data.resolution or models.resolution, config.seed)
+    latent_cache = open_latent_cache(
+        models, config.data, source, config.data.resolution or models.resolution, config.seed
+    )
+    notes += objective_notes(config.objective, models.noise_path)
     if blocks := models.denoiser.compiled_blocks(models.policy):
         notes.append(f"models.fast=compiled: the first step compiles {blocks} kinds of blocks and takes longer")
     masters, averages = models.weights.masters, config.optim.average != "none"
@@ -118,6 +122,7 @@ def _open_models(config: RunConfig, rank: int, world: int, device: torch.device)
     partition = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
     models = Models(open_pipeline(config.models), device, config.models, partition)
     check_inversion(config.inversion, models.noise_path)
+    check_objective(config.objective, models.noise_path)
     return models
 
 
@@ -150,7 +155,8 @@ def _check_inputs(run: Run) -> None:
     if run.rank == 0:
         judge = run.online.judge if run.online is not None else None
         try:
-            run.folder.accept_inputs(fingerprints(run.config, run.source, judge), run.done)
+            held_out = None if run.config.observe.held_out is None else open_held_out(run.config)
+            run.folder.accept_inputs(fingerprints(run.config, run.source, held_out, judge), run.done)
             run.notes = (*run.folder.notes, *run.notes)
         except UserError as raised:
             problem = raised
