@@ -100,7 +100,7 @@ def _inside(key: str, text: str, folder: Path, places: list[Path]) -> Path | Non
     for form in {text, text.partition(":")[2]} - {""}:
         try:
             named = list(_named(key, form, folder))
-        except (OSError, ValueError, UserError):
+        except (OSError, ValueError, RuntimeError):
             continue
         if folder.resolve() in named:
             return folder

@@ -160,6 +160,8 @@ def _check_inputs(run: Run) -> None:
             run.notes = (*run.folder.notes, *run.notes)
         except UserError as raised:
             problem = raised
+        except OSError as raised:
+            problem = UserError(f"data.source: {raised.filename or ''} cannot be read ({raised.strerror or raised})")
     told, run.former_steps = distributed.gather((problem and str(problem), run.folder.former_steps))[0]
     if told:
         raise UserError(told) from problem

@@ -157,7 +157,7 @@ def test_the_folders_of_a_run(bases, runs, kind, mode):
 
 
 def test_a_run_that_starts_from_a_lora(world, bases, runs):
-    """Policy and reference begin at base + LoRA, ours or kohya's, and say so; both files of the end are for the base."""
+    """Policy and reference begin at base + LoRA, ours or kohya's, and say so; both files of the end are the base's."""
     first, _ = runs("sd15", "lora-fp32")
     base = bases["sd15"].unet
     start = with_lora(base, read_lora("test", first.folder.path / "lora", base))

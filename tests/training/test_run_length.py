@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ from safetensors.torch import load_file
 from tiny_runs import finished, metrics, same_bits, save_recipe, torchrun, train_in
 from tiny_world import save_pairs
 
+from inpo_fast.config import OnlineConfig, RunConfig, flat, to_dict
+from inpo_fast.config.run import OptimConfig
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.training.run_length import check_length
 
 CLOCK = ("seconds", "pairs_per_second")
 
@@ -68,7 +73,7 @@ def test_a_finished_run_is_made_longer(world, six):
     assert manifest["former_steps"] == [2, 4] and manifest["continued_from_step"] == 4
 
 
-@pytest.mark.parametrize("at", [4, 6])
+@pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 6])
 def test_an_interrupted_run_is_made_shorter_than_planned(world, six, at):
     """Also to the very step that it was interrupted after, which was not looked at as the last one."""
     if not (world / "ten").exists():
@@ -80,6 +85,7 @@ def test_an_interrupted_run_is_made_shorter_than_planned(world, six, at):
         train_in(world, run.name, "--train.steps=4", "--resume")
 
 
+@pytest.mark.slow
 def test_an_average_that_had_not_begun_is_no_obstacle(world):
     """A mean over the last half of 6 steps cannot become one over the last half of 8, but one of 10, or 7."""
     half = "--optim.average=last-half"
@@ -91,6 +97,7 @@ def test_an_average_that_had_not_begun_is_no_obstacle(world):
         assert_same(run, train_in(world, f"half-{steps}", f"--train.steps={steps}", half), steps)
 
 
+@pytest.mark.slow
 def test_none_then_an_average_that_has_not_begun(world):
     expected = train_in(world, "then-half-whole", "--train.steps=4", "--optim.average=last-half")
     run = train_in(world, "then-half", "--train.steps=2", "--optim.average=none")
@@ -98,6 +105,7 @@ def test_none_then_an_average_that_has_not_begun(world):
     assert_same(run, expected, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 def test_a_decay_that_has_begun_is_refused_by_name(world, decay):
     words = (f"--optim.decay={decay}", "--optim.warmup_steps=2")
@@ -113,6 +121,60 @@ def test_a_decay_that_has_begun_is_refused_by_name(world, decay):
         other = interrupted(world, "warm", run, 2)
         train_in(world, "warm", "--train.steps=6", *words, "--resume")
         assert_same(other, train_in(world, "linear-6", "--train.steps=6", *words))
+
+
+LENGTHS = [  # steps, decay and average of before; done; the same now; a refusal's words, or None
+    ((4, "constant", "none"), 4, (9, "constant", "none"), None),
+    ((4, "constant", "ema"), 4, (9, "constant", "ema"), None),
+    ((4, "constant", "none"), 4, (3, "constant", "none"), "train.steps=3, but the run .* has done 4 steps already"),
+    ((9, "linear", "none"), 2, (20, "linear", "none"), None),  # it warms up for two steps
+    ((9, "linear", "none"), 2, (20, "cosine", "none"), None),
+    (
+        (9, "linear", "none"),
+        4,
+        (20, "linear", "none"),
+        "with optim.decay=linear the learning rates of the",
+    ),
+    (
+        (9, "constant", "none"),
+        4,
+        (9, "cosine", "none"),
+        "optim.decay is cosine .* keep train.steps=9 .*models.init",
+    ),
+    ((6, "constant", "last-half"), 6, (8, "constant", "last-half"), "train.steps is 8 .*steps=10 or more"),
+    ((6, "constant", "last-half"), 6, (10, "constant", "last-half"), None),
+    ((6, "constant", "last-half"), 6, (7, "constant", "last-half"), None),
+    ((6, "constant", "last-half"), 6, (8, "constant", "none"), None),
+    ((6, "constant", "none"), 6, (8, "constant", "ema"), "optim.average is ema but the run .* has none"),
+    ((9, "cosine", "last-half"), 0, (20, "linear", "ema"), None),
+]
+
+
+@pytest.mark.parametrize(("before", "done", "now", "words"), LENGTHS)
+def test_what_is_accepted(tmp_path, before, done, now, words):
+    old, config = (settings(*values) for values in (before, now))
+    if words is None:
+        check_length(config, flat(to_dict(old)), done, tmp_path)
+        return
+    with pytest.raises(UserError, match=words) as said:
+        check_length(config, flat(to_dict(old)), done, tmp_path)
+    assert "\n" not in str(said.value)
+
+
+def settings(steps: int, decay: str, average: str) -> RunConfig:
+    config = replace(RunConfig(), optim=OptimConfig(decay=decay, average=average, warmup_steps=2))
+    return replace(config, train=replace(config.train, steps=steps))
+
+
+@pytest.mark.parametrize(("before", "now", "refused"), [(6, 9, True), (9, 6, True), (4, 9, False), (8, 12, False)])
+def test_a_round_of_online_pairs_is_not_cut(tmp_path, before, now, refused):
+    """Rounds of four steps; the second one was drawn for as many of its steps as the run was to have."""
+    (tmp_path / "online" / "000004").mkdir(parents=True)
+    old, config = (
+        replace(settings(steps, "constant", "none"), online=OnlineConfig(every=4)) for steps in (before, now)
+    )
+    with pytest.raises(UserError, match=r"its round of online.every=4 from step 4 on") if refused else nullcontext():
+        check_length(config, flat(to_dict(old)), 6 if now > before and before > 5 else 4, tmp_path)
 
 
 def test_what_a_finished_run_left_is_kept_until_it_is_replaced(world, monkeypatch):
