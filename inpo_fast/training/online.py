@@ -88,9 +88,9 @@ class Online:
         return None if index is None else self._source.read(index)
 
     def forget_after(self, done: int) -> None:
-        """What steps past the checkpoint left behind: other weights will draw it again."""
+        """What steps past the checkpoint left behind: other weights will draw it again. What else is there stays."""
         for path in self.folder.glob("*"):
-            if not path.name.isdigit() or int(path.name) > done:
+            if path.name.isdigit() and int(path.name) > done:
                 shutil.rmtree(path, ignore_errors=True)
 
     def begin(
