@@ -16,11 +16,12 @@ interrupted, also on several processes (torchrun):
 import argparse
 from pathlib import Path
 
-from inpo_fast.config import parse
 from inpo_fast.runtime.errors import UserError, run_command
 
 
 def main() -> None:
+    from inpo_fast.config import parse
+
     parser = argparse.ArgumentParser(
         prog="python -m inpo_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +50,7 @@ def main() -> None:
 
     from inpo_fast.comparison.drawing import open_base
     from inpo_fast.comparison.run_comparison import compare, named_models, open_comparison
-    from inpo_fast.comparison.run_evaluation import evaluate
+    from inpo_fast.comparison.run_evaluation import evaluate, forget
     from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
     from inpo_fast.report.comparison import write_comparison
@@ -75,15 +76,17 @@ def main() -> None:
         else:
             base = open_base(key, place, torch.float32, single_file_config, "models.vae", models.vae).to(device)
             model = own.model[0].partition("=")[2] or own.model[0]
-            evaluation = evaluate(base, open_network("--model", model, base), how, variant=model)
+            evaluation = evaluate(base, open_network("--model", model, base), how, model, folder)
             if rank == 0:
                 evaluation.write(folder)
                 report = write_report(folder, evaluation)
                 print(verdict(evaluation.result))
                 print(f"Report: {report}")
+            distributed.barrier("report")
+            forget(folder)
     finally:
         distributed.stop()
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.evaluate", main)
+    run_command("python -m inpo_fast.evaluate", main, "the same command goes on")

@@ -17,11 +17,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from inpo_fast.config import parse
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 
 def main() -> None:
+    from inpo_fast.config import parse
+
     parser = command_line(
         "python -m inpo_fast.profile",
         __doc__,

@@ -12,12 +12,13 @@ Interrupted, it goes on where it stopped; on several processes with torchrun.
 import argparse
 from pathlib import Path
 
-from inpo_fast.data.config import DataConfig
-from inpo_fast.judges.registry import NAMES
 from inpo_fast.runtime.errors import UserError, run_command
 
 
 def main() -> None:
+    from inpo_fast.data.config import DataConfig
+    from inpo_fast.judges.registry import NAMES
+
     parser = argparse.ArgumentParser(
         prog="python -m inpo_fast.relabel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.relabel", main)
+    run_command("python -m inpo_fast.relabel", main, "the same command goes on")

@@ -14,13 +14,14 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from inpo_fast.config import parse
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 PROGRAM = "python -m inpo_fast.validate"
 
 
 def main() -> None:
+    from inpo_fast.config import parse
+
     parser = command_line(
         PROGRAM,
         __doc__,

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.loading import load_pipeline, load_vae, open_network
 from inpo_fast.models.peak_memory import one_by_one
-from inpo_fast.runtime import keyed_rng
+from inpo_fast.runtime import keyed_rng, watch
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import TooLarge, fits, with_less
 from inpo_fast.runtime.progress import picture_progress
@@ -74,6 +74,7 @@ def draw(
             ) from None
         pictures += [np.round(image * 255).astype(np.uint8) for image in images]
         advance(len(images))
+        watch.progress()
     return pictures
 
 

@@ -6,6 +6,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
+
+from inpo_fast.runtime.signals import Signals, exit_status, say_and_leave
 
 
 class UserError(ValueError):
@@ -25,23 +28,33 @@ def command_line(program: str, about: str | None, epilog: str | None = None) -> 
     )
 
 
-def run_command(program: str, main: Callable[[], None]) -> None:
+def run_command(program: str, main: Callable[[], None], again: str = "start it again") -> None:
     """Runs a command line; a UserError becomes one line on stderr and exit status 2, never a traceback. So does a GPU
-    that is full where nobody knew a smaller batch."""
-    try:
-        main()
-    except Hang as problem:
-        print(f"{program}: {problem}", file=sys.stderr, flush=True)
-        os._exit(2)  # threads and messages under way would wait for the other process
-    except UserError as problem:
+    that is full where nobody knew a smaller batch. Asked to stop, it ends as signals.py says.
+
+    again: how to go on after that, for the line that says so.
+    """
+    with Signals(program, again, stays=main.__module__ == "__main__") as signals:
+        try:
+            main()
+        except BaseException as problem:
+            if signals.raised or isinstance(problem, KeyboardInterrupt):  # what a library makes of it is another thing
+                by = signals.asked or "SIGINT"
+                say_and_leave(signals.line(by), exit_status(by))
+            _tell(program, problem)
+
+
+def _tell(program: str, problem: BaseException) -> NoReturn:
+    if isinstance(problem, Hang):
+        say_and_leave(f"{program}: {problem}", 2)  # threads and messages under way would wait for the other process
+    if isinstance(problem, UserError):
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # torchrun ends this process if the first one had the same error: said once
         print(f"{program}: {problem}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except RuntimeError as problem:
-        if type(problem).__name__ != "OutOfMemoryError":  # torch's; importing it would slow down every error
-            raise
+        sys.exit(getattr(problem, "status", 2))
+    if type(problem).__name__ == "OutOfMemoryError":  # torch's; importing it would slow down every error
         said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
         remedy = "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
         print(f"{program}: {said}; {remedy}", file=sys.stderr, flush=True)
         sys.exit(2)
+    raise problem

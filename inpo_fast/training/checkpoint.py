@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import Hang, UserError
+from inpo_fast.runtime.watch import PeerLeft, exchange
 from inpo_fast.training.optim import Average
 
 # it notes each tensor and, where writing fails, a traceback over our one line
@@ -69,7 +70,8 @@ class Checkpoints:
         self.rank, self.world = distributed.rank_and_world()
         # messages of the background thread must not meet those of the training
         several = dist.is_initialized() and self.world > 1
-        self.group = dist.new_group(backend="gloo") if several else None
+        with exchange("a group for checkpoints"):
+            self.group = dist.new_group(backend="gloo", timeout=distributed.NEVER) if several else None
         self._writing: Future | None = None
         self._path: Path | None = None
 
@@ -113,12 +115,15 @@ class Checkpoints:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
-                writing.result(self.patience)
+                with exchange("checkpoint"):
+                    writing.result(1.2 * self.patience + 1)  # until then watch.py has named a process that hangs
             except TimeoutError as problem:
                 raise Hang(
                     f"{self._path}: not written within {self.patience:.0f} s (train.patience_minutes): a process hangs "
                     "or the disk is too slow; earlier checkpoints are intact: continue with --resume"
                 ) from problem
+            except PeerLeft:
+                raise
             except (CheckpointException, OSError, RuntimeError) as problem:
                 self._refuse(problem)
 
@@ -226,7 +231,8 @@ def load(folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer,
         _check_fits(shapes, weights, average)
         # on the host first: a part is told as one of the whole only there, and a failure leaves the run as it was
         read = _targets(shapes, weights)
-        dcp.load(_parts(read, weights), storage_reader=reader, no_dist=not dist.is_initialized())
+        with exchange("checkpoint"):
+            dcp.load(_parts(read, weights), storage_reader=reader, no_dist=not dist.is_initialized())
         for number, (name, master) in enumerate(zip(weights.names, weights.masters, strict=True)):
             if not master.numel():
                 continue
@@ -238,6 +244,8 @@ def load(folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer,
             own = {key: _place(key, value, optimizer, master) for key, value in own.items()}
             optimizer.state[master] = dict(state.numbers.get(name, {})) | own
         weights.refresh()
+    except PeerLeft:
+        raise
     except (CheckpointException, Exception) as problem:  # what is forged or foreign makes the libraries raise anything
         raise UserError(
             f"{folder}: checkpoint cannot be loaded ({_reason(problem)}); remove this folder to continue from the one "

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -21,6 +20,7 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import with_less
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.progress import StepProgress
+from inpo_fast.runtime.watch import exchange
 from inpo_fast.training.checkpoint import State
 from inpo_fast.training.health_checks import HealthChecks
 from inpo_fast.training.metrics import MetricAccumulator, MetricsFile
@@ -39,7 +39,7 @@ def train(run: Run, console: Console) -> None:
     with contextlib.ExitStack() as closing:
         # ---- set-up ------------------------------------------------------------------------------
         output = closing.enter_context(_open_output(run, console))
-        preemption = closing.enter_context(Preemption(timedelta(minutes=config.train.patience_minutes)))
+        preemption = closing.enter_context(Preemption())
         empty = models.encode_empty()
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
@@ -56,7 +56,8 @@ def train(run: Run, console: Console) -> None:
                     _save(run, batches.dropped, preemption, wait=True)
                 raise
             batches.prepare(step + 1)  # sent to the device while it still computes this step
-            values = metrics.values()  # the step's one copy to the host: waits for the device
+            with exchange("its result"):
+                values = metrics.values()  # the step's one copy to the host: waits for the device
             _update(run, values, logits, batch, step)
             # ---- what it took, and what happens once in a while ----------------------------------
             now = time.perf_counter()

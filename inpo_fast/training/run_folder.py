@@ -30,7 +30,7 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
 
 OURS = ("config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "samples.png", "report.html")
-OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb")
+OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb", ".evaluation")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
 # keys that may differ between a run and its continuation: they do not touch what is computed
 FREE_ON_RESUME = (
