@@ -21,6 +21,7 @@ from inpo_fast.judges.cache import ScoreCache
 from inpo_fast.judges.registry import make_judge
 from inpo_fast.models.families import denoiser_of
 from inpo_fast.runtime import distributed
+from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.fingerprint import fingerprint
 from inpo_fast.runtime.progress import picture_progress
 
@@ -79,7 +80,7 @@ def evaluate(
                     return draw(base, [prompt for prompt, _ in some], keys, **how)
 
             if missing:
-                store.start()
+                _make_folder(store.folder)
                 store.fill(missing, some_pictures, config.batch, lambda n: advance(n, name))
             drawn = [read_picture(store.file(*job)) for job in mine]
             pictures: list[np.ndarray] = [None] * len(jobs)  # type: ignore[list-item]
@@ -104,6 +105,13 @@ def evaluate(
 def forget(folder: Path) -> None:
     """What an evaluation kept, when its result is written."""
     shutil.rmtree(folder / KEPT, ignore_errors=True)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"{folder} cannot be written ({problem.strerror}); free some space, or mend its rights") from problem
 
 
 def _identity(pipeline: DiffusionPipeline, config: EvaluateConfig) -> dict:

@@ -40,6 +40,8 @@ def start(patience_minutes: float = 30) -> tuple[int, int, torch.device]:
         name = _round(store, rank, world, timeout)
         own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
         watch.CURRENT = Watch(dist.PrefixStore(f"{name}/watch", own), rank, world, 60 * patience_minutes)
+        if not _agent_holds_store():
+            watch.CURRENT.names[0] = own.get(f"{name}/watch/name/0").decode()  # later it may be too late to ask
         watch.CURRENT.begin()
         with exchange("joining"):
             dist.init_process_group(

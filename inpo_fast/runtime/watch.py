@@ -3,8 +3,8 @@
 All processes go through the same exchanges in the same order: sums of gradients, meetings, checkpoints. Each counts
 those it has come to, and how much it has done between them (`progress`: a micro-batch, a picture, a batch of the VAE).
 A thread of each leaves these numbers in the store at intervals. Where an exchange has lasted longer than the patience,
-the thread looks at the numbers of the others and ends its process in one line that names who is behind: a process that
-is stopped (its numbers stand still), or one that computes and has done nothing within the patience. A process that
+it looks at the numbers of the others, and the process ends in one line that names who is behind: a process that is
+stopped (its numbers stand still), or one that computes and has done nothing within the patience. A process that
 works long while the others wait is left alone as long as it makes progress; what makes none on the way (compiling,
 opening a model, writing the report) has the patience.
 
@@ -67,12 +67,15 @@ class Watch:
         self.come = self.done = self.ticks = self._beats = 0
         self.where, self._what, self._since, self._deep = "set-up", "", 0.0, 0
         self._known: dict[int, _Seen] = {}
+        self._heard, self._gone = time.monotonic(), False
         self._over = threading.Event()
-        store.set(f"name/{rank}", f"process {rank} ({socket.gethostname()}, pid {os.getpid()})")
+        self.names = {rank: f"process {rank} ({socket.gethostname()}, pid {os.getpid()})"}
+        store.set(f"name/{rank}", self.names[rank])
         self._beat()
 
     def begin(self) -> None:
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        for work in (self._exchange, self._judge):
+            threading.Thread(target=work, name="watch", daemon=True).start()
 
     def enter(self, what: str) -> None:
         self._deep += 1
@@ -89,9 +92,11 @@ class Watch:
     def _waits(self) -> bool:
         return self.come > self.done
 
-    # ---- the thread --------------------------------------------------------------------------------------------------
+    # ---- the threads -------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _exchange(self) -> None:
+        """Leaves this process's numbers in the store, reads those of the others. A store whose process is stopped
+        answers nothing, so this thread decides nothing."""
         beaten = looked = 0.0
         while not self._over.wait(min(0.5, self.interval)):
             try:
@@ -99,44 +104,47 @@ class Watch:
                 if now - beaten >= self.interval:
                     self._beat()
                     beaten = now
-                waiting = now - self._since if self._waits else 0.0
-                if waiting > min(1.0, self.interval):
+                if self._waits and now - self._since > min(1.0, self.interval):
                     if self.store.check(["left"]):
                         self._follow()
                     if now - looked >= self.interval:
                         self._look(now)
                         looked = now
-                        if culprits := self.late(now):
-                            self.leave(self._order(culprits) * self.accusation(culprits, waiting), HANGS)
                 else:
                     self._known = {}  # what was seen in another wait tells nothing of this one
-            except (RuntimeError, ValueError):  # the store is gone, and with it the process that held it
-                if self._over.is_set():
-                    return
-                if not self._waits:
-                    continue
-                time.sleep(1.0)
-                if self._waits and not self._over.is_set():
-                    asked = signals.asked()
-                    self.leave(
-                        _line(f"stopped by {asked}") if asked else _line(f"{self.at}: process 0 has left"),
-                        signals.exit_status(asked) if asked else HANGS,
-                    )
+                self._heard = time.monotonic()
+            except RuntimeError:  # the store is gone, and with it the process that held it
+                self._gone = True
                 return
+
+    def _judge(self) -> None:
+        while not self._over.wait(min(0.5, self.interval)):
+            now = time.monotonic()
+            waiting = now - self._since if self._waits else 0.0
+            if culprits := self.late(now):
+                self._order(culprits)
+                self.leave(self.accusation(culprits, waiting), HANGS)
+            if self._gone and waiting > 2.0 and not self._over.is_set():
+                asked = signals.asked()
+                said = f"stopped by {asked}" if asked else f"{self.at}: {self.name(0)} has left"
+                self.leave(_line(said), signals.exit_status(asked) if asked else HANGS)
 
     def _beat(self) -> None:
         self._beats += 1
         self.store.set(f"beat/{self.rank}", f"{self._beats} {self.come} {self.done} {self.ticks}")
 
     def _look(self, now: float) -> None:
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        there = [rank for rank in others if rank in self._known or self.store.check([f"beat/{rank}"])]
+        known = self._known
+        for rank in range(self.world):
+            if rank not in self.names and self.store.check([f"name/{rank}"]):
+                self.names[rank] = self.store.get(f"name/{rank}").decode()
+        there = [rank for rank in self.names if rank != self.rank and self.store.check([f"beat/{rank}"])]
         values = self.store.multi_get([f"beat/{rank}" for rank in there]) if there else []
-        for rank in set(others) - set(there):
-            self._known.setdefault(rank, _Seen(beat_at=now, state_at=now))
+        for rank in set(range(self.world)) - {self.rank, *there}:
+            known.setdefault(rank, _Seen(beat_at=now, state_at=now))
         for rank, value in zip(there, values, strict=True):
             beat, *state = value.decode().split()
-            seen = self._known.setdefault(rank, _Seen())
+            seen = known.setdefault(rank, _Seen())
             if beat != seen.beat:
                 seen.beat, seen.beat_at = beat, now
             if tuple(state) != seen.state or not seen.state_at:
@@ -147,7 +155,9 @@ class Watch:
         patience = self.patience if not signals.asked() else min(self.patience, GRACE)
         if not self._waits or now - self._since <= patience:
             return []
-        still = {r: s for r, s in self._known.items() if now - s.state_at > patience - 2 * self.interval}
+        if now - self._heard > patience / 2 + 2 * self.interval and not self._gone:
+            return [0]  # it holds the store, or its machine does
+        still = {r: s for r, s in list(self._known.items()) if now - s.state_at > patience - 3 * self.interval}
         stopped = [r for r, s in still.items() if now - s.beat_at > patience / 2 and int(s.state[0]) <= self.come]
         computing = [r for r, s in still.items() if int(s.state[0]) < self.come and s.state[0] == s.state[1]]
         return sorted(stopped or computing)
@@ -166,14 +176,12 @@ class Watch:
         )
 
     def name(self, rank: int) -> str:
-        return self.store.get(f"name/{rank}").decode() if self.store.check([f"name/{rank}"]) else f"process {rank}"
+        return self.names.get(rank, f"process {rank}")
 
-    def _order(self, away: list[int]) -> bool:
-        """Whether it is this process's to speak; the others give torchrun time to end them."""
-        first = self.rank == min(set(range(self.world)) - set(away))
-        if not first:
+    def _order(self, away: list[int]) -> None:
+        """The first of those that are left speaks at once; the others give torchrun time to end them."""
+        if self.rank != min(set(range(self.world)) - set(away)):
             time.sleep(2.0)
-        return True
 
     # ---- leaving -----------------------------------------------------------------------------------------------------
 
@@ -205,16 +213,20 @@ class Watch:
         self._over.set()
         self.store.set(f"bye/{self.rank}", "1")
         stopped = said.startswith("stopped by ")
-        line = _line(f"{said} to {self.name(int(rank))}" if stopped else f"{self.name(int(rank))} has left: {said}")
-        if self._order([int(rank)]) and stopped and os.environ.get("RANK", "0") != "0":
-            line = ""
+        who = self.name(int(rank))
+        line = _line(f"{said} to {who}") if stopped else f"{_program()}: {who} has left: {said}"
+        self._order([int(rank)])
         self.leave(line, int(status))
+
+
+def _program() -> str:
+    return signals.CURRENT.program if signals.CURRENT else "inpo_fast.train"
 
 
 def _line(text: str, more: str | None = None) -> str:
     here = signals.CURRENT
-    program, again = (here.program, here.again) if here else ("inpo_fast.train", "continue with --resume")
-    return f"{program}: {text}; {again if more is None else more}"
+    again = here.again if here else "continue with --resume"
+    return f"{_program()}: {text}; {again if more is None else more}"
 
 
 CURRENT: Watch | None = None
