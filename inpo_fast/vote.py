@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.vote", main)
+    run_command("python -m inpo_fast.vote", main, "the same command goes on")

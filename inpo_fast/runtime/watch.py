@@ -213,7 +213,7 @@ class Watch:
         self._over.set()
         self.store.set(f"bye/{self.rank}", "1")
         stopped = said.startswith("stopped by ")
-        who = self.name(int(rank))
+        who = self.store.get(f"name/{rank}").decode()
         line = _line(f"{said} to {who}") if stopped else f"{_program()}: {who} has left: {said}"
         self._order([int(rank)])
         self.leave(line, int(status))

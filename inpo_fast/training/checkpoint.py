@@ -373,7 +373,7 @@ def _place(key: str, value: torch.Tensor, optimizer: torch.optim.Optimizer, mast
     """Where the optimizer keeps a piece of state: AdamW's step count is on the CPU unless it is fused."""
     if key == "step" and not optimizer.defaults.get("fused"):
         return value
-    if value.shape == master.shape:
+    if value.shape == master.shape and not getattr(optimizer, "state_in_order", False):
         return torch.empty_like(master, dtype=value.dtype).copy_(value)  # laid out as the parameter is
     return value.to(master.device)
 

@@ -186,6 +186,9 @@ class RunFolder:
                 f"{final} cannot be written ({why}); free some space and repeat with "
                 "--resume: the last checkpoint is complete"
             ) from problem
+        except BaseException:  # asked to stop
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def _remove(path: Path) -> None:
