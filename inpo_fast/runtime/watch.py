@@ -168,11 +168,10 @@ class Watch:
 
     def accusation(self, culprits: list[int], waited: float) -> str:
         names = ", ".join(self.name(rank) for rank in culprits)
-        again = signals.CURRENT.again if signals.CURRENT else "continue with --resume"
         return _line(
             f"{self.at}: {names} did not come within {waited:.0f} s of process {self.rank} "
             f"({PATIENCE_KEY}={self.patience / 60:g})",
-            f"look at that machine, {again}",
+            f"look at that machine, {_again()}",
         )
 
     def name(self, rank: int) -> str:
@@ -207,16 +206,20 @@ class Watch:
 
     def _follow(self) -> None:
         """Ends this process, which waits, as another one that has left with a problem."""
-        rank, status, said = self.store.get("left").decode().split(" ", 2)
-        if int(rank) == self.rank:
+        rank, status, said = self.who_left()
+        if rank == self.rank:
             return
         self._over.set()
         self.store.set(f"bye/{self.rank}", "1")
-        stopped = said.startswith("stopped by ")
+        self._order([rank])
+        self.leave(f"{_program()}: {said}", status)
+
+    def who_left(self) -> tuple[int, int, str]:
+        """Of the process that left first: its number, what to end with, and what to say of it."""
+        rank, status, said = self.store.get("left").decode().split(" ", 2)
         who = self.store.get(f"name/{rank}").decode()
-        line = _line(f"{said} to {who}") if stopped else f"{_program()}: {who} has left: {said}"
-        self._order([int(rank)])
-        self.leave(line, int(status))
+        text = f"{said} to {who}; {_again()}" if said.startswith("stopped by ") else f"{who} has left: {said}"
+        return int(rank), int(status), text
 
 
 def _program() -> str:
@@ -224,9 +227,11 @@ def _program() -> str:
 
 
 def _line(text: str, more: str | None = None) -> str:
-    here = signals.CURRENT
-    again = here.again if here else "continue with --resume"
-    return f"{_program()}: {text}; {again if more is None else more}"
+    return f"{_program()}: {text}; {_again() if more is None else more}"
+
+
+def _again() -> str:
+    return signals.CURRENT.again if signals.CURRENT else "continue with --resume"
 
 
 CURRENT: Watch | None = None
@@ -262,12 +267,12 @@ def _peer_left(here: Watch, problem: RuntimeError) -> Exception:
         while not here.store.check(["left"]) and time.monotonic() < deadline:
             time.sleep(0.05)
         if here.store.check(["left"]):
-            rank, status, said = here.store.get("left").decode().split(" ", 2)
-            return PeerLeft(f"{here.at}: {here.name(int(rank))} has left: {said}", int(status))
+            _, status, text = here.who_left()
+            return PeerLeft(text, status)
     except RuntimeError:
         pass
     status = signals.exit_status(asked) if asked else HANGS
-    return PeerLeft(f"{here.at}: another process has ended ({text[:120]}); continue with --resume", status)
+    return PeerLeft(f"{here.at}: another process has ended ({text[:120]}); {_again()}", status)
 
 
 def progress() -> None:

@@ -44,7 +44,7 @@ FILE_BYTES = 2**31
 class State:
     """step: optimizer steps done. seconds: spent training so far. dropped: unusable pairs met, by all processes.
     loss_scale: value and good steps of fp16's. numbers: the optimizer's state that is not a tensor, by parameter.
-    vae_batch: the smallest of all processes, where memory made one of them halve it: it decides the latents' last bits.
+    lowered: sizes that memory made a process halve, the smallest of all processes: they decide how results are rounded.
     """
 
     step: int
@@ -52,7 +52,7 @@ class State:
     dropped: list[str]
     loss_scale: tuple[float, int] | None = None
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
-    vae_batch: int | None = None
+    lowered: dict[str, int] = field(default_factory=dict)
 
 
 class Damaged(Exception):
@@ -224,7 +224,7 @@ def load(folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer,
     """
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state = State(**{key: value for key, value in content.items() if key != "files"})
+        state = State(**_of_today({key: value for key, value in content.items() if key != "files"}))
         reader = HuggingFaceStorageReader(str(folder))
         known = reader.read_metadata().state_dict_metadata
         shapes = {name: (tuple(x.size), x.properties.dtype) for name, x in known.items()}
@@ -345,6 +345,12 @@ class _AlreadyOnHost:
 
     def close(self) -> None:
         pass
+
+
+def _of_today(state: dict) -> dict:
+    """Until 0.1 only the VAE's size was kept."""
+    size = state.pop("vae_batch", None)
+    return state | ({"lowered": {"data.vae_batch": size}} if size else {})
 
 
 def _targets(shapes: dict[str, tuple], weights: MasterWeights) -> dict[str, torch.Tensor]:

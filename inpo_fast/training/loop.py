@@ -17,7 +17,6 @@ from inpo_fast.handover.output_model import detach_policy, output_pipeline, whol
 from inpo_fast.models.models import Text
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.memory import with_less
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.progress import StepProgress
 from inpo_fast.runtime.watch import exchange
@@ -161,12 +160,7 @@ class _Batches:
 
 def _fitting(run: Run, output: _Output, work: Callable[[], T]) -> T:
     """work(), which asks for run.step_config: again with smaller sizes where memory does not suffice."""
-
-    def lower(key: str, size: int) -> None:
-        run.lowered[key] = size
-        output.say(f"warning: out of memory; {key} is now {size} on this process")
-
-    return with_less(work, lower)
+    return run.models.at_once.fitting(work, lambda text: output.say(f"warning: {text}"))
 
 
 def _set_lr(run: Run, step: int) -> float:
@@ -206,11 +200,12 @@ def _update(run: Run, values: dict[str, float], logits: torch.Tensor, batch: Ste
 def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool) -> None:
     """A checkpoint of the steps done, written while the training goes on. All processes call it."""
     preemption.meet(run.done)
-    found = distributed.gather((dropped, run.lowered.get("data.vae_batch")))
+    found = distributed.gather((dropped, run.models.at_once.lowered), "what was dropped")
     dropped = sorted({*run.dropped, *(d for part, _ in found for d in part)})
-    vae_batch = min((size for _, size in found if size), default=None)
+    keys = sorted({key for _, sizes in found for key in sizes})
+    lowered = {key: min(sizes[key] for _, sizes in found if key in sizes) for key in keys}
     scale = (run.loss_scale.value, run.loss_scale.good) if run.loss_scale else None
-    state = State(run.done, run.seconds, dropped, scale, vae_batch=vae_batch)
+    state = State(run.done, run.seconds, dropped, scale, lowered=lowered)
     run.checkpoints.save(state, run.models.weights, run.optimizer, run.average, wait=wait)
     run.saved = run.done
     if run.rank == 0:

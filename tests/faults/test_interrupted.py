@@ -294,6 +294,6 @@ def test_ctrl_c_under_torchrun(world, presses):
     _, said = agent.communicate(timeout=60)
     ours = [line for line in said.splitlines() if line.startswith("inpo_fast")]
     assert len(ours) <= 1 and all(re.search(r"(stopped by SIGINT|left at once).*--resume$", line) for line in ours)
-    assert said.count("Traceback") <= 1 and agent.returncode != 0
+    assert not re.search(r'File ".*inpo_fast', said) and agent.returncode != 0
     if presses == 1:
         assert len(list((out / "checkpoints").glob("step-*"))) >= 1 and len(ours) == 1

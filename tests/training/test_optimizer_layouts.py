@@ -11,12 +11,17 @@ from tiny_world import one_level, tiny_pipeline
 from inpo_fast.config.run import OptimConfig
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.models import Models
-from inpo_fast.training.checkpoint import State, load
-from inpo_fast.training.checkpoint import Checkpoints
+from inpo_fast.training.checkpoint import Checkpoints, State, load
 from inpo_fast.training.optim import make_optimizer
 
 KINDS = ("adamw", "adamw-bf16", "adamw-8bit", "adafactor")
 CPU = torch.device("cpu")
+CASES = [
+    pytest.param(kind, precision, rank, marks=() if (precision, rank) == ("bf16", 0) else pytest.mark.slow)
+    for kind in KINDS
+    for precision in ("fp32", "bf16", "fp16")
+    for rank in (0, 4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,7 @@ def values(models: Models) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "precision", "rank"), CASES)
 def test_every_optimizer_with_every_layout(pipeline, kind, precision, rank, tmp_path):
     """Two steps, and one that was saved and continued: the same bits, with the layout that the model has; and with
     models.fast=fused those of models.fast=off (adamw-bf16 numbers its random bits as elements lie in memory)."""
