@@ -13,18 +13,15 @@ interrupted, also on several processes (torchrun):
         --output runs/compare --evaluate.prompts=PartiPrompts.tsv --evaluate.judges='[pickscore, hps-v2.0, clip-h]'
 """
 
-import argparse
 from pathlib import Path
 
-from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 
 def main() -> None:
     from inpo_fast.config import parse
 
-    parser = argparse.ArgumentParser(
-        prog="python -m inpo_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("python -m inpo_fast.evaluate", __doc__)
     parser.add_argument(
         "--model",
         action="append",
@@ -49,7 +46,7 @@ def main() -> None:
     import torch
 
     from inpo_fast.comparison.drawing import open_base
-    from inpo_fast.comparison.run_comparison import compare, named_models, open_comparison
+    from inpo_fast.comparison.run_comparison import compare, named_models, open_comparison, split_name
     from inpo_fast.comparison.run_evaluation import evaluate, forget
     from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
@@ -57,11 +54,14 @@ def main() -> None:
     from inpo_fast.report.results import verdict
     from inpo_fast.report.write import write_report
     from inpo_fast.runtime import distributed
+    from inpo_fast.runtime.masking import keep_secrets_of, masked
 
     quiet_libraries()
     folder, how, models = Path(own.output), config.evaluate, config.models
     key, place = ("--base", own.base) if own.base else ("models.base", models.base)
     single_file_config = own.single_file_config or models.single_file_config
+    for text in (place, *(split_name(text)[1] for text in own.model)):
+        keep_secrets_of(text or "")
     try:
         rank, _, device = distributed.start()
         if len(own.model) > 1 or how.judges or own.limit:
@@ -75,8 +75,8 @@ def main() -> None:
             distributed.barrier()
         else:
             base = open_base(key, place, torch.float32, single_file_config, "models.vae", models.vae).to(device)
-            model = own.model[0].partition("=")[2] or own.model[0]
-            evaluation = evaluate(base, open_network("--model", model, base), how, model, folder)
+            model = split_name(own.model[0])[1]
+            evaluation = evaluate(base, open_network("--model", model, base), how, masked(model), folder)
             if rank == 0:
                 evaluation.write(folder)
                 report = write_report(folder, evaluation)

@@ -9,19 +9,16 @@ better one with probability sigmoid(s / temperature). Several judges give the me
 Interrupted, it goes on where it stopped; on several processes with torchrun.
 """
 
-import argparse
 from pathlib import Path
 
-from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 
 def main() -> None:
     from inpo_fast.data.config import DataConfig
     from inpo_fast.judges.registry import NAMES
 
-    parser = argparse.ArgumentParser(
-        prog="python -m inpo_fast.relabel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("python -m inpo_fast.relabel", __doc__)
     parser.add_argument("--source", required=True, help="as data.source of the trainer")
     parser.add_argument("--format", default="auto", help="as data.format of the trainer")
     parser.add_argument("--images", help="as data.images of the trainer")
@@ -44,16 +41,20 @@ def main() -> None:
         raise UserError(
             f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges; positive"
         )
+    if own.output.is_dir():
+        raise UserError(f"--output {own.output} is a folder; name a file in it")
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
-    from inpo_fast.data.relabelled import pair_ids, source_identity
+    from inpo_fast.data.identity import identity_of
+    from inpo_fast.data.relabelled import pair_ids
     from inpo_fast.data.sources import open_source
     from inpo_fast.judges import judge_id
     from inpo_fast.judges.registry import make_judges
     from inpo_fast.judges.relabelling import finish, relabel, report
     from inpo_fast.models.loading import quiet_libraries
     from inpo_fast.runtime import distributed
+    from inpo_fast.runtime.masking import masked
 
     quiet_libraries()
     rank, _, device = distributed.start()
@@ -65,8 +66,8 @@ def main() -> None:
         folder = relabel(source, judges, own.output, config)
         if rank == 0:
             about = {
-                "source": own.source,
-                "source_identity": source_identity(config.source, config.images),
+                "source": masked(own.source),
+                "source_identity": identity_of(source),
                 "judges": {judge.name: judge_id(judge) for judge in judges},
                 "temperatures": temperatures,
                 "vote": own.vote,

@@ -51,6 +51,7 @@ def main() -> None:
     from inpo_fast.data.examine import examine, show
     from inpo_fast.data.loader import open_data
     from inpo_fast.runtime.files import write_bytes, write_text
+    from inpo_fast.runtime.masking import masked_tree
 
     source = open_data(config)
     console = Console()
@@ -70,7 +71,7 @@ def main() -> None:
         write_bytes(own.sheet, contact_sheet(samples, config.max_pixels))
         console.print(f"sample pairs: {own.sheet}", highlight=False, markup=False)
     if own.json:
-        write_text(own.json, json.dumps(asdict(found), indent=1))
+        write_text(own.json, json.dumps(masked_tree(asdict(found)), indent=1))
     sys.exit(1 if found.problems else 0)
 
 

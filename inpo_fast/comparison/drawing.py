@@ -18,7 +18,6 @@ from inpo_fast.runtime.memory import PICTURES, fits, sizes_of
 from inpo_fast.runtime.progress import picture_progress
 
 
-
 @torch.no_grad()
 def draw(
     pipeline: DiffusionPipeline,

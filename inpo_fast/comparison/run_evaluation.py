@@ -111,7 +111,9 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise UserError(f"{folder} cannot be written ({problem.strerror}); free some space, or mend its rights") from problem
+        raise UserError(
+            f"{folder} cannot be written ({problem.strerror}); free some space, or mend its rights"
+        ) from problem
 
 
 def _identity(pipeline: DiffusionPipeline, config: EvaluateConfig) -> dict:

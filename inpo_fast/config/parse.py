@@ -13,8 +13,9 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from inpo_fast.config import shipped
 from inpo_fast.config.rules import check
-from inpo_fast.config.run import RunConfig
+from inpo_fast.config.run import RunConfig, flat, to_dict
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.masking import keep_secrets_of
 
 SWITCHES = {"--resume": "--resume", "--overwrite": "--overwrite", "--dry-run": "--dry_run"}  # may stand without a value
 
@@ -48,6 +49,10 @@ def parse(program: str, arguments: list[str] | None = None) -> RunConfig:
     if config.output is None:
         name = named[-1].stem if named else "unnamed"
         config = replace(config, output=str(Path("runs") / name))
+    for value in flat(to_dict(config)).values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                keep_secrets_of(text)
     check(config)
     return config
 

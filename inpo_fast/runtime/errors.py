@@ -8,11 +8,16 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+
+from inpo_fast.runtime.masking import mask_logs, masked
 from inpo_fast.runtime.signals import Signals, exit_status, say_and_leave
 
 
 class UserError(ValueError):
-    """Says what is wrong, where, and how to mend it, in one line."""
+    """Says what is wrong, where, and how to mend it, in one line; secrets in it are masked."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(masked(str(message)))
 
 
 class Hang(UserError):
@@ -34,6 +39,7 @@ def run_command(program: str, main: Callable[[], None], again: str = "start it a
 
     again: how to go on after that, for the line that says so.
     """
+    mask_logs()
     with Signals(program, again, stays=main.__module__ == "__main__") as signals:
         try:
             main()

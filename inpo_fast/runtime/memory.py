@@ -23,9 +23,7 @@ WORDS = {
     JUDGED: "pictures and prompts to judge",
     HELD_OUT: "held-out pairs",
 }
-REMEDY = (
-    "models.gradient_checkpointing=true, models.lora.rank=16, optim.kind=adamw-8bit or a smaller data.resolution"
-)
+REMEDY = "models.gradient_checkpointing=true, models.lora.rank=16, optim.kind=adamw-8bit or a smaller data.resolution"
 
 
 def largest_batch(each: int, kind: str) -> int:
@@ -78,7 +76,10 @@ class TooLarge(UserError):
         less = f"{key}={size // 2}, " if size > 1 else ""
         where, remedy = f"at {key}={size}", f"take {less}{REMEDY}"
         if key in WORDS:
-            where, remedy = f"with {size} of the {WORDS[key]}", "take bf16 (models.precision, --precision) or a larger GPU"
+            where, remedy = (
+                f"with {size} of the {WORDS[key]}",
+                "take bf16 (models.precision, --precision) or a larger GPU",
+            )
         super().__init__(f"out of memory {where}; {remedy}")
         self.key, self.size = key, size
 

@@ -73,5 +73,7 @@ def test_commands_draw(run, tmp_path, capsys):
     assert len(pictures) == 8  # the base, two models and the negative control, for two prompts
     for path in pictures:
         assert_drawn(np.asarray(decode(path.read_bytes(), 10**8)))
-    run_command("inpo_fast.evaluate", *words[:4], "--output", str(tmp_path / "one"), "--config", str(folder / "tiny.yaml"))
+    run_command(
+        "inpo_fast.evaluate", *words[:4], "--output", str(tmp_path / "one"), "--config", str(folder / "tiny.yaml")
+    )
     assert (tmp_path / "one" / "evaluation.json").exists()

@@ -98,7 +98,9 @@ def test_a_vae_that_does_not_fit_takes_fewer_images_and_keeps_to_that(run, world
     roomy = policy(plain, 4)
     for name, value in policy(whole, 4).items():
         torch.testing.assert_close(value, roomy[name], rtol=1e-3, atol=2e-5)
-    assert json.loads((whole / "checkpoints" / "step-0002" / "state.json").read_text())["lowered"] == {"data.vae_batch": 2}
+    assert json.loads((whole / "checkpoints" / "step-0002" / "state.json").read_text())["lowered"] == {
+        "data.vae_batch": 2
+    }
     shutil.copytree(whole, world / "cut")
     shutil.rmtree(world / "cut" / "checkpoints" / "step-0004")
     with monkeypatch.context() as patch:
