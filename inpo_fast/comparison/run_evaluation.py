@@ -25,7 +25,6 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.fingerprint import fingerprint
 from inpo_fast.runtime.progress import picture_progress
 
-
 KEPT = ".evaluation"  # in the output folder, while an evaluation is under way
 
 

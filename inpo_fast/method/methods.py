@@ -145,9 +145,7 @@ def deviations(name: str, objective: ObjectiveConfig, inversion: InversionConfig
     if method.uses_gamma and objective.gamma != ObjectiveConfig.gamma:
         found[f"gamma{objective.gamma:g}"] = f"gamma {objective.gamma:g} instead of {ObjectiveConfig.gamma:g}"
     if objective.label_smoothing and "label_smoothing" not in method.refuses:
-        found[f"ls{objective.label_smoothing:g}"] = (
-            f"labels are taken to be wrong in {objective.label_smoothing:g} of all"
-        )
+        found[f"ls{objective.label_smoothing:g}"] = f"a label counts as wrong with chance {objective.label_smoothing:g}"
     if objective.winner_preserving is not None and "winner_preserving" not in method.refuses:
         found["wp"] = f"the loser's gradient is held back for the winner's sake, mu {objective.winner_preserving:g}"
     return found

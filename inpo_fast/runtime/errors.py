@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-
 from inpo_fast.runtime.masking import mask_logs, masked
 from inpo_fast.runtime.signals import Signals, exit_status, say_and_leave
 
