@@ -76,10 +76,8 @@ class TooLarge(UserError):
         less = f"{key}={size // 2}, " if size > 1 else ""
         where, remedy = f"at {key}={size}", f"take {less}{REMEDY}"
         if key in WORDS:
-            where, remedy = (
-                f"with {size} of the {WORDS[key]}",
-                "take bf16 (models.precision, --precision) or a larger GPU",
-            )
+            where = f"with {size} of the {WORDS[key]}"
+            remedy = "take bf16 (models.precision, --precision) or a larger GPU"
         super().__init__(f"out of memory {where}; {remedy}")
         self.key, self.size = key, size
 

@@ -7,7 +7,8 @@ instructions: one that waits in C for another process, a compiler or a disk woul
 the file that the interpreter writes each signal's number to, and ends the process where the main thread does not.
 
 Exit status: 75 (EX_TEMPFAIL of sysexits.h, try again) after SIGTERM and SIGUSR1, which come from machines that mean to
-start it again; 130 after Ctrl-C, as shells expect it: a loop that restarts on 75 must not bring back what a person ended.
+start it again; 130 after Ctrl-C, as shells expect it: a loop that restarts on 75 is not to bring back what a person
+ended.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ SAME = 1.0  # torchrun hands a Ctrl-C on that the terminal may have sent already
 
 
 class Stopped(KeyboardInterrupt):
-    """This command was asked to stop; `by` names the signal. Not an Exception: nobody takes it for a failure of theirs."""
+    """This command was asked to stop; `by` names the signal. Not an Exception, which somebody might handle."""
 
     def __init__(self, by: str):
         super().__init__(by)

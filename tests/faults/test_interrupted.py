@@ -22,7 +22,6 @@ from inpo_fast.runtime.signals import INTERRUPTED, TRY_AGAIN
 
 CAPTIONS = [scene.caption for scene in split_scenes()[1][:3]]
 STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TRY_AGAIN, signal.SIGUSR1: TRY_AGAIN}
-EVALUATE = ("--evaluate.seeds=1", "--evaluate.sampler_steps=2", "--evaluate.batch=2")
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +84,19 @@ COMMANDS = {
 
 
 def words_of(command: str, world: Path, out: Path, run: Path) -> list[str]:
-    model, source, config = str(world / "model"), str(world / "pairs.parquet"), ["--config", str(world / "tiny.yaml")]
+    base, source, config = f"--base={world / 'model'}", f"--source={world / 'pairs.parquet'}", f"{world / 'tiny.yaml'}"
+    ours, sheet = f"--model={run / 'model'}", f"--output={out / 'sheet.png'}"
     return {
-        "evaluate": ["--model", str(run / "model"), "--base", model, "--output", str(out), *config],
-        "evaluate-several": ["--model", f"a={model}", "--model", f"b={run / 'model'}", "--base", model, *config]
-        + ["--output", str(out)],
-        "sample": ["--model", str(run / "model"), "--base", model, "--output", str(out / "sheet.png"), "--batch", "1"]
-        + ["--steps", "2", "--prompt", CAPTIONS[0]],
-        "cache": [*config, f"--data.cache={out}"],
-        "relabel": ["--source", source, "--judge", "pocket-rules", "--output", str(out / "labels.parquet")],
-        "validate": ["--source", source, "--resolution", "32", "--sheet", str(out / "sheet.png")],
-        "export": ["--model", str(run / "model"), "--output", str(out / "one.safetensors")],
-        "profile": [*config, "--json", str(out / "profile.json"), "--windows", "1"],
+        "evaluate": [ours, base, f"--output={out}", "--config", config],
+        "evaluate-several": [f"--model=a={run / 'model'}", ours, base, f"--output={out}", "--config", config],
+        "sample": [ours, base, sheet, "--batch=1", "--steps=2", f"--prompt={CAPTIONS[0]}"],
+        "cache": ["--config", config, f"--data.cache={out}"],
+        "relabel": [source, "--judge=pocket-rules", f"--output={out / 'labels.parquet'}"],
+        "validate": [source, "--resolution=32", f"--sheet={out / 'sheet.png'}"],
+        "export": [ours, f"--output={out / 'one.safetensors'}"],
+        "profile": ["--config", config, f"--json={out / 'profile.json'}", "--windows=1"],
         "model_card": [str(run)],
-        "vote": ["--source", source, "--output", str(out / "votes.parquet"), "--port", "0"],
+        "vote": [source, f"--output={out / 'votes.parquet'}", "--port=0"],
     }[command]
 
 

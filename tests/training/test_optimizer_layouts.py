@@ -53,7 +53,9 @@ def step(models: Models, optimizer, number: int) -> None:
 
 
 def values(models: Models) -> dict[str, torch.Tensor]:
-    return {name: master.detach().clone() for name, master in zip(models.weights.names, models.weights.masters)}
+    return {
+        name: master.detach().clone() for name, master in zip(models.weights.names, models.weights.masters, strict=True)
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
