@@ -3,45 +3,99 @@ says to its user."""
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
+
+VALUE = 200  # characters of a value that are quoted at most
+LINE = 1000  # characters of a whole message: what stands at its beginning (where, what) and at its end (the remedy)
+_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_LONG_WORD = re.compile(rf"\S{{{VALUE + 1},}}")
+_LONG_QUOTE = re.compile(rf"(?<!\w)(?:'[^']{{{VALUE - 1},}}'|\"[^\"]{{{VALUE - 1},}}\")(?!\w)")
+
+
+def shortened(value: object, most: int = VALUE) -> str:
+    """A value as a message quotes it: its beginning and its end where it is longer than `most` characters."""
+    text = value if isinstance(value, str) else str(value)
+    if len(text) <= most:
+        return text
+    said = f" … {len(text):,} characters … "
+    tail = (most - len(said)) // 3
+    return text[: most - len(said) - tail] + said + text[len(text) - tail :]
+
+
+def one_line(message: object) -> str:
+    """A message on one line: line breaks are spaces, control characters are written out, long values shortened."""
+    text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], _BREAKS.sub(" ", str(message).strip()))
+    for long in (_LONG_QUOTE, _LONG_WORD):
+        text = long.sub(lambda found: shortened(found[0]), text)
+    return shortened(text, LINE)
 
 
 class UserError(ValueError):
-    """Says what is wrong, where, and how to mend it, in one line."""
+    """Says what is wrong, where, and how to mend it, in one line (`one_line`)."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(message))
 
 
 class Hang(UserError):
     """Another process does not answer: this one must end without waiting for anything that needs it."""
 
 
+class CommandLine(argparse.ArgumentParser):
+    """Its mistakes are one line too, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all options)")
+
+
 def command_line(program: str, about: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser whose --help is the file's docstring as it is written. Names are given in full: a short form could be
     the beginning of one of the trainer's keys."""
     kind = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        prog=program, description=about, epilog=epilog, formatter_class=kind, allow_abbrev=False
-    )
+    return CommandLine(prog=program, description=about, epilog=epilog, formatter_class=kind, allow_abbrev=False)
 
 
 def run_command(program: str, main: Callable[[], None]) -> None:
-    """Runs a command line; a UserError becomes one line on stderr and exit status 2, never a traceback. So does a GPU
-    that is full where nobody knew a smaller batch."""
+    """Runs a command line; a UserError becomes one line on stderr and exit status 2, never a traceback. So do a GPU
+    that is full where nobody knew a smaller batch, and a file or socket that the system refuses; what nobody foresaw is
+    one line too, with exit status 70 (unforeseen.py)."""
     try:
         main()
     except Hang as problem:
         print(f"{program}: {problem}", file=sys.stderr, flush=True)
         os._exit(2)  # threads and messages under way would wait for the other process
     except UserError as problem:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # torchrun ends this process if the first one had the same error: said once
-        print(f"{program}: {problem}", file=sys.stderr, flush=True)
+        _end(program, str(problem), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
         sys.exit(2)
-    except RuntimeError as problem:
-        if type(problem).__name__ != "OutOfMemoryError":  # torch's; importing it would slow down every error
-            raise
-        said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
-        remedy = "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
-        print(f"{program}: {said}; {remedy}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except OSError as problem:
+        where = ", ".join(str(name) for name in (problem.filename, problem.filename2) if name is not None)
+        why = problem.strerror or str(problem) or type(problem).__name__
+        _unforeseen(program, problem, f"{where}: {why}" if where else why, 2)
+    except Exception as problem:
+        if type(problem).__name__ == "OutOfMemoryError":  # torch's; importing it would slow down every error
+            said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
+            remedy = "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
+            _end(program, one_line(f"{said}; {remedy}"), 2)
+        _unforeseen(program, problem, None, 70)
+
+
+def _end(program: str, line: str, status: int) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # torchrun ends this process if the first one had the same error: said once
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _unforeseen(program: str, problem: Exception, line: str | None, status: int) -> NoReturn:
+    from inpo_fast.runtime import unforeseen
+
+    if unforeseen.shown():
+        raise problem
+    _end(program, unforeseen.line(program, problem, line), status)
