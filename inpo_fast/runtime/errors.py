@@ -81,7 +81,9 @@ def run_command(program: str, main: Callable[[], None]) -> None:
     except Exception as problem:
         if type(problem).__name__ == "OutOfMemoryError":  # torch's; importing it would slow down every error
             said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
-            remedy = "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
+            remedy = (
+                "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
+            )
             _end(program, one_line(f"{said}; {remedy}"), 2)
         _unforeseen(program, problem, None, 70)
 
@@ -98,4 +100,4 @@ def _unforeseen(program: str, problem: Exception, line: str | None, status: int)
 
     if unforeseen.shown():
         raise problem
-    _end(program, unforeseen.line(program, problem, line), status)
+    _end(program, one_line(unforeseen.line(program, problem, line)), status)

@@ -13,8 +13,6 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from inpo_fast.runtime.errors import one_line
-
 VARIABLE = "INPO_FAST_TRACEBACK"
 PACKAGES = ("inpo-fast", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "pyarrow")
 ISSUES = "report it to the project with that file"
@@ -31,13 +29,12 @@ def line(program: str, problem: BaseException, reason: str | None = None) -> str
     path = _write(program, problem)
     kept = f"the traceback is in {path}" if path else f"{VARIABLE}=1 shows the traceback"
     if reason is not None:
-        return one_line(f"{reason} ({kept})")
+        return f"{reason} ({kept})"
     frames = traceback.extract_tb(problem.__traceback__)
     ours = [frame for frame in frames if f"inpo_fast{os.sep}" in frame.filename] or frames[-1:]
     where = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
-    said = f"{type(problem).__name__}: {problem}" if str(problem).strip() else type(problem).__name__
-    said = one_line(said)[:300]
-    return one_line(f"a mistake of inpo_fast{where} that nobody foresaw ({said}); {kept}: {ISSUES}")
+    said = " ".join(f"{type(problem).__name__}: {problem}".split())[:300].rstrip(": ")
+    return f"a mistake of inpo_fast{where} that nobody foresaw ({said}); {kept}: {ISSUES}"
 
 
 def _write(program: str, problem: BaseException) -> Path | None:
