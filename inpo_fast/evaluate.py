@@ -13,17 +13,15 @@ interrupted, also on several processes (torchrun):
         --output runs/compare --evaluate.prompts=PartiPrompts.tsv --evaluate.judges='[pickscore, hps-v2.0, clip-h]'
 """
 
-import argparse
 from pathlib import Path
 
 from inpo_fast.config import parse
-from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.arguments import whole
+from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m inpo_fast.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("python -m inpo_fast.evaluate", __doc__)
     parser.add_argument(
         "--model",
         action="append",
@@ -38,13 +36,11 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, help="where everything goes; what is there already is not made again"
     )
-    parser.add_argument("--limit", type=int, help="so many prompts, spread evenly over the set; default: all")
+    parser.add_argument("--limit", type=whole(), help="so many prompts, spread evenly over the set; default: all")
     own, rest = parser.parse_known_args()
     config = parse("python -m inpo_fast.evaluate", rest)
     if config.evaluate.prompts is None:
         raise UserError("evaluate.prompts is empty; give a text file with one prompt a line")
-    if own.limit is not None and own.limit < 1:
-        raise UserError(f"--limit {own.limit}: must be at least 1")
     import torch
 
     from inpo_fast.comparison.drawing import open_base

@@ -5,6 +5,7 @@ python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --
 
 from pathlib import Path
 
+from inpo_fast.runtime.arguments import number, seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 
@@ -19,12 +20,14 @@ def main() -> None:
     parser.add_argument("--prompts", help="text file, one prompt a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures per prompt (default 1)")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="7.5 for SD1.5 (default), 5 for SDXL")
-    parser.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
+    parser.add_argument("--seeds", type=whole(most=10_000), default=1, help="pictures per prompt (default 1)")
+    parser.add_argument("--steps", type=whole(most=1000), default=50, help="DDIM steps (default 50)")
+    parser.add_argument(
+        "--guidance", type=number(least=0, most=1000), default=7.5, help="7.5 for SD1.5 (default), 5 for SDXL"
+    )
+    parser.add_argument("--batch", type=whole(most=100_000), default=8, help="pictures at once (default 8)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise (default 0)")
     own = parser.parse_args()
     prompts = list(own.prompt)
     if own.prompts:

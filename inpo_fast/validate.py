@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from inpo_fast.config import parse
+from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 
 PROGRAM = "python -m inpo_fast.validate"
@@ -29,15 +30,17 @@ def main() -> None:
     parser.add_argument("--source", help="as data.source of the trainer, and in its place")
     parser.add_argument("--format", help="as data.format of the trainer")
     parser.add_argument("--images", help="as data.images of the trainer")
-    parser.add_argument("--resolution", type=int, help="the training resolution (default: data.resolution, or 512)")
-    parser.add_argument("--pairs-per-step", type=int, help="for the estimate (default: train.pairs_per_step)")
-    parser.add_argument("--limit", type=int, help="look at so many pairs, in training order; default: at all")
-    parser.add_argument("--workers", type=int, help="threads that decode (default: data.workers)")
+    parser.add_argument(
+        "--resolution", type=whole(most=16_384), help="the training resolution (default: data.resolution, or 512)"
+    )
+    parser.add_argument(
+        "--pairs-per-step", type=whole(most=1_000_000), help="for the estimate (default: train.pairs_per_step)"
+    )
+    parser.add_argument("--limit", type=whole(), help="look at so many pairs, in training order; default: at all")
+    parser.add_argument("--workers", type=whole(most=1024), help="threads that decode (default: data.workers)")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of sample pairs there (PNG)")
     parser.add_argument("--json", type=Path, help="write the findings there")
     own, rest = parser.parse_known_args()
-    if own.limit is not None and own.limit < 1:
-        raise UserError(f"--limit {own.limit}: must be at least 1")
     run = parse(PROGRAM, rest)
     given = {name: getattr(own, name) for name in ("source", "format", "images", "workers")}
     config = replace(run.data, **{name: value for name, value in given.items() if value is not None})
