@@ -32,9 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--vote", choices=("mean", "majority"), default="mean", help="of several judges (default mean)")
     parser.add_argument("--batch", type=whole(most=100_000), default=64, help="pictures at once (default 64)")
-    parser.add_argument(
-        "--workers", type=whole(most=1024), default=DataConfig.workers, help="threads that read and decode"
-    )
+    parser.add_argument("--workers", type=whole(most=1024), default=DataConfig.workers, help="threads that decode")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     own = parser.parse_args()
     temperatures = own.temperature or [1.0]

@@ -30,12 +30,8 @@ def main() -> None:
     parser.add_argument("--source", help="as data.source of the trainer, and in its place")
     parser.add_argument("--format", help="as data.format of the trainer")
     parser.add_argument("--images", help="as data.images of the trainer")
-    parser.add_argument(
-        "--resolution", type=whole(most=16_384), help="the training resolution (default: data.resolution, or 512)"
-    )
-    parser.add_argument(
-        "--pairs-per-step", type=whole(most=1_000_000), help="for the estimate (default: train.pairs_per_step)"
-    )
+    parser.add_argument("--resolution", type=whole(most=16_384), help="default: data.resolution, or 512")
+    parser.add_argument("--pairs-per-step", type=whole(most=1_000_000), help="default: train.pairs_per_step")
     parser.add_argument("--limit", type=whole(), help="look at so many pairs, in training order; default: at all")
     parser.add_argument("--workers", type=whole(most=1024), help="threads that decode (default: data.workers)")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of sample pairs there (PNG)")

@@ -25,9 +25,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the .parquet to write")
     parser.add_argument("--limit", type=whole(), help="so many pairs; default: all")
     parser.add_argument("--seed", type=seed, default=0, help="of the order and the sides (default 0)")
-    parser.add_argument(
-        "--user", type=whole(0), default=0, help="number of the voter, for the column user_id (default 0)"
-    )
+    parser.add_argument("--user", type=whole(0), default=0, help="of the voter, for the column user_id (default 0)")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: nobody else can open the page")
     parser.add_argument("--port", type=whole(0, 65_535), default=8765, help="default 8765")
     parser.add_argument("--pixelated", action="store_true", help="show small pictures as squares")

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from inpo_fast.config.rules import check
 from inpo_fast.config.run import RunConfig, to_yaml
 from inpo_fast.config.values import from_word, leaves, of_kind, quoted, types_of
 from inpo_fast.config.yaml_text import MOST, read_yaml
-from inpo_fast.runtime.errors import UserError, shortened
+from inpo_fast.runtime.errors import UserError, shorten_when_quoted, shortened
 
 SWITCHES = {"--resume": "--resume", "--overwrite": "--overwrite", "--dry-run": "--dry_run"}  # may stand without a value
 SHOW = "--print_config"
@@ -97,9 +98,22 @@ def _read(path: Path) -> dict:
     except UnicodeDecodeError as problem:
         raise UserError(f"--config {path}: not text in UTF-8 ({problem})") from problem
     tree = read_yaml(text, f"--config {path}")
+    shorten_when_quoted(_words_in(tree))
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: holds no settings; a recipe has lines such as `method: inpo`")
     return tree
+
+
+def _words_in(tree: object) -> Iterator[str]:
+    """Of the settings themselves; what is deeper than any setting is refused before it is quoted."""
+    for value in tree.values() if isinstance(tree, dict) else ():
+        if isinstance(value, str):
+            yield value
+        for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            if isinstance(below, str):
+                yield below
+            elif isinstance(below, dict):
+                yield from (word for word in below.values() if isinstance(word, str))
 
 
 def _is_yaml_mapping(text: str) -> bool:

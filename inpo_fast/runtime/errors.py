@@ -6,13 +6,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 VALUE = 200  # characters of a value that are quoted at most
 LINE = 1000  # characters of a whole message: what stands at its beginning (where, what) and at its end (the remedy)
 _BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_given: list[str] = []  # long values of this run, from its command line and its recipes
 _LONG_WORD = re.compile(rf"\S{{{VALUE + 1},}}")
 _LONG_QUOTE = re.compile(rf"(?<!\w)(?:'[^']{{{VALUE - 1},}}'|\"[^\"]{{{VALUE - 1},}}\")(?!\w)")
 
@@ -27,12 +28,24 @@ def shortened(value: object, most: int = VALUE) -> str:
     return text[: most - len(said) - tail] + said + text[len(text) - tail :]
 
 
+def shorten_when_quoted(values: Iterable[str]) -> None:
+    """From now on a message that quotes one of these quotes it shortened, whatever stands in it."""
+    long = {_written(value) for value in values if len(value) > VALUE}
+    _given[:] = sorted({*_given, *long}, key=len, reverse=True)
+
+
 def one_line(message: object) -> str:
     """A message on one line: line breaks are spaces, control characters are written out, long values shortened."""
-    text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], _BREAKS.sub(" ", str(message).strip()))
+    text = _written(str(message))
+    for value in _given:
+        text = text.replace(value, shortened(value))
     for long in (_LONG_QUOTE, _LONG_WORD):
         text = long.sub(lambda found: shortened(found[0]), text)
     return shortened(text, LINE)
+
+
+def _written(text: str) -> str:
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], _BREAKS.sub(" ", text.strip()))
 
 
 class UserError(ValueError):
@@ -64,6 +77,7 @@ def run_command(program: str, main: Callable[[], None]) -> None:
     """Runs a command line; a UserError becomes one line on stderr and exit status 2, never a traceback. So do a GPU
     that is full where nobody knew a smaller batch, and a file or socket that the system refuses; what nobody foresaw is
     one line too, with exit status 70 (unforeseen.py)."""
+    shorten_when_quoted(part for word in sys.argv[1:] for part in (word, word.partition("=")[2]))
     try:
         main()
     except Hang as problem:
