@@ -79,6 +79,7 @@ def run_command(program: str, main: Callable[[], None]) -> None:
     one line too, with exit status 70 (unforeseen.py)."""
     shorten_when_quoted(part for word in sys.argv[1:] for part in (word, word.partition("=")[2]))
     try:
+        _check_words(sys.argv[1:])
         main()
     except Hang as problem:
         print(f"{program}: {problem}", file=sys.stderr, flush=True)
@@ -89,9 +90,9 @@ def run_command(program: str, main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
         sys.exit(2)
     except OSError as problem:
-        where = ", ".join(str(name) for name in (problem.filename, problem.filename2) if name is not None)
-        why = problem.strerror or str(problem) or type(problem).__name__
-        _unforeseen(program, problem, f"{where}: {why}" if where else why, 2)
+        if not isinstance(problem.filename, str | bytes):
+            _unforeseen(program, problem, problem.strerror or str(problem) or type(problem).__name__, 2)
+        _end(program, one_line(_refused_by_system(problem)), 2)
     except Exception as problem:
         if type(problem).__name__ == "OutOfMemoryError":  # torch's; importing it would slow down every error
             said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
@@ -100,6 +101,26 @@ def run_command(program: str, main: Callable[[], None]) -> None:
             )
             _end(program, one_line(f"{said}; {remedy}"), 2)
         _unforeseen(program, problem, None, 70)
+
+
+def _check_words(words: list[str]) -> None:
+    for word in words:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{word!a}: not text in UTF-8, as all names here must be; rename what it names") from None
+
+
+def _refused_by_system(problem: OSError) -> str:
+    """What could not be read or written, after the option or key that named it."""
+    names = [os.fsdecode(name) for name in (problem.filename, problem.filename2) if isinstance(name, str | bytes)]
+    option = ""
+    for word in sys.argv[1:]:
+        key, equals, value = word.partition("=")
+        option, value = (key, value) if word.startswith("--") else (option, word)
+        if value and names and (names[0] == value or names[0].startswith(value.rstrip("/") + "/")):
+            return f"{option} {' and '.join(names)}: {problem.strerror}".strip()
+    return f"{' and '.join(names)}: {problem.strerror}"
 
 
 def _end(program: str, line: str, status: int) -> NoReturn:
