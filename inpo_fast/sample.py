@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")
     parser.add_argument("--seeds", type=whole(most=10_000), default=1, help="pictures per prompt (default 1)")
-    parser.add_argument("--steps", type=whole(most=1000), default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--steps", type=whole(most=999), default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance", type=number(least=0, most=1000), default=7.5, help="7.5 SD1.5 (default), 5 SDXL")
     parser.add_argument("--batch", type=whole(most=100_000), default=8, help="pictures at once (default 8)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32")

@@ -36,7 +36,8 @@ class Limits:
 
 
 POSITIVE, NOT_NEGATIVE, COUNT, COUNT_OR_NONE = Limits(0, above=True), Limits(0), Limits(1), Limits(0)
-STEPS = Limits(1, 1000)  # of a sampler: there are no more noise levels
+# of a sampler: no more than noise levels, less one, as diffusers' DDIM has no 1000th step with steps_offset=1
+STEPS = Limits(1, 999)
 GUIDANCE = Limits(0, 1000)
 PICTURES = Limits(1, 100_000)  # at once
 LIMITS = {

@@ -65,6 +65,12 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all options)")
 
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # Python before 3.13 makes an empty list of it
+                self.error(f"argument {word.removesuffix('=--')}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
 
 def command_line(program: str, about: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser whose --help is the file's docstring as it is written. Names are given in full: a short form could be
@@ -116,7 +122,7 @@ def _refused_by_system(problem: OSError) -> str:
     names = [os.fsdecode(name) for name in (problem.filename, problem.filename2) if isinstance(name, str | bytes)]
     option = ""
     for word in sys.argv[1:]:
-        key, equals, value = word.partition("=")
+        key, _, value = word.partition("=")
         option, value = (key, value) if word.startswith("--") else (option, word)
         if value and names and (names[0] == value or names[0].startswith(value.rstrip("/") + "/")):
             return f"{option} {' and '.join(names)}: {problem.strerror}".strip()

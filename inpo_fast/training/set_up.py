@@ -114,6 +114,7 @@ def _open_models(config: RunConfig, rank: int, world: int, device: torch.device)
     partition = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
     models = Models(open_pipeline(config.models), device, config.models, partition)
     check_inversion(config.inversion, models.noise_path)
+    models.training_side(config.data.resolution)
     return models
 
 

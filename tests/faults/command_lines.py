@@ -8,7 +8,9 @@ program: there was one. --accepted lists the odd values that were taken, to be l
 """
 
 import argparse
+import contextlib
 import importlib
+import math
 import os
 import random
 import resource
@@ -95,13 +97,24 @@ def make_world(folder: Path) -> None:
 
 
 def odd_numbers() -> list[str]:
-    return ["0", "-1", "1", "3", "7", "1000", "1001", "2000", "1000000", "1" + "0" * 18, "1" + "0" * 30, "9" * 5000,
-            "0.5", "-0.5", "1e-30", "1e30", "1e400", "nan", "inf", "-inf", "010", "0x10", "1_000", "1e3", "true"]  # fmt: skip
+    small = ["0", "-1", "1", "3", "7", "0.5", "-0.5", "1e-30", "010", "0x10", "1_000", "1e3", "true"]
+    return [
+        *small,
+        "1000",
+        "1001",
+        "2000",
+        "1000000",
+        f"{10**18}",
+        f"{10**30}",
+        "9" * 5000,
+        *["1e30", "1e400", "nan", "inf", "-inf"],
+    ]
 
 
 def odd_words() -> list[str]:
-    return ["", " ", "text", "null", "no", "[]", "[1, 2]", "{}", "{a: 1}", "{a: 1, a: 2}", "[[", "a: b: c", "!!python/none",
-            "~", "größer-😀", "two\nlines", "\x1b[31mred", "\udcff", "-", "--", "../..", "x" * 300, LONG, "y" * 5000]  # fmt: skip
+    yaml = ["null", "no", "[]", "[1, 2]", "{}", "{a: 1}", "{a: 1, a: 2}", "[[", "a: b: c", "!!python/none", "~"]
+    odd = ["größer-😀", "two\nlines", "\x1b[31mred", "\udcff", "-", "--", "../..", "x" * 300, LONG, "y" * 5000]
+    return ["", " ", "text", *yaml, *odd]
 
 
 def odd_places() -> list[str]:
@@ -149,8 +162,12 @@ def valid(command: str) -> dict[str, list[str]]:
             "--output": ["--output", "labels.parquet"],
         },
         "validate": {"--source": ["--source", "pairs.parquet"]},
-        "vote": {"--source": ["--source", "pairs.parquet"], "--output": ["--output", "v.parquet"], "--port": ["--port", "0"]},
-    }[command]  # fmt: skip
+        "vote": {
+            "--source": ["--source", "pairs.parquet"],
+            "--output": ["--output", "v.parquet"],
+            "--port": ["--port", "0"],
+        },
+    }[command]
 
 
 class Asked(Exception):
@@ -220,8 +237,8 @@ def cases_of_keys(command: str) -> Iterator[Case]:
 
 def cases_of_yaml() -> Iterator[Case]:
     """Values in a recipe, where their kinds are YAML's; each in the place of the recipe's own."""
-    plain = [None, True, 0, -1, 10**30, 0.5, float("nan"), float("inf"), "", " ", "text", "two\nlines", "nul\0", LONG, [], {},
-             [1, [2]], {"a": {"b": 1}}, "2024-01-01", "no", "0123", "\x85"]  # fmt: skip
+    plain = [None, True, 0, -1, 10**30, 0.5, math.nan, math.inf, "", " ", "text", "two\nlines", "nul\0", LONG]
+    plain += [[], {}, [1, [2]], {"a": {"b": 1}}, "2024-01-01", "no", "0123", "\x85"]
     for key in leaves(RunConfig):
         for value in plain:
             tree: object = value
@@ -247,8 +264,9 @@ def all_cases(commands: list[str]) -> list[Case]:
             found += cases_of_keys(command)
             found += cases_of_yaml()
         if command in CONFIGURED:
-            for word in ("stray", "--unknown", "--unknown=1", "--train.stepss=3", "--", "-x", "--config=", "--config=folder", LONG,
-                         "--config=file.txt", "--config=empty", "--config=noise.safetensors", "--config=/dev/null", "--seed"):  # fmt: skip
+            unknown = ["stray", "--unknown", "--unknown=1", "--train.stepss=3", "--", "-x", LONG, "--seed"]
+            files = ["", "folder", "file.txt", "empty", "noise.safetensors", "/dev/null"]
+            for word in [*unknown, *(f"--config={file}" for file in files)]:
                 found.append(Case(command, "", word, (*words_with(valid(command), "", []), word)))
     return found
 
@@ -262,9 +280,24 @@ def execute(case: Case, place: Path) -> tuple[str, str]:
         if word.startswith("TEXT:"):
             (place / "odd.yaml").write_text(word.removeprefix("TEXT:"), errors="surrogatepass")
             words[number] = "odd.yaml"
-    pid = os.fork()
+    for delay in (0.1, 1, 10, None):  # a machine that others keep busy
+        try:
+            pid = os.fork()
+            break
+        except BlockingIOError:
+            if delay is None:
+                raise
+            time.sleep(delay)
     if pid == 0:
         _child(place, out, complaints, f"inpo_fast.{case.command}", words)
+    try:
+        return _watched(case, pid, out, complaints)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)  # what it may have started
+
+
+def _watched(case: Case, pid: int, out: Path, complaints: Path) -> tuple[str, str]:
     deadline, status, ended = time.monotonic() + SECONDS, 0, False
     while time.monotonic() < deadline and not ended:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -328,7 +361,7 @@ def sweep(
     for case in cases:
         if time.monotonic() > deadline:
             break
-        with tempfile.TemporaryDirectory(dir=world.parent, ignore_cleanup_errors=True) as name:
+        with tempfile.TemporaryDirectory(dir=world.parent, ignore_cleanup_errors=True) as name:  # cheap: hard links
             place = Path(name)
             for thing in world.iterdir():
                 if thing.name in ("locked", "folder"):
@@ -344,6 +377,7 @@ def sweep(
             taken.append(case)
         elif end not in ("refused", "serves"):
             findings.append((case, end, said))
+            print(f"FINDING {end}: {case}\n    {said[-1200:]}", flush=True)
     return ends, findings, taken
 
 
@@ -370,8 +404,6 @@ def main() -> None:
             (Path(name) / command).mkdir()
         os.chdir(here)
         ends, findings, taken = sweep(cases[part - 1 :: parts], world)
-    for case, end, said in findings:
-        print(f"FINDING {end}: {case}\n    {said[-1200:]}")
     if own.accepted:
         for case in taken:
             print(f"taken: {case}")
