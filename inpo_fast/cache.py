@@ -12,12 +12,14 @@ from pathlib import Path
 
 from inpo_fast.config import parse
 from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.writable import check_folder
 
 
 def main() -> None:
     config = parse("python -m inpo_fast.cache")
     if not config.data.cache:
         raise UserError("data.cache names no folder; give --data.cache FOLDER")
+    check_folder("data.cache", Path(config.data.cache))
     from rich.console import Console
 
     from inpo_fast.caches.latent_cache import LatentCache

@@ -18,6 +18,7 @@ from pathlib import Path
 from inpo_fast.config import parse
 from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_folder
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=whole(), help="so many prompts, spread evenly over the set; default: all")
     own, rest = parser.parse_known_args()
+    check_folder("--output", Path(own.output))
     config = parse("python -m inpo_fast.evaluate", rest)
     if config.evaluate.prompts is None:
         raise UserError("evaluate.prompts is empty; give a text file with one prompt a line")

@@ -10,6 +10,7 @@ in any program's names is written in kohya's or diffusers', alpha / rank inside,
 from pathlib import Path
 
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 FORMATS = ("kohya", "kohya-diffusers", "diffusers")
 FORMAT_HELP = (
@@ -29,8 +30,7 @@ def main() -> None:
     own = parser.parse_args()
     if own.model is None and own.lora is None:
         raise UserError("nothing to export; name a diffusers folder with --model or a LoRA with --lora")
-    if own.output.suffix != ".safetensors":
-        raise UserError(f"--output {own.output}: must end with .safetensors")
+    check_file("--output", own.output, (".safetensors",))
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} exists; replace it with --overwrite, or name another")
     from inpo_fast.handover.single_file_export import export_lora, export_model

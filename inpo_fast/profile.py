@@ -20,6 +20,7 @@ from pathlib import Path
 from inpo_fast.config import parse
 from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
@@ -40,6 +41,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--trace", type=Path, help="write a chrome trace of the timed steps there")
     own, rest = parser.parse_known_args()
+    for option, path in (("--json", own.json), ("--trace", own.trace)):
+        if path is not None:
+            check_file(option, path, (".json", ".gz") if option == "--trace" else (".json",))
+            path.parent.mkdir(parents=True, exist_ok=True)
     config = parse("python -m inpo_fast.profile", rest)
     if config.inversion.cache is not None:
         raise UserError("inversion.cache: the profile knows uncached steps only; leave it out (and inversion.frozen)")

@@ -15,6 +15,7 @@ from inpo_fast.data.config import DataConfig
 from inpo_fast.judges.registry import NAMES
 from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
     temperatures = temperatures * len(own.judge) if len(temperatures) == 1 else temperatures
     if len(temperatures) != len(own.judge):
         raise UserError(f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges")
+    check_file("--output", own.output, (".parquet",))
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from inpo_fast.runtime.arguments import number, seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
@@ -27,12 +28,15 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default 0)")
     own = parser.parse_args()
+    check_file("--output", Path(own.output), (".png",))
     prompts = list(own.prompt)
     if own.prompts:
         try:
             lines = Path(own.prompts).read_text(encoding="utf-8").splitlines()
         except OSError as problem:
             raise UserError(f"--prompts {own.prompts}: {problem.strerror}") from problem
+        except UnicodeDecodeError as problem:
+            raise UserError(f"--prompts {own.prompts}: not text in UTF-8, one prompt a line") from problem
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("no prompts: give --prompts FILE or --prompt TEXT")

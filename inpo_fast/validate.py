@@ -17,6 +17,7 @@ from pathlib import Path
 from inpo_fast.config import parse
 from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 PROGRAM = "python -m inpo_fast.validate"
 
@@ -37,6 +38,9 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of sample pairs there (PNG)")
     parser.add_argument("--json", type=Path, help="write the findings there")
     own, rest = parser.parse_known_args()
+    for option, path, ending in (("--sheet", own.sheet, ".png"), ("--json", own.json, ".json")):
+        if path is not None:
+            check_file(option, path, (ending,))
     run = parse(PROGRAM, rest)
     given = {name: getattr(own, name) for name in ("source", "format", "images", "workers")}
     config = replace(run.data, **{name: value for name, value in given.items() if value is not None})
@@ -68,6 +72,7 @@ def main() -> None:
         write_bytes(own.sheet, contact_sheet(samples, config.max_pixels))
         console.print(f"sample pairs: {own.sheet}", highlight=False, markup=False)
     if own.json:
+        own.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(own.json, json.dumps(asdict(found), indent=1))
     sys.exit(1 if found.problems else 0)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from inpo_fast.runtime.arguments import seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     own = parser.parse_args()
     if (own.pictures is None) == (own.source is None):
         raise UserError("give --pictures FOLDER or --source PATH, one of them")
+    check_file("--output", own.output, (".parquet",))
     from inpo_fast.comparison.votes import Votes, cases_of_evaluation, cases_of_source
     from inpo_fast.comparison.voting_page import Server
     from inpo_fast.data.sources import open_source

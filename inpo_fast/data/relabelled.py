@@ -102,7 +102,7 @@ class RelabelledSource:
 def read_sidecar(path: str) -> tuple[pa.Table, dict]:
     """The table and what it says of itself. UserError when it is no such file."""
     try:
-        table = pq.read_table(Path(path).expanduser())
+        table = pq.read_table(Path(path).expanduser().absolute())
         about = json.loads((table.schema.metadata or {})[METADATA])
         names = {"id", "soft", "hard"} - set(table.column_names)
         if names:

@@ -57,7 +57,7 @@ class DDPMPath(NoisePath):
     def check(self, t: torch.Tensor, steps: int) -> None:
         T = self.T
         if not 1 <= steps <= T:
-            raise ValueError(f"inversion steps must be in 1..{T}, the number of noise levels, got {steps}")
+            raise ValueError(f"inversion steps must be in 1..{T}, got {steps}")
         if t.dtype != torch.int64 or t.ndim != 1 or (len(t) and not (int(t.min()) >= 0 and int(t.max()) < T)):
             raise ValueError(f"t must be int64 (M,) in 0..{T - 1}, got {t.dtype} {tuple(t.shape)}")
 

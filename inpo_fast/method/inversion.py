@@ -68,7 +68,9 @@ def check_inversion(how: InversionConfig, path: NoisePath) -> None:
     try:
         path.check(path.all_levels(1), how.steps)
     except ValueError as problem:
-        raise UserError(f"inversion.steps={how.steps}: {problem}") from problem
+        raise UserError(
+            f"inversion.steps={how.steps}: this model has no grid of so many steps ({problem})"
+        ) from problem
     if how.estimator not in ("ddim", "random") and not path.implicit_steps:
         raise UserError(
             f"inversion.estimator={how.estimator} is for models that predict noise, this one predicts {path.output}; "

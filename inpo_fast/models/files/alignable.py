@@ -43,6 +43,7 @@ NOISE = (  # words in the class of a scheduler -> other noise than DDPM's
     ("Wuerstchen", "Würstchen's noise levels"),
 )
 STEPS = 1000  # noise levels of every Stable Diffusion
+LARGEST = 4096  # latents along an edge
 
 
 def check_index(key: str, place: str, index: dict) -> None:
@@ -119,7 +120,7 @@ def check_unet(key: str, place: str, config: dict) -> None:
                 "and drawn square here: give unet/config.json one number, the side in latents"
             )
         size = config["sample_size"] = size[0]
-    if not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST:
         raise UserError(
             f"{key}: the UNet of {place} has sample_size {size}; write the side of its pictures in latents into "
             "unet/config.json (64 for 512 pixels, 128 for 1024)"
