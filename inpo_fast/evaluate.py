@@ -16,8 +16,10 @@ interrupted, also on several processes (torchrun):
 from pathlib import Path
 
 from inpo_fast.config import parse
+from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 from inpo_fast.runtime.files import json_or_none
+from inpo_fast.runtime.writable import check_folder
 
 WRITTEN = ("evaluation.json", "samples.png", "report.html", *(f"comparison.{end}" for end in ("json", "md", "html")))
 
@@ -38,19 +40,18 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, help="where everything goes; what is there already is not made again"
     )
-    parser.add_argument("--limit", type=int, help="so many prompts, spread evenly over the set; default: all")
+    parser.add_argument("--limit", type=whole(), help="so many prompts, spread evenly over the set; default: all")
     own, rest = parser.parse_known_args()
+    check_folder("--output", Path(own.output))
     config = parse("python -m inpo_fast.evaluate", rest)
     if config.evaluate.prompts is None:
         raise UserError("evaluate.prompts is empty; give a text file with one prompt a line")
-    if own.limit is not None and own.limit < 1:
-        raise UserError(f"--limit {own.limit}: must be at least 1")
-    check_folder(Path(own.output))
+    check_unlike_ours(Path(own.output))
     import torch
 
     from inpo_fast.comparison.drawing import open_base
     from inpo_fast.comparison.run_comparison import compare, named_models, open_comparison, split_name
-    from inpo_fast.comparison.run_evaluation import evaluate
+    from inpo_fast.comparison.run_evaluation import evaluate, forget
     from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
     from inpo_fast.report.comparison import write_comparison
@@ -79,17 +80,19 @@ def main() -> None:
         else:
             base = open_base(key, place, torch.float32, single_file_config, "models.vae", models.vae).to(device)
             model = split_name(own.model[0])[1]
-            evaluation = evaluate(base, open_network("--model", model, base), how, variant=masked(model))
+            evaluation = evaluate(base, open_network("--model", model, base), how, masked(model), folder)
             if rank == 0:
                 evaluation.write(folder)
                 report = write_report(folder, evaluation)
                 print(verdict(evaluation.result))
                 print(f"Report: {report}")
+            distributed.barrier("report")
+            forget(folder)
     finally:
         distributed.stop()
 
 
-def check_folder(folder: Path) -> None:
+def check_unlike_ours(folder: Path) -> None:
     """UserError where something of the names that are written lies in a folder that no run and no evaluation wrote."""
     known = {"manifest.json": "config_sha256", "evaluation.json": "win_rate", "comparison.json": "sampler"}
     if any(key in (json_or_none(folder / name) or {}) for name, key in known.items()):
@@ -103,4 +106,4 @@ def check_folder(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.evaluate", main)
+    run_command("python -m inpo_fast.evaluate", main, "the same command goes on")

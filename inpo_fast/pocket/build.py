@@ -149,7 +149,7 @@ def main() -> None:
     output = arguments.output.resolve()
     check(output, arguments.overwrite)
     quiet_libraries()
-    rank, _, _ = distributed.start(timeout_minutes=60)
+    rank, _, _ = distributed.start(patience_minutes=600)  # the first process does most stages alone
     aside = output.with_name(f".tmp-{output.name}")
     if rank == 0:
         start(output, aside, bool(arguments.only))

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.runtime import distributed, sealed_json
 from inpo_fast.runtime.errors import Hang, UserError
+from inpo_fast.runtime.watch import PeerLeft, exchange
 from inpo_fast.training.optim import Average
 from inpo_fast.training.saved_checkpoint import (
     Damaged,
@@ -65,7 +66,8 @@ class Checkpoints:
         self.rank, self.world = distributed.rank_and_world()
         # messages of the background thread must not meet those of the training
         several = dist.is_initialized() and self.world > 1
-        self.group = dist.new_group(backend="gloo") if several else None
+        with exchange("a group for checkpoints"):
+            self.group = dist.new_group(backend="gloo", timeout=distributed.NEVER) if several else None
         self._writing: Future | None = None
         self._path: Path | None = None
 
@@ -109,12 +111,15 @@ class Checkpoints:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
-                writing.result(self.patience)
+                with exchange("checkpoint"):
+                    writing.result(1.2 * self.patience + 1)  # until then watch.py has named a process that hangs
             except TimeoutError as problem:
                 raise Hang(
                     f"{self._path}: not written within {self.patience:.0f} s (train.patience_minutes): a process hangs "
                     "or the disk is too slow; earlier checkpoints are intact: continue with --resume"
                 ) from problem
+            except PeerLeft:
+                raise
             except (CheckpointException, OSError, RuntimeError) as problem:
                 self._refuse(problem)
 

@@ -38,6 +38,7 @@ FOLDERS = {  # with the names that a run writes in them; what else lies there is
     "images": r"\d{6,}\.png",
     "online": r"\d{6,}",
     "wandb": r".*",
+    ".evaluation": r".*",
 }
 NAMES = (*FOLDERS, *FILES)  # manifest.json last
 ASIDE, GOING = ".replaced", ".tmp-replaced"

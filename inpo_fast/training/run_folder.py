@@ -345,8 +345,8 @@ class RunFolder:
         try:
             write(aside)
             if is_new:
-                for left in ("evaluation.json", "samples.png", "report.html"):
-                    (self.path / left).unlink(missing_ok=True)
+                for left in ("evaluation.json", "samples.png", "report.html", ".evaluation"):
+                    replaced_run.remove(self.path / left)
             if os.path.lexists(final):
                 replaced_run.remove(old)
                 final.rename(old)
@@ -361,6 +361,9 @@ class RunFolder:
                 f"{final} cannot be written ({why}); free some space and repeat with "
                 "--resume: the last checkpoint is complete"
             ) from problem
+        except BaseException:  # asked to stop
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def _version(package: str) -> str | None:

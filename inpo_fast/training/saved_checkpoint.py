@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.runtime import distributed, sealed_json
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.watch import PeerLeft, exchange
 from inpo_fast.training.optim import Average
 
 
@@ -30,7 +31,7 @@ from inpo_fast.training.optim import Average
 class State:
     """step: optimizer steps done. seconds: spent training so far. dropped: unusable pairs met, by all processes.
     loss_scale: value and good steps of fp16's. numbers: the optimizer's state that is not a tensor, by parameter.
-    vae_batch: the smallest of all processes, where memory made one of them halve it: it decides the latents' last bits.
+    lowered: sizes that memory made a process halve, the smallest of all processes: they decide how results are rounded.
     """
 
     step: int
@@ -38,7 +39,7 @@ class State:
     dropped: list[str]
     loss_scale: tuple[float, int] | None = None
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
-    vae_batch: int | None = None
+    lowered: dict[str, int] = field(default_factory=dict)
 
 
 class Damaged(Exception):
@@ -78,13 +79,19 @@ def read_state(folder: Path) -> tuple[State, dict[str, str]]:
         files = content.pop("files")
         if not (isinstance(files, dict) and files and all(_is_shard(*item) for item in files.items())):
             raise ValueError("it lists no shards with their SHA-256")
-        state = State(**content)
+        state = State(**_of_today(content))
         _check_state(state)
         if state.step != step_of(folder):
             raise ValueError(f"it is of step {state.step}")
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise Damaged(f"{folder / 'state.json'} is damaged ({type(problem).__name__}: {problem})") from problem
     return state, files
+
+
+def _of_today(state: dict) -> dict:
+    """Until 0.1 only the VAE's size was kept."""
+    size = state.pop("vae_batch", None)
+    return state | ({"lowered": {"data.vae_batch": size}} if size else {})
 
 
 def _is_shard(name: object, sha256: object) -> bool:
@@ -105,7 +112,7 @@ def _check_state(state: State) -> None:
         or (isinstance(scale, list | tuple) and len(scale) == 2 and is_number(scale[0]) and is_count(scale[1])),
         "numbers": isinstance(numbers, dict)
         and all(isinstance(own, dict) and all(map(is_number, own.values())) for own in numbers.values()),
-        "vae_batch": state.vae_batch is None or is_count(state.vae_batch, 1),
+        "lowered": isinstance(state.lowered, dict) and all(is_count(size, 1) for size in state.lowered.values()),
     }
     wrong = [f.name for f in fields(state) if not good[f.name]]
     if wrong:
@@ -130,7 +137,8 @@ def load(folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer,
         # on the host first: a part is told as one of the whole only there, and a failure leaves the run as it was
         saved = _targets(shapes, weights)
     with _agreed(folder):
-        dcp.load(parts_of(saved, weights), storage_reader=reader, no_dist=not dist.is_initialized())
+        with exchange("checkpoint"):
+            dcp.load(parts_of(saved, weights), storage_reader=reader, no_dist=not dist.is_initialized())
         for number, (name, master) in enumerate(zip(weights.names, weights.masters, strict=True)):
             if not master.numel():
                 continue
@@ -151,6 +159,8 @@ def _agreed(folder: Path) -> Iterator[None]:
     problem = told = None
     try:
         yield
+    except PeerLeft:
+        raise
     except Misfit as raised:
         problem, told = raised, (True, str(raised))
     except Damaged as raised:
@@ -226,7 +236,7 @@ def _place(key: str, value: torch.Tensor, optimizer: torch.optim.Optimizer, mast
     """Where the optimizer keeps a piece of state: AdamW's step count is on the CPU unless it is fused."""
     if key == "step" and not optimizer.defaults.get("fused"):
         return value
-    if value.shape == master.shape:
+    if value.shape == master.shape and not getattr(optimizer, "state_in_order", False):
         return torch.empty_like(master, dtype=value.dtype).copy_(value)  # laid out as the parameter is
     return value.to(master.device)
 

@@ -65,7 +65,9 @@ class Tiny:
         return [*self.weights.masters, *(state[name] for state in states for name in sorted(state)), *self.average.mean]
 
     def save(self, folder: Path, step: int) -> Path:
-        state = saved_checkpoint.State(step, 6.021, ["a: cut"], (65536.0, 2), {"bias": {"k": 1.5}}, vae_batch=8)
+        state = saved_checkpoint.State(
+            step, 6.021, ["a: cut"], (65536.0, 2), {"bias": {"k": 1.5}}, lowered={"data.vae_batch": 8}
+        )
         saving = checkpoint.Checkpoints(folder, keep=9)
         return saving.save(state, self.weights, self.optimizer, self.average, wait=True)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_runs import run_command
 from tiny_world import save_pairs
 
-from inpo_fast.evaluate import check_folder
+from inpo_fast.evaluate import check_unlike_ours
 from inpo_fast.pocket import ASSETS, build
 from inpo_fast.report.pictures import MARK, is_sheet
 from inpo_fast.runtime.errors import UserError
@@ -90,7 +90,7 @@ def test_evaluate_does_not_replace_what_it_did_not_write(tmp_path, capsys, name)
     for left in ({"evaluation.json": "win_rate"}, {"manifest.json": "config_sha256"}, {"comparison.json": "sampler"}):
         for file, key in left.items():
             (tmp_path / file).write_text(json.dumps({key: 1}))
-            check_folder(tmp_path)
+            check_unlike_ours(tmp_path)
             if file != name:
                 (tmp_path / file).unlink()
             else:
