@@ -61,7 +61,7 @@ class _Number:
 def score_in(answer: str, low: float, high: float) -> float | None:
     """The score, None where it is unclear. low < high: the ends of the scale that was asked for."""
     text = _said(answer)
-    if text is None or len(text) > LONGEST:
+    if text is None:
         return None
     found = _json(text)
     if isinstance(found, dict):
@@ -75,13 +75,13 @@ def score_in(answer: str, low: float, high: float) -> float | None:
 
 
 def _said(answer: str) -> str | None:
-    """What stands behind the thinking, in plain characters; None where the thinking never ends."""
-    text = re.split(rf"</{THINKING}>", answer, flags=re.IGNORECASE)[-1]
-    if re.search(rf"<{THINKING}>", text, re.IGNORECASE):
+    """What stands behind the thinking, in plain characters; None where the thinking never ends, or it is too long."""
+    text = re.split(rf"</{THINKING}>", answer, flags=re.IGNORECASE)[-1].strip()
+    if len(text) > LONGEST or re.search(rf"<{THINKING}>", text, re.IGNORECASE):
         return None
     if any(unicodedata.category(c) in ("No", "Nl") for c in text):  # ½ ² ① Ⅶ: made plain, they would join a number
         return None
-    text = re.sub(r"\s*[\u2014\u2015]\s*", " - ", text)
+    text = re.sub(r"[\u2014\u2015]", " - ", text)
     text = re.sub(r"[\u2010-\u2013\u2212]", "-", unicodedata.normalize("NFKC", text))
     return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text).strip()
 

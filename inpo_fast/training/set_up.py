@@ -82,7 +82,9 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     trajectory_cache, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), []
     if trajectory_cache is not None:
         notes += trajectory_cache.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
-    latent_cache = open_latent_cache(models, config.data, config.data.resolution or models.resolution, config.seed)
+    latent_cache = open_latent_cache(
+        models, config.data, source, config.data.resolution or models.resolution, config.seed
+    )
     notes += objective_notes(config.objective, models.noise_path)
     if blocks := models.denoiser.compiled_blocks(models.policy):
         notes.append(f"models.fast=compiled: the first step compiles {blocks} kinds of blocks and takes longer")
