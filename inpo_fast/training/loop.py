@@ -44,6 +44,7 @@ def train(run: Run, console: Console) -> None:
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
         health_checks = HealthChecks.after(run.folder.metrics, run.done)
+        validation.draw(run.done, output.tracker, preemption)  # what it was stopped at
         begun = time.perf_counter()
         for step in range(run.done, steps):
             # ---- the single training step --------------------------------------------------------
@@ -68,7 +69,9 @@ def train(run: Run, console: Console) -> None:
             if online_values:
                 values |= online_values
                 values["unet_evaluations"] += online_values["online_evaluations"]
-            values |= _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config))
+            values |= _fitting(
+                run, output, lambda: validation.step(run.done, output.tracker, run.step_config, preemption)
+            )
             output.write(run.done, values)
             for warning in health_checks.step(run.done, values):
                 output.say(f"warning: {warning}")
