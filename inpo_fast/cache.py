@@ -11,6 +11,7 @@ import contextlib
 from pathlib import Path
 
 from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.writable import check_folder
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
     config = parse("python -m inpo_fast.cache")
     if not config.data.cache:
         raise UserError("data.cache names no folder; give --data.cache FOLDER")
+    check_folder("data.cache", Path(config.data.cache))
     from rich.console import Console
 
     from inpo_fast.caches.precompute import alone, fill

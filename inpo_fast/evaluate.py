@@ -15,12 +15,13 @@ interrupted, also on several processes (torchrun):
 
 from pathlib import Path
 
+from inpo_fast.config import parse
+from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_folder
 
 
 def main() -> None:
-    from inpo_fast.config import parse
-
     parser = command_line("python -m inpo_fast.evaluate", __doc__)
     parser.add_argument(
         "--model",
@@ -36,13 +37,12 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, help="where everything goes; what is there already is not made again"
     )
-    parser.add_argument("--limit", type=int, help="so many prompts, spread evenly over the set; default: all")
+    parser.add_argument("--limit", type=whole(), help="so many prompts, spread evenly over the set; default: all")
     own, rest = parser.parse_known_args()
+    check_folder("--output", Path(own.output))
     config = parse("python -m inpo_fast.evaluate", rest)
     if config.evaluate.prompts is None:
         raise UserError("evaluate.prompts is empty; give a text file with one prompt a line")
-    if own.limit is not None and own.limit < 1:
-        raise UserError(f"--limit {own.limit}: must be at least 1")
     import torch
 
     from inpo_fast.comparison.drawing import open_base

@@ -84,6 +84,10 @@ class Models:
         self.downscale = self.denoiser.downscale(self.vae.config)
         self.resolution = self.denoiser.native_side * self.downscale
 
+    def training_side(self, resolution: int | None) -> int:
+        """As Denoiser.training_side."""
+        return self.denoiser.training_side(resolution, self.vae.config)
+
     def latent_shape(self, pixels: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square picture with an edge of `pixels`."""
         return self.denoiser.latent_shape(pixels // self.downscale)

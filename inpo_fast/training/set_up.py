@@ -118,6 +118,7 @@ def _open_models(config: RunConfig, rank: int, world: int, device: torch.device)
     models = Models(open_pipeline(config.models), device, config.models, partition)
     check_inversion(config.inversion, models.noise_path)
     check_objective(config.objective, models.noise_path)
+    models.training_side(config.data.resolution)
     return models
 
 
