@@ -137,7 +137,7 @@ def begin(world: Path, name: str, number: int, processes: int) -> list[Forked]:
 
 @pytest.mark.parametrize(
     ("processes", "kills"),
-    [(1, 3), pytest.param(1, 40, marks=pytest.mark.slow), pytest.param(2, 40, marks=pytest.mark.slow)],
+    [(1, 3), pytest.param(1, 30, marks=pytest.mark.slow), pytest.param(2, 20, marks=pytest.mark.slow)],
 )
 def test_killed_anywhere_in_a_life(lives, processes, kills):
     """kill -9 at moments drawn over a whole life; of two processes one or both, and the other ends by itself in one
