@@ -4,7 +4,8 @@ Two-level bootstrap: all cells draw the same prompts, so the values of a cell ar
 draws rows and columns with replacement, each on its own, and takes the mean of what they cross in; the interval is the
 middle 95 % of 2,000 such means. It is somewhat too narrow for few seeds: the spread of k resampled seeds is
 sqrt((k - 1) / k) of the true one on average, and with one seed none of it is in the interval, which the table says.
-Of win-rates it is made no narrower than what so many prompts can rule out (comparison/win_rates.py), or left out.
+Of win-rates that are nearly all equal it is made no narrower than what so many prompts can rule out, and of too few
+prompts it is left out (comparison/win_rates.py).
 """
 
 import functools
@@ -36,8 +37,7 @@ def two_level(values: np.ndarray) -> tuple[float, float, float]:
 def win_rates(values: np.ndarray) -> tuple[float, float | None, float | None]:
     """(mean, low, high) of values (seeds, prompts) from 0 to 1; None where so few prompts have no interval."""
     mean, low, high = two_level(values)
-    prompts = values.shape[1]
-    return (mean, None, None) if prompts < FEWEST else (mean, *widened(mean, low, high, prompts))
+    return (mean, None, None) if values.shape[1] < FEWEST else (mean, *widened(values.mean(0), low, high))
 
 
 def matrix(results: list[dict], name: str) -> np.ndarray:
