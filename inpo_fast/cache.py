@@ -20,7 +20,6 @@ def main() -> None:
         raise UserError("data.cache names no folder; give --data.cache FOLDER")
     from rich.console import Console
 
-    from inpo_fast.caches.latent_cache import LatentCache
     from inpo_fast.caches.precompute import alone, fill
     from inpo_fast.models.loading import open_pipeline, quiet_libraries
     from inpo_fast.models.models import Models
@@ -36,8 +35,8 @@ def main() -> None:
             pairs = config.train.steps * config.train.pairs_per_step
             latents = fill(config.data, models, rank, world, console, seed=config.seed, pairs=pairs)
         if rank == 0:
-            again = LatentCache(folder, models, config.data, latents.resolution, config.seed)  # what the others wrote
-            there = f"{len(again.latent_store):,} pairs and {len(again.text_store):,} prompts"
+            pairs, prompts = (len(store) for store in latents.reopened())  # what the others wrote, too
+            there = f"{pairs:,} pairs and {prompts:,} prompts"
             console.print(f"{there} in {folder}", highlight=False, markup=False)
     finally:
         distributed.stop()

@@ -40,10 +40,13 @@ def main() -> None:
         raise UserError(
             f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges; positive"
         )
+    if own.output.is_dir():
+        raise UserError(f"--output {own.output} is a folder; name a file in it")
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
-    from inpo_fast.data.relabelled import pair_ids, source_identity
+    from inpo_fast.data.identity import identity_of
+    from inpo_fast.data.relabelled import pair_ids
     from inpo_fast.data.sources import open_source
     from inpo_fast.judges import judge_id
     from inpo_fast.judges.registry import make_judges
@@ -63,7 +66,7 @@ def main() -> None:
         if rank == 0:
             about = {
                 "source": masked(own.source),
-                "source_identity": source_identity(config.source, config.images),
+                "source_identity": identity_of(source),
                 "judges": {judge.name: judge_id(judge) for judge in judges},
                 "temperatures": temperatures,
                 "vote": own.vote,

@@ -4,7 +4,7 @@ A win-rate is wins plus half the ties, its 95 % interval one over prompts (all p
 win_rates.py makes it.
 Each sanity check catches one way to please a judge without drawing better. The negative control is the base with its
 noise prediction scaled: no better model, so a judge that prefers it measures grain. The independent judge is one that
-no reward was made from.
+no reward was made from; docs/judges.md has its rule. `ok` of a check is None where it cannot decide.
 """
 
 import json
@@ -89,8 +89,7 @@ def summarise(
     if "alignment" in parts:
         checks["alignment"] = parts["alignment"] | {"ok": not clearly_below(parts["alignment"])}
     if seeds > 1:
-        ratio = diversity(galleries["aligned"]) / max(diversity(galleries["base"]), 1e-9)
-        checks["diversity_ratio"] = {"value": ratio, "ok": ratio >= DIVERSITY_FLOOR}
+        checks["diversity_ratio"] = _diversity_ratio(diversity(galleries["aligned"]), diversity(galleries["base"]))
     if independent is not None:
         checks["outside"] = _independently(independent, galleries)
     if "aligned_seen" in scores:
@@ -118,7 +117,8 @@ def _independently(judge: Judge, galleries: dict[str, Gallery]) -> dict:
     """Win-rate by the independent judge; it fails when the base is clearly preferred, however slightly.
 
     shift says how large the change is: that of the mean, in units of what two pictures of one prompt differ by.
-    control: what this judge says of the negative control, which is no better and no worse than the base.
+    control: what this judge says of the negative control, which is no better and no worse than the base; a judge that
+    tells them apart is not fit to decide.
     """
     base, seeds = galleries["base"], galleries["base"].seeds
     ours, theirs, control = (
@@ -130,15 +130,26 @@ def _independently(judge: Judge, galleries: dict[str, Gallery]) -> dict:
     spread = known(theirs.reshape(-1, seeds).std(1)) if seeds > 1 else known(theirs).std()[None]
     spread = spread.mean() if len(spread) else 0.0
     shift = float((known(ours).mean() - known(theirs).mean()) / max(spread, 1e-9))
+    control_found = win_rate(control, theirs, judge.tie, seeds)
+    fit = not (control_found.above or control_found.below)
+    told = found.low is not None and control_found.low is not None  # enough prompts for both
     return {
         "judge": judge.name,
         **_interval(found),
         "mean": float(known(ours).mean()),
         "base_mean": float(known(theirs).mean()),
         "shift": shift,
-        "control": list(win_rate(control, theirs, judge.tie, seeds)[:3]),
-        "ok": not found.below,
+        "control": list(control_found[:3]),
+        "fit": fit,
+        "ok": not found.below if fit and told else None,
     }
+
+
+def _diversity_ratio(ours: float, base: float) -> dict:
+    """None where the base draws the same picture again and again itself."""
+    if not base > 0:
+        return {"value": None, "ok": None}
+    return {"value": ours / base, "ok": ours / base >= DIVERSITY_FLOOR}
 
 
 def _interval(found: Rate) -> dict:

@@ -28,8 +28,10 @@ import fsspec
 import pyarrow.parquet as pq
 
 from inpo_fast.data.places import find, is_url
+from inpo_fast.data.text import unusable
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import read_text
 from inpo_fast.runtime.masking import keep_secrets_of, masked
 from inpo_fast.runtime.warn_once import warn_once
 
@@ -56,11 +58,16 @@ class PromptSet:
 
 def read_prompt_set(path: str, limit: int | None = None) -> PromptSet:
     """limit: that many prompts, spread evenly over the set. UserError where there is none."""
+    if not path.strip():
+        raise UserError("evaluate: the place of the prompts is empty; name a file or folder")
     keep_secrets_of(path)
     kind, rows = _read(path)
     found = _once(kind, rows)
     if not found.prompts:
         raise UserError(f"evaluate: {path} has no prompt; write one a line")
+    for number, prompt in enumerate(found.prompts, 1):
+        if wrong := unusable(prompt):
+            raise UserError(f"evaluate: {masked(path)}: prompt {number}: {wrong}; mend it or take it out")
     if found.repeated:
         said = "prompts is listed again; it counts" if found.repeated == 1 else "prompts are listed again; each counts"
         warn_once(log, "%s: %d of %d %s once", masked(path), found.repeated, found.repeated + len(found.prompts), said)
@@ -217,6 +224,6 @@ def _text(path: Path) -> str:
     if git_lfs.is_pointer(path):
         raise UserError(f"evaluate: {path} {git_lfs.WHAT}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"evaluate: cannot read the prompts in {path} ({problem})") from problem

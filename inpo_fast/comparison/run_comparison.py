@@ -29,7 +29,7 @@ from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
-from inpo_fast.runtime.fingerprint import fingerprint
+from inpo_fast.runtime.fingerprint import fingerprint, tokenizer_fingerprints
 from inpo_fast.runtime.masking import masked
 from inpo_fast.runtime.progress import picture_progress
 from inpo_fast.runtime.record_store import digest
@@ -122,6 +122,8 @@ def _identity(pipeline: DiffusionPipeline, config: EvaluateConfig) -> dict:
     return {
         "vae": fingerprint(pipeline.vae),
         "text": [fingerprint(encoder) for encoder in denoiser.encoders(pipeline)],
+        "tokenizers": tokenizer_fingerprints(pipeline),
+        "empty_prompt": "zeros" if denoiser.zeros_for_empty(pipeline) else "encoded",
         "sampler": "DDIM",
         "schedule": digest(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode()),
         "steps": config.sampler_steps,

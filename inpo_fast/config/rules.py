@@ -22,6 +22,7 @@ def check(config: RunConfig) -> None:
         (config.observe.images >= 1, "observe.images", config.observe.images, "at least 1"),
         (config.observe.held_out_every >= 1, "observe.held_out_every", config.observe.held_out_every, "at least 1"),
         (config.observe.held_out_pairs >= 1, "observe.held_out_pairs", config.observe.held_out_pairs, "at least 1"),
+        (config.observe.fine_inversion >= 0, "observe.fine_inversion", config.observe.fine_inversion, "not negative"),
         (config.plan.memory > 0, "plan.memory", config.plan.memory, "positive"),
         (config.plan.tflops > 0, "plan.tflops", config.plan.tflops, "positive"),
         (config.models.lora.rank >= 0, "models.lora.rank", config.models.lora.rank, "not negative"),
@@ -133,6 +134,14 @@ def _check_method(config: RunConfig) -> None:
         raise UserError(
             f"inversion.refinements={how.refinements}: inversion.estimator={how.estimator} refines nothing; take "
             "renoise, fixed-point or gradient"
+        )
+    if how.refine_at != "target" and not (refined and how.evaluate_at == "source"):
+        why = "has no refinements" if not refined else f"with evaluate_at={how.evaluate_at} is in nobody's code"
+        raise UserError(f"inversion.refine_at={how.refine_at}: estimator={how.estimator} {why}; leave it out")
+    if how.grid == "diffusers-0.22" and how.eta:
+        raise UserError(
+            f"inversion.eta={how.eta:g} with grid=diffusers-0.22: the published script adds the noise of the next "
+            "step there, and has none for t > 901; take grid=diffusers-0.20, or eta=0"
         )
     if refined and how.eta:
         raise UserError(f"inversion.estimator={how.estimator} solves a step without noise; take inversion.eta=0")

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import open_regular
 from inpo_fast.runtime.masking import masked_address
 
 
@@ -27,7 +28,7 @@ class File:
     def open(self, *, in_order: bool) -> BinaryIO:
         """in_order: read from front to back; otherwise a remote one fetches what is asked for and nothing around it."""
         if self.fs is None:
-            return open(self.path, "rb")
+            return open_regular(self.path)
         return self.fs.open(self.path, "rb", **({} if in_order else {"cache_type": "none"}))
 
     def size(self) -> int:
@@ -46,7 +47,7 @@ class File:
         if self.fs is not None:
             return [self.fs.cat_file(self.path, start=start, end=start + length) for start, length in spans]
         parts = []
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             for start, length in spans:
                 file.seek(start)
                 parts.append(file.read(length))

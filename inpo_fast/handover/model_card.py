@@ -163,8 +163,8 @@ def _evaluation(result: dict | None) -> str:
     if result is None:
         return "Its run's folder holds no evaluation of this model: it is not known whether it is better than its base."
     lines = [verdict(result), ""]
-    for check in sorted(sanity_checks(result), key=lambda check: check.ok):
-        state = "holds" if check.ok else "**FAILS**"
+    for check in sorted(sanity_checks(result), key=lambda check: (check.ok is not False, check.ok is not None)):
+        state = {True: "holds", False: "**FAILS**", None: "**cannot decide**"}[check.ok]
         lines.append(f"- {check.name}: {state}{f', {check.value}' if check.value else ''}. {check.meaning}")
     return "\n".join(lines)
 

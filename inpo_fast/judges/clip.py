@@ -23,7 +23,7 @@ from inpo_fast.judges.open_clip import clip_model, read_state
 from inpo_fast.judges.preprocess import letterbox
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.fingerprint import fingerprint
+from inpo_fast.runtime.fingerprint import fingerprint, tokenizer_fingerprint
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -54,7 +54,8 @@ class ClipScorer:
 
     @cached_property
     def id(self) -> str:
-        return f"{self.name} {fingerprint(self.model)[:16]} {self.dtype} {self.how}"
+        words = tokenizer_fingerprint(self.tokenizer)
+        return f"{self.name} {fingerprint(self.model)[:16]} {words[:16]} {self.dtype} {self.how}"
 
     def check(self, prompts: Sequence[str]) -> None:
         """Any text will do."""

@@ -123,6 +123,7 @@ def variant_name(name: str, objective: ObjectiveConfig, inversion: InversionConf
         name += "" if inversion.estimator == method.estimator else f"-{inversion.estimator}"
         if inversion.estimator != "ddim" and inversion.refinements != 1:
             name += f"-k{inversion.refinements}"
+        name += "" if inversion.refine_at == "target" else "-refined-at-source"
         name += "" if inversion.model == "policy" else "-ref-frozen" if inversion.frozen else "-ref"
         name += "" if inversion.grid == "exact" else f"-{inversion.grid}"
         name += "" if inversion.evaluate_at == "source" else "-target"
@@ -131,6 +132,7 @@ def variant_name(name: str, objective: ObjectiveConfig, inversion: InversionConf
         name += "-fp8" if inversion.fp8 else ""
     elif method.inverts:
         name = method.without_inversion
+    name += "-velocity" if objective.error_space == "velocity" else ""
     if method.uses_gamma and objective.gamma != ObjectiveConfig.gamma:
         name += f"-gamma{objective.gamma:g}"
     if objective.label_smoothing and "label_smoothing" not in method.refuses:

@@ -83,6 +83,7 @@ def html(result: dict, shown: list[Row]) -> str:
         result=result,
         models=list(next(iter(result["scores"].values()))),
         intervals=intervals(result),
+        unfit=unfit_judges(result),
         rows=shown,
         src=lambda picture: uris[id(picture)],
         pixelated=bool(pictures) and max(pictures[0].shape[:2]) < ENLARGED,
@@ -142,6 +143,7 @@ def markdown(result: dict) -> str:
         lines.append(_line("diversity", [f"{result['diversity'][name]:.4f}" for name in models]))
     lines += ["", "## Win-rates, percent (95 % interval over prompts)", ""]
     lines += [*_without_score(result), ""] if _without_score(result) else []
+    lines += [*(f"- {_cell(line)}" for line in unfit_judges(result)), ""] if unfit_judges(result) else []
     judges = list(result["win_rates"])
     lines.append(_table("models", judges))
     for number, pair in enumerate(result["win_rates"][judges[0]]):
@@ -155,6 +157,20 @@ def markdown(result: dict) -> str:
                 each = [result["win_rates"][judge][number]["groups"][kind][label] for judge in judges]
                 lines.append(_line(label, [_rate(values) for values in each]))
     return "\n".join([*lines, *_published(result)]) + "\n"
+
+
+def unfit_judges(result: dict) -> list[str]:
+    """A line for each judge that tells the negative control from the base, which it should not (docs/judges.md)."""
+    out = []
+    for judge, pairs in result["win_rates"].items():
+        for pair in pairs:
+            if pair["model"] != NEGATIVE_CONTROL or pair["low"] is None or pair["low"] <= 0.5 <= pair["high"]:
+                continue
+            out.append(
+                f"{judge} is unfit for this base: it tells even the negative control from it ({_rate(pair)}), so what "
+                "it says of a model may be about the size of its noise prediction"
+            )
+    return out
 
 
 def _without_score(result: dict) -> list[str]:

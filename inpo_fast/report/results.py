@@ -15,6 +15,21 @@ NAMES = {  # of sanity checks whose key in evaluation.json says less
 }
 
 
+FAILS = {  # what it means, for people who have never heard of the check
+    "alignment": "its pictures show less of what the prompt asks for than the base's",
+    "diversity_ratio": "its pictures of one prompt are too much alike",
+    "outside": "{second}, a judge that no reward was made from, prefers the base: the gain may be {judge}'s only",
+    "seen": "it wins far more often on prompts like those of the training than on new ones",
+    "control": "{judge} also prefers the untrained base with its noise prediction x {scale}, which is no better: it "
+    "rewards something else than quality",
+}
+CANNOT_DECIDE = {
+    "diversity_ratio": "the base draws one picture of a prompt only",
+    "outside": "{second} tells even the base from the base with a slightly scaled noise prediction, so what it says of "
+    "this model may be about that",
+}
+
+
 @dataclass(frozen=True)
 class Headline:
     tone: str  # good, bad or undecided: the colour of the box
@@ -67,22 +82,22 @@ class SanityCheck:
     name: str
     value: str
     meaning: str
-    ok: bool
+    ok: bool | None  # None: it cannot decide
 
 
 def verdict(result: dict) -> str:
     """The result in one sentence, with its numbers."""
     rate, low, high = (percent(result[key]) for key in RATE)
-    failed = [NAMES.get(name, name) for name, check in result["guards"].items() if not check["ok"]]
+    failed = checks_that(result, False)
     if low is None or high is None:
-        return _too_few(result, failed)
+        return _too_few(result)
     if low > 50:
         word = f"The aligned model is better than its base{'' if not failed else ' for this judge'}"
     elif high < 50:
         word = "The aligned model is WORSE than its base"
     else:
         word = "No difference from the base can be shown"
-    checks = "all sanity checks hold" if not failed else "BUT these sanity checks fail: " + ", ".join(failed)
+    checks = checks_in_words(result)
     return (
         f"{word}: it wins {rate:.1f} % of paired comparisons (95 % interval {low:.1f} to {high:.1f}) on "
         f"{result['prompts']} prompts x {result['seeds']} pictures, judged by {result['judge']} "
@@ -90,9 +105,10 @@ def verdict(result: dict) -> str:
     )
 
 
-def _too_few(result: dict, failed: list[str]) -> str:
+def _too_few(result: dict) -> str:
     count = result["total"].get("prompts", result["prompts"])
-    checks = f" These sanity checks fail: {', '.join(failed)}." if failed else ""
+    failed = [_with_reason(key, result, FAILS) for key in checks_that(result, False)]
+    checks = f" These sanity checks fail: {'; '.join(failed)}." if failed else ""
     return (
         f"Too few prompts for a verdict: it wins {100 * result['win_rate']:.1f} % of paired comparisons on {count} "
         f"prompt{'s' * (count != 1)} x {result['seeds']} pictures, judged by {result['judge']} [{result['variant']}]; "
@@ -107,7 +123,7 @@ def _without_score(result: dict) -> str:
 
 
 def headline(result: dict) -> Headline:
-    """A win is called good only when every sanity check holds too."""
+    """A win is called good only when no sanity check fails and a check that cannot decide is named with it."""
     text = verdict(result)
     if result["win_rate_low"] is None:
         return Headline("undecided", "Too few prompts for a verdict", text)
@@ -115,8 +131,10 @@ def headline(result: dict) -> Headline:
         return Headline("bad", "Worse than its base", text)
     if not result["win_rate_low"] > 0.5:
         return Headline("undecided", "No difference shown", text)
-    if not all(check["ok"] for check in result["guards"].values()):
+    if checks_that(result, False):
         return Headline("undecided", "Better for the judge, but a sanity check fails", text)
+    if checks_that(result, None):
+        return Headline("good", "Better than its base, though a sanity check cannot decide", text)
     return Headline("good", "Better than its base", text)
 
 
@@ -156,7 +174,7 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
     if "win_rate" in values:
         found = told(*(values[key] for key in RATE), values.get("prompts"))
         value = f"wins {found.replace(' ', ' % ', 1)}"
-    elif "value" in values:
+    elif values.get("value") is not None:
         value = f"{values['value']:.3g}"
     if key == "alignment":
         meaning = (
@@ -166,7 +184,8 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
     elif key == "diversity_ratio":
         meaning = (
             "How much pictures of one prompt differ from each other, against the base. "
-            f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again."
+            f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again. Where the base "
+            "itself draws only one, there is nothing to compare."
         )
     elif key == "outside":
         meaning = (
@@ -178,7 +197,10 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
             rate, low, high = values["control"]
             between = "no interval" if low is None else f"{100 * low:.0f} to {100 * high:.0f}"
             meaning += f" Of the negative control it says {100 * (rate or 0):.0f} % ({between})"
-            fooled = ": what it sees also moves with the size of the noise prediction."
+            fooled = (
+                ", which is no better and no worse than the base: what it sees also moves with the size of the noise "
+                "prediction, so it is unfit for this base and cannot decide, for the model or against it."
+            )
             meaning += "." if low is None or low <= 0.5 <= high else fooled
     elif key == "seen":
         value = f"gap {100 * values['gap']:+.1f} points"
@@ -191,4 +213,35 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
             f"The base with its noise prediction × {values['eps_scale']:g}. It is no better model, so it "
             "must not win; where it does, the judge measures grain rather than quality."
         )
-    return SanityCheck(NAMES.get(key, key.replace("_", " ")), value, meaning, bool(values["ok"]))
+    ok = None if values["ok"] is None else bool(values["ok"])
+    return SanityCheck(NAMES.get(key, key.replace("_", " ")), value, meaning, ok)
+
+
+def checks_that(result: dict, state: bool | None) -> list[str]:
+    """Keys of the sanity checks that hold (True), fail (False) or cannot decide (None)."""
+    return [key for key, check in result["guards"].items() if check["ok"] is state]
+
+
+def checks_in_words(result: dict) -> str:
+    """For people who have never heard of them: which fail or cannot decide, and what that means."""
+    failed, open_ = checks_that(result, False), checks_that(result, None)
+    if not result["guards"]:
+        return "no sanity check was made"
+    if not failed and not open_:
+        return "all sanity checks hold"
+    parts = []
+    if failed:
+        parts.append("BUT these sanity checks fail: " + "; ".join(_with_reason(key, result, FAILS) for key in failed))
+    if open_:
+        parts.append("cannot decide: " + "; ".join(_with_reason(key, result, CANNOT_DECIDE) for key in open_))
+    held = len(result["guards"]) - len(failed) - len(open_)
+    return "; ".join([*parts, *([f"the other {held} hold" if held > 1 else "the other one holds"] if held else [])])
+
+
+def _with_reason(key: str, result: dict, reasons: dict[str, str]) -> str:
+    check = result["guards"][key]
+    names = {"judge": result["judge"], "second": check.get("judge", ""), "scale": f"{check.get('eps_scale', 0):g}"}
+    reason = reasons.get(key, "").format_map(names)
+    if reasons is CANNOT_DECIDE and check.get("fit"):
+        reason = "too few prompts for an interval"
+    return f"{NAMES.get(key, key.replace('_', ' '))}{f' ({reason})' if reason else ''}"

@@ -63,6 +63,7 @@ def page(folder: Path, evaluation: Evaluation | None) -> str:
         src=lambda picture: uris[id(picture)],
         win_rates=results.win_rates(result) if result else [],
         checks=results.sanity_checks(result) if result else [],
+        warnings=_tree(_text(folder / "warnings.json")).get("said", []),
         curves=[(curve, curve.latest(series), plots.draw(curve, series)) for curve in curves.chosen(series)],
         palette=plots.PALETTE,
         config=_text(folder / "config.yaml"),

@@ -22,6 +22,7 @@ from inpo_fast.runtime.memory import with_less
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.progress import StepProgress
 from inpo_fast.training.checkpoint import State
+from inpo_fast.training.fine_inversion import affordable_images, fine_steps, noise_ratio
 from inpo_fast.training.health_checks import HealthChecks
 from inpo_fast.training.metrics import MetricAccumulator, MetricsFile
 from inpo_fast.training.optim import lr_at
@@ -43,13 +44,14 @@ def train(run: Run, console: Console) -> None:
         empty = models.encode_empty()
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
-        health_checks = HealthChecks(expects_noise=config.objective.tau_norm == "none")
+        health_checks = HealthChecks.after(run.folder.metrics, run.done)
         begun = time.perf_counter()
         for step in range(run.done, steps):
             # ---- the single training step --------------------------------------------------------
             lr = _set_lr(run, step)
             try:
                 batch, online_values = batches.take(step)
+                compared = _compare_inversion(run, batch, empty, output) if step == 0 else {}
                 metrics, logits = _train_step(run, batch, step, preemption, output)
             except Preempted:
                 if run.saved != run.done:
@@ -62,18 +64,39 @@ def train(run: Run, console: Console) -> None:
             now = time.perf_counter()
             taken, begun = now - begun, now
             run.done, run.seconds = step + 1, run.seconds + taken
-            values |= {"lr": lr, "pairs_per_second": config.train.pairs_per_step / taken, "seconds": taken}
+            values |= compared | {"lr": lr, "pairs_per_second": config.train.pairs_per_step / taken, "seconds": taken}
             if online_values:
                 values |= online_values
                 values["unet_evaluations"] += online_values["online_evaluations"]
             values |= _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config))
             output.write(run.done, values)
-            for warning in health_checks.step(values):
+            for warning in health_checks.step(run.done, values):
                 output.say(f"warning: {warning}")
             run.checkpoints.check()
             if run.done % config.train.checkpoint_every == 0 or run.done == steps:
                 _save(run, batches.dropped, preemption, wait=run.done == steps)
+        if run.rank == 0:
+            health_checks.write(run.folder.path / "warnings.json")
+        for line in health_checks.summary():
+            output.say(f"warning, at the end: {line}")
         preemption.agree(steps, preemption.asked)  # asked during the last save: everything is on the disk
+
+
+def _compare_inversion(run: Run, batch: StepBatch | None, empty: Text, output: "_Output") -> dict[str, float]:
+    """How much noise the run's inversion leaves, against a fine one of a few images: metrics of the first step."""
+    config, models = run.config, run.models
+    images = affordable_images(config, run.step_config, models, run.world)
+    if not images:
+        return {}
+    items = [] if batch is None else batch.items
+    found = _fitting(run, output, lambda: noise_ratio(items, images, config, run.step_config, models, empty))
+    if found:
+        output.say(
+            f"inversion: noise_ratio {found['noise_ratio']:.2f}, rms(tau) relative to n = "
+            f"{fine_steps(config, run.step_config, models)} on the exact path ({images * run.world} images, "
+            f"{found['noise_ratio_evaluations']:,.0f} UNet evaluations, once)"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def _schedule_of(models: Models, how: InversionConfig):
         grid=how.grid,
         evaluate_at=how.evaluate_at,
         eta=how.eta,
+        refine_at=how.refine_at,
     )
 
 
@@ -121,5 +122,5 @@ def _predictor(
 
 def _width(batch: StepBatch, models: Models, how: InversionConfig) -> int | None:
     """The size of every UNet call where it has to be one."""
-    images = len(batch.eta_keys)
+    images = batch.slots or len(batch.eta_keys)
     return min(how.batch, images) if models.denoiser.wants_fixed_batch(models.network(how.model)) else None

@@ -1,6 +1,7 @@
 """The output folder of a run: fixed names, never two runs in one folder by accident.
 
 config.yaml  manifest.json  metrics.jsonl  checkpoints/  model/  evaluation.json  samples.png  report.html
+warnings.json
 """
 
 import hashlib
@@ -30,7 +31,15 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
 from inpo_fast.runtime.masking import masked, masked_tree
 
-OURS = ("config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "samples.png", "report.html")
+OURS = (
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "evaluation.json",
+    "samples.png",
+    "report.html",
+    "warnings.json",
+)
 OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
 # keys that may differ between a run and its continuation: they do not touch what is computed

@@ -13,6 +13,7 @@ from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.data.loader import open_data
 from inpo_fast.data.pair import Source
 from inpo_fast.method.inversion import check_inversion
+from inpo_fast.method.objectives import check_objective, objective_notes
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
@@ -81,7 +82,10 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     trajectory_cache, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), []
     if trajectory_cache is not None:
         notes += trajectory_cache.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
-    latent_cache = open_latent_cache(models, config.data, config.data.resolution or models.resolution, config.seed)
+    latent_cache = open_latent_cache(
+        models, config.data, source, config.data.resolution or models.resolution, config.seed
+    )
+    notes += objective_notes(config.objective, models.noise_path)
     if blocks := models.denoiser.compiled_blocks(models.policy):
         notes.append(f"models.fast=compiled: the first step compiles {blocks} kinds of blocks and takes longer")
     masters, averages = models.weights.masters, config.optim.average != "none"
@@ -114,6 +118,7 @@ def _open_models(config: RunConfig, rank: int, world: int, device: torch.device)
     partition = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
     models = Models(open_pipeline(config.models), device, config.models, partition)
     check_inversion(config.inversion, models.noise_path)
+    check_objective(config.objective, models.noise_path)
     return models
 
 

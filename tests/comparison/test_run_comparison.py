@@ -75,6 +75,26 @@ def test_table_holds_the_hand_counted_numbers(tmp_path):
     assert "| anime | 75.0 (2 prompts, no interval)" in text
 
 
+def test_judges_that_tell_the_control_from_the_base_are_named(tmp_path):
+    """Whichever of the two they prefer; a fit judge is not, nor one on too few prompts."""
+    prompts = PromptSet("text", [f"p{i}" for i in range(10)], {})
+    flat, picture = np.zeros(20), np.zeros((8, 8, 3), np.uint8)
+    controls = {"likes": flat + 1, "dislikes": flat - 1, "fit": flat, "torn": flat + np.tile([1.0, -1.0], 10)}
+    out = ModelComparison(prompts, 2, {"base": "B", "ours": "O"}, [Named(name) for name in controls])
+    out.pictures = dict.fromkeys(("base", "ours", "control"), [picture] * 20)
+    out.scores = {
+        judge: {name: Scores(t) for name, t in (("base", flat), ("ours", flat + 1), ("control", control))}
+        for judge, control in controls.items()
+    }
+    result = json.loads(json.dumps(summarise(out, EvaluateConfig())))
+    assert [line.split(" is unfit")[0] for line in page.unfit_judges(result)] == ["likes", "dislikes"]
+    text = page.markdown(result)
+    assert text.count("unfit for this base") == 2 and "- likes is unfit for this base: it tells even" in text
+    assert page.html(result, []).count("unfit for this base") == 2
+    few = json.loads(json.dumps(summarise(comparison(tmp_path), EvaluateConfig())))
+    assert page.unfit_judges(few) == []
+
+
 def test_disagreement_knows_no_scale():
     same = np.array([1.0, -1, 2])
     assert np.allclose(disagreement([same, 100 * same]), 0)
