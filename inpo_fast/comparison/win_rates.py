@@ -1,9 +1,9 @@
 """Paired win-rates with intervals: wins plus half the ties, 95 % over prompts.
 
 An interval is the percentile bootstrap's (Efron 1979). Where fewer than FEWEST prompts differ from the commonest result
-(all won but two, all ties) there is nothing to draw from, and of equal values it has no width at all, for any N. Then it
-is made no narrower than what the prompts can rule out: a kind of prompt that none of N prompts was may be a share q of
-all, where (1 - q)^N = 2.5 %; were all of those lost, the mean would be mean (1 - q), were all won, mean + q (1 - mean).
+(all won but two, all ties) there is nothing to draw from, and of equal values it has no width at all, for any N. Then
+it is made no narrower than what the prompts can rule out: a kind of prompt that none of N prompts was may be a share q
+of all, where (1 - q)^N = 2.5 %; were those all lost, the mean would be mean (1 - q), were all won, mean + q (1 - mean).
 Where all prompts were won this is Clopper and Pearson's exact bound (Biometrika 26, 1934), 0.025^(1/N); with 5 % in
 place of 2.5 % and large N it is the "rule of three" (Hanley and Lippman-Hand, JAMA 249, 1983).
 
@@ -73,8 +73,8 @@ def interval(values: np.ndarray) -> Rate:
 
 
 def widened(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """A bootstrap's low and high of (N,) prompts' values from 0 to 1; where nearly all are equal, no narrower than what N
-    prompts can rule out."""
+    """A bootstrap's low and high of (N,) prompts' values from 0 to 1; where nearly all are equal, no narrower than what
+    N prompts can rule out."""
     if len(values) - np.unique(values, return_counts=True)[1].max() >= FEWEST:
         return low, high
     mean, unseen = float(values.mean()), 1 - MISSED ** (1 / len(values))
