@@ -16,7 +16,9 @@ interrupted, also on several processes (torchrun):
 from pathlib import Path
 
 from inpo_fast.config import parse
+from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_folder
 
 
 def main() -> None:
@@ -35,18 +37,17 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, help="where everything goes; what is there already is not made again"
     )
-    parser.add_argument("--limit", type=int, help="so many prompts, spread evenly over the set; default: all")
+    parser.add_argument("--limit", type=whole(), help="so many prompts, spread evenly over the set; default: all")
     own, rest = parser.parse_known_args()
+    check_folder("--output", Path(own.output))
     config = parse("python -m inpo_fast.evaluate", rest)
     if config.evaluate.prompts is None:
         raise UserError("evaluate.prompts is empty; give a text file with one prompt a line")
-    if own.limit is not None and own.limit < 1:
-        raise UserError(f"--limit {own.limit}: must be at least 1")
     import torch
 
     from inpo_fast.comparison.drawing import open_base
     from inpo_fast.comparison.run_comparison import compare, named_models, open_comparison, split_name
-    from inpo_fast.comparison.run_evaluation import evaluate
+    from inpo_fast.comparison.run_evaluation import evaluate, forget
     from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
     from inpo_fast.report.comparison import write_comparison
@@ -75,15 +76,17 @@ def main() -> None:
         else:
             base = open_base(key, place, torch.float32, single_file_config, "models.vae", models.vae).to(device)
             model = split_name(own.model[0])[1]
-            evaluation = evaluate(base, open_network("--model", model, base), how, variant=masked(model))
+            evaluation = evaluate(base, open_network("--model", model, base), how, masked(model), folder)
             if rank == 0:
                 evaluation.write(folder)
                 report = write_report(folder, evaluation)
                 print(verdict(evaluation.result))
                 print(f"Report: {report}")
+            distributed.barrier("report")
+            forget(folder)
     finally:
         distributed.stop()
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.evaluate", main)
+    run_command("python -m inpo_fast.evaluate", main, "the same command goes on")

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from inpo_fast.data.config import DataConfig
 from inpo_fast.judges.registry import NAMES
+from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
@@ -26,22 +28,19 @@ def main() -> None:
     parser.add_argument(
         "--temperature",
         action="append",
-        type=float,
+        type=number(above=0),
         help="one for all judges, or one for each in turn: points of score for odds of e to 1 (default 1)",
     )
     parser.add_argument("--vote", choices=("mean", "majority"), default="mean", help="of several judges (default mean)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures at once (default 64)")
-    parser.add_argument("--workers", type=int, default=DataConfig.workers, help="threads that read and decode")
+    parser.add_argument("--batch", type=whole(most=100_000), default=64, help="pictures at once (default 64)")
+    parser.add_argument("--workers", type=whole(most=1024), default=DataConfig.workers, help="threads that decode")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     own = parser.parse_args()
     temperatures = own.temperature or [1.0]
     temperatures = temperatures * len(own.judge) if len(temperatures) == 1 else temperatures
-    if len(temperatures) != len(own.judge) or not all(t > 0 for t in temperatures):
-        raise UserError(
-            f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges; positive"
-        )
-    if own.output.is_dir():
-        raise UserError(f"--output {own.output} is a folder; name a file in it")
+    if len(temperatures) != len(own.judge):
+        raise UserError(f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges")
+    check_file("--output", own.output, (".parquet",))
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
@@ -78,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.relabel", main)
+    run_command("python -m inpo_fast.relabel", main, "the same command goes on")

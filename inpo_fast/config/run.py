@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
-import yaml
-
 from inpo_fast.comparison.config import EvaluateConfig
+from inpo_fast.config.yaml_text import to_text
 from inpo_fast.data.config import DataConfig
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.method.methods import MethodName, variant_name
@@ -199,4 +198,4 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return to_text(to_dict(config))

@@ -81,7 +81,7 @@ def make_plan(config: RunConfig, gpus: int) -> Plan:
         network.requires_grad_(False)
         add_adapter(network, config.models.lora)
     factor = denoiser.downscale(shapes.vae.config)
-    pixels = config.data.resolution or denoiser.native_side * factor
+    pixels = denoiser.training_side(config.data.resolution, shapes.vae.config)
     passes = network_passes(network, pixels // factor, shapes.tokens, config.models.gradient_checkpointing)
     trained = [p for p in network.parameters() if p.requires_grad]
     kept = _kept(config, shapes, passes, trained, gpus)

@@ -13,6 +13,7 @@ goes along as a PNG in the message.
 """
 
 import base64
+import concurrent.futures
 import email.utils
 import http.client
 import json
@@ -21,7 +22,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,6 +77,8 @@ class HttpJudge:
         with ThreadPoolExecutor(self.settings.parallel) as pool:
             futures = [pool.submit(self._ask, *pair, stop) for pair in zip(images, prompts, strict=True)]
             try:
+                for future in concurrent.futures.wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()  # a refusal of any of them ends the waits of all
                 answers = [future.result() for future in futures]
             finally:
                 stop.set()

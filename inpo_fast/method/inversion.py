@@ -63,6 +63,12 @@ def check_inversion(how: InversionConfig, path: NoisePath) -> None:
     """UserError where the model's noise path has no such grid, or no step that a solver could solve."""
     if how.grid not in path.grids:
         raise UserError(f"inversion.grid={how.grid} is not of this model; take one of {', '.join(path.grids)}")
+    try:
+        path.check(path.all_levels(1), how.steps)
+    except ValueError as problem:
+        raise UserError(
+            f"inversion.steps={how.steps}: this model has no grid of so many steps ({problem})"
+        ) from problem
     if how.estimator not in ("ddim", "random") and not path.implicit_steps:
         raise UserError(
             f"inversion.estimator={how.estimator} is for models that predict noise, this one predicts {path.output}; "

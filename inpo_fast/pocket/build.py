@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ASSETS)
     arguments = parser.parse_args()
     quiet_libraries()
-    rank, _, _ = distributed.start(timeout_minutes=60)
+    rank, _, _ = distributed.start(patience_minutes=600)  # the first process does most stages alone
     if rank == 0:
         if not arguments.only:
             shutil.rmtree(arguments.output, ignore_errors=True)

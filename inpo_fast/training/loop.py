@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -18,9 +17,9 @@ from inpo_fast.handover.output_model import detach_policy, output_pipeline, whol
 from inpo_fast.models.models import Text
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.memory import with_less
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.progress import StepProgress
+from inpo_fast.runtime.watch import exchange
 from inpo_fast.training.checkpoint import State
 from inpo_fast.training.fine_inversion import affordable_images, fine_steps, noise_ratio
 from inpo_fast.training.health_checks import HealthChecks
@@ -40,7 +39,7 @@ def train(run: Run, console: Console) -> None:
     with contextlib.ExitStack() as closing:
         # ---- set-up ------------------------------------------------------------------------------
         output = closing.enter_context(_open_output(run, console))
-        preemption = closing.enter_context(Preemption(timedelta(minutes=config.train.patience_minutes)))
+        preemption = closing.enter_context(Preemption())
         empty = models.encode_empty()
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
@@ -58,7 +57,8 @@ def train(run: Run, console: Console) -> None:
                     _save(run, batches.dropped, preemption, wait=True)
                 raise
             batches.prepare(step + 1)  # sent to the device while it still computes this step
-            values = metrics.values()  # the step's one copy to the host: waits for the device
+            with exchange("its result"):
+                values = metrics.values()  # the step's one copy to the host: waits for the device
             _update(run, values, logits, batch, step)
             # ---- what it took, and what happens once in a while ----------------------------------
             now = time.perf_counter()
@@ -183,12 +183,7 @@ class _Batches:
 
 def _fitting(run: Run, output: _Output, work: Callable[[], T]) -> T:
     """work(), which asks for run.step_config: again with smaller sizes where memory does not suffice."""
-
-    def lower(key: str, size: int) -> None:
-        run.lowered[key] = size
-        output.say(f"warning: out of memory; {key} is now {size} on this process")
-
-    return with_less(work, lower)
+    return run.models.at_once.fitting(work, lambda text: output.say(f"warning: {text}"))
 
 
 def _set_lr(run: Run, step: int) -> float:
@@ -228,11 +223,12 @@ def _update(run: Run, values: dict[str, float], logits: torch.Tensor, batch: Ste
 def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool) -> None:
     """A checkpoint of the steps done, written while the training goes on. All processes call it."""
     preemption.meet(run.done)
-    found = distributed.gather((dropped, run.lowered.get("data.vae_batch")))
+    found = distributed.gather((dropped, run.models.at_once.lowered), "what was dropped")
     dropped = sorted({*run.dropped, *(d for part, _ in found for d in part)})
-    vae_batch = min((size for _, size in found if size), default=None)
+    keys = sorted({key for _, sizes in found for key in sizes})
+    lowered = {key: min(sizes[key] for _, sizes in found if key in sizes) for key in keys}
     scale = (run.loss_scale.value, run.loss_scale.good) if run.loss_scale else None
-    state = State(run.done, run.seconds, dropped, scale, vae_batch=vae_batch)
+    state = State(run.done, run.seconds, dropped, scale, lowered=lowered)
     run.checkpoints.save(state, run.models.weights, run.optimizer, run.average, wait=wait)
     run.saved = run.done
     if run.rank == 0:

@@ -40,7 +40,7 @@ OURS = (
     "report.html",
     "warnings.json",
 )
-OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb")
+OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb", ".evaluation")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
 # keys that may differ between a run and its continuation: they do not touch what is computed
 FREE_ON_RESUME = (
@@ -201,6 +201,9 @@ class RunFolder:
                 f"{final} cannot be written ({why}); free some space and repeat with "
                 "--resume: the last checkpoint is complete"
             ) from problem
+        except BaseException:  # asked to stop
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def _remove(path: Path) -> None:

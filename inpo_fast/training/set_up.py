@@ -1,7 +1,7 @@
 """A run before its first step: everything is checked and opened, and the newest checkpoint put back."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,7 +50,6 @@ class Run:
     saved: int = -1  # of them, how many the newest checkpoint of this start has
     seconds: float = 0.0
     dropped: tuple[str, ...] = ()
-    lowered: dict[str, int] = field(default_factory=dict)  # settings that memory made this process halve, by key
 
     @property
     def variant(self) -> str:
@@ -64,7 +63,7 @@ class Run:
     def step_config(self) -> StepConfig:
         """As configured, with the sizes that fit."""
         caches = {"trajectory_cache": self.trajectory_cache, "latent_cache": self.latent_cache}
-        return StepConfig.of(self.config, **caches).lowered(self.lowered)
+        return StepConfig.of(self.config, **caches).lowered(self.models.at_once.lowered)
 
 
 def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> Run:
@@ -119,6 +118,7 @@ def _open_models(config: RunConfig, rank: int, world: int, device: torch.device)
     models = Models(open_pipeline(config.models), device, config.models, partition)
     check_inversion(config.inversion, models.noise_path)
     check_objective(config.objective, models.noise_path)
+    models.training_side(config.data.resolution)
     return models
 
 
@@ -137,8 +137,8 @@ def _load_checkpoint(run: Run) -> None:
     if state is None:
         return
     run.done, run.saved, run.seconds, run.dropped = state.step, state.step, state.seconds, tuple(state.dropped)
-    if state.vae_batch is not None:
-        run.lowered["data.vae_batch"] = state.vae_batch
+    run.models.at_once.lowered |= state.lowered
+    run.notes += tuple(f"{key} is at most {size}, which fitted before" for key, size in state.lowered.items())
     if run.loss_scale is not None and state.loss_scale:
         run.loss_scale.value, run.loss_scale.good = state.loss_scale
 

@@ -68,7 +68,7 @@ def train_step(
 def _noisy_latents(
     batch: StepBatch, models: Models, config: StepConfig, metrics: MetricAccumulator, preemption: Preemption
 ) -> torch.Tensor:
-    with fits("inversion.batch", config.inversion.batch), phase("invert"):
+    with phase("invert"):
         x_t, evaluations = noisy_latents(batch, models, config, metrics, preemption)
     metrics.add("unet_evaluations", evaluations, total=True)
     if batch.cached is not None:

@@ -145,7 +145,7 @@ def test_a_model_against_itself_ties_and_the_base_is_put_back(tmp_path):
     )
     same = tiny_unet()
     same.load_state_dict(own.state_dict())
-    evaluation = evaluate(pipeline, same, config, "itself")
+    evaluation = evaluate(pipeline, same, config, "itself", tmp_path)
     assert evaluation.result["win_rate"] == 0.5 and pipeline.unet is own
     base, aligned, control = (np.stack(evaluation.galleries[n].pictures) for n in ("base", "aligned", "control"))
     assert (base == aligned).all() and (base != control).any()

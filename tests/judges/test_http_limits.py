@@ -166,7 +166,21 @@ def test_an_answer_has_a_largest_size(tmp_path, serve, answer):
         (b"\xff\xfe\x00", "", "not a chat completion"),
         (b"9" * 10_000, "", "not a chat completion"),
     ],
-    ids=range(13),
+    ids=[
+        "deep",
+        "deep-choices",
+        "html",
+        "gzip",
+        "empty",
+        "object",
+        "null",
+        "no-choices",
+        "no-message",
+        "text",
+        "error",
+        "bytes",
+        "number",
+    ],
 )
 def test_what_is_no_chat_completion_is_told_in_one_line(tmp_path, serve, body, head, words):
     with pytest.raises(UserError, match=words) as refused:
