@@ -13,6 +13,8 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from inpo_fast.runtime.masking import masked
+
 VARIABLE = "INPO_FAST_TRACEBACK"
 PACKAGES = ("inpo-fast", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "pyarrow")
 ISSUES = "report it to the project with that file"
@@ -45,7 +47,7 @@ def _write(program: str, problem: BaseException) -> Path | None:
         f"python {platform.python_version()}, {platform.platform()}",
         *(f"{name} {_version(name)}" for name in PACKAGES),
     ]
-    text = "\n".join([*head, "", *traceback.format_exception(problem)])
+    text = masked("\n".join([*head, "", *traceback.format_exception(problem)]))
     try:
         handle, name = tempfile.mkstemp(prefix="inpo-fast-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
