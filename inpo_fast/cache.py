@@ -10,14 +10,17 @@ on where it stopped; shards are written whole or not at all.
 import contextlib
 from pathlib import Path
 
-from inpo_fast.config import parse
 from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.writable import check_folder
 
 
 def main() -> None:
+    from inpo_fast.config import parse
+
     config = parse("python -m inpo_fast.cache")
     if not config.data.cache:
         raise UserError("data.cache names no folder; give --data.cache FOLDER")
+    check_folder("data.cache", Path(config.data.cache))
     from rich.console import Console
 
     from inpo_fast.caches.precompute import alone, fill
@@ -43,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.cache", main)
+    run_command("python -m inpo_fast.cache", main, "the same command goes on")

@@ -7,10 +7,10 @@ A model's file holds UNet, VAE and text encoders under the names of the original
 in any program's names is written in kohya's or diffusers', alpha / rank inside, for readers that know no alpha.
 """
 
-import argparse
 from pathlib import Path
 
-from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 FORMATS = ("kohya", "kohya-diffusers", "diffusers")
 FORMAT_HELP = (
@@ -20,8 +20,7 @@ FORMAT_HELP = (
 
 
 def main() -> None:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m inpo_fast.export", description=about, allow_abbrev=False)
+    parser = command_line("python -m inpo_fast.export", __doc__)
     parser.add_argument("--model", type=Path, help="a diffusers folder; with --lora the one that it belongs to")
     parser.add_argument("--lora", type=Path, help="a LoRA: its folder or file, in the names of any program")
     parser.add_argument("--output", type=Path, required=True, help="FILE.safetensors")
@@ -31,8 +30,7 @@ def main() -> None:
     own = parser.parse_args()
     if own.model is None and own.lora is None:
         raise UserError("nothing to export; name a diffusers folder with --model or a LoRA with --lora")
-    if own.output.suffix != ".safetensors":
-        raise UserError(f"--output {own.output}: must end with .safetensors")
+    check_file("--output", own.output, (".safetensors",))
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} exists; replace it with --overwrite, or name another")
     from inpo_fast.handover.single_file_export import export_lora, export_model

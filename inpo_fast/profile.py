@@ -18,29 +18,34 @@ from dataclasses import asdict
 from pathlib import Path
 
 from inpo_fast.config import parse
+from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
+
     parser = command_line(
         "python -m inpo_fast.profile",
         __doc__,
         epilog="All keys of the trainer's configuration may follow: python -m inpo_fast.train --help",
     )
     parser.add_argument(
-        "--ceiling", type=float, default=790.0, help="TFLOP/s of a large bf16 matrix product (H200: 790)"
+        "--ceiling", type=number(above=0), default=790.0, help="TFLOP/s of a large bf16 matrix product (H200: 790)"
     )
     parser.add_argument(
-        "--copy-ceiling", type=float, default=4.3, help="TB/s of a device copy, read + write (H200: 4.3)"
+        "--copy-ceiling", type=number(above=0), default=4.3, help="TB/s of a device copy, read + write (H200: 4.3)"
     )
-    parser.add_argument("--price", type=float, help="of one GPU-hour, in any currency")
-    parser.add_argument("--windows", type=int, default=3, help="timed steps, after one to warm up (default 3)")
-    parser.add_argument("--pairs", type=int, help="pairs of a step; default: the recipe's, at most 128")
+    parser.add_argument("--price", type=number(least=0), help="of one GPU-hour, in any currency")
+    parser.add_argument("--windows", type=whole(), default=3, help="timed steps, after one to warm up (default 3)")
+    parser.add_argument("--pairs", type=whole(), help="pairs of a step; default: the recipe's, at most 128")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--trace", type=Path, help="write a chrome trace of the timed steps there")
     own, rest = parser.parse_known_args()
-    if own.windows < 1 or (own.pairs is not None and own.pairs < 1) or min(own.ceiling, own.copy_ceiling) <= 0:
-        raise UserError("--windows, --pairs, --ceiling and --copy-ceiling must be positive")
+    for option, path in (("--json", own.json), ("--trace", own.trace)):
+        if path is not None:
+            check_file(option, path, (".json", ".gz") if option == "--trace" else (".json",))
+            path.parent.mkdir(parents=True, exist_ok=True)
     config = parse("python -m inpo_fast.profile", rest)
     if config.inversion.cache is not None:
         raise UserError("inversion.cache: the profile knows uncached steps only; leave it out (and inversion.frozen)")

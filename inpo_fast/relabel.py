@@ -9,18 +9,17 @@ better one with probability sigmoid(s / temperature). Several judges give the me
 Interrupted, it goes on where it stopped; on several processes with torchrun.
 """
 
-import argparse
 from pathlib import Path
 
 from inpo_fast.data.config import DataConfig
 from inpo_fast.judges.registry import NAMES
-from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.arguments import number, whole
+from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m inpo_fast.relabel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("python -m inpo_fast.relabel", __doc__)
     parser.add_argument("--source", required=True, help="as data.source of the trainer")
     parser.add_argument("--format", default="auto", help="as data.format of the trainer")
     parser.add_argument("--images", help="as data.images of the trainer")
@@ -29,22 +28,19 @@ def main() -> None:
     parser.add_argument(
         "--temperature",
         action="append",
-        type=float,
+        type=number(above=0),
         help="one for all judges, or one for each in turn: points of score for odds of e to 1 (default 1)",
     )
     parser.add_argument("--vote", choices=("mean", "majority"), default="mean", help="of several judges (default mean)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures at once (default 64)")
-    parser.add_argument("--workers", type=int, default=DataConfig.workers, help="threads that read and decode")
+    parser.add_argument("--batch", type=whole(most=100_000), default=64, help="pictures at once (default 64)")
+    parser.add_argument("--workers", type=whole(most=1024), default=DataConfig.workers, help="threads that decode")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     own = parser.parse_args()
     temperatures = own.temperature or [1.0]
     temperatures = temperatures * len(own.judge) if len(temperatures) == 1 else temperatures
-    if len(temperatures) != len(own.judge) or not all(t > 0 for t in temperatures):
-        raise UserError(
-            f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges; positive"
-        )
-    if own.output.is_dir():
-        raise UserError(f"--output {own.output} is a folder; name a file in it")
+    if len(temperatures) != len(own.judge):
+        raise UserError(f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges")
+    check_file("--output", own.output, (".parquet",))
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
@@ -56,6 +52,7 @@ def main() -> None:
     from inpo_fast.judges.relabelling import finish, relabel, report
     from inpo_fast.models.loading import quiet_libraries
     from inpo_fast.runtime import distributed
+    from inpo_fast.runtime.masking import masked
 
     quiet_libraries()
     rank, _, device = distributed.start()
@@ -67,7 +64,7 @@ def main() -> None:
         folder = relabel(source, judges, own.output, config)
         if rank == 0:
             about = {
-                "source": own.source,
+                "source": masked(own.source),
                 "source_identity": identity_of(source),
                 "judges": {judge.name: judge_id(judge) for judge in judges},
                 "temperatures": temperatures,
@@ -80,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.relabel", main)
+    run_command("python -m inpo_fast.relabel", main, "the same command goes on")

@@ -5,7 +5,9 @@ python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --
 
 from pathlib import Path
 
+from inpo_fast.runtime.arguments import number, seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
@@ -19,19 +21,22 @@ def main() -> None:
     parser.add_argument("--prompts", help="text file, one prompt a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures per prompt (default 1)")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="7.5 for SD1.5 (default), 5 for SDXL")
-    parser.add_argument("--batch", type=int, default=8, help="pictures at once (default 8)")
+    parser.add_argument("--seeds", type=whole(most=10_000), default=1, help="pictures per prompt (default 1)")
+    parser.add_argument("--steps", type=whole(most=999), default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--guidance", type=number(least=0, most=1000), default=7.5, help="7.5 SD1.5 (default), 5 SDXL")
+    parser.add_argument("--batch", type=whole(most=100_000), default=8, help="pictures at once (default 8)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise (default 0)")
     own = parser.parse_args()
+    check_file("--output", Path(own.output), (".png",))
     prompts = list(own.prompt)
     if own.prompts:
         try:
             lines = Path(own.prompts).read_text(encoding="utf-8").splitlines()
         except OSError as problem:
             raise UserError(f"--prompts {own.prompts}: {problem.strerror}") from problem
+        except UnicodeDecodeError as problem:
+            raise UserError(f"--prompts {own.prompts}: not text in UTF-8, one prompt a line") from problem
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("no prompts: give --prompts FILE or --prompt TEXT")

@@ -15,12 +15,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from inpo_fast.config import parse
+from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 PROGRAM = "python -m inpo_fast.validate"
 
 
 def main() -> None:
+
     parser = command_line(
         PROGRAM,
         __doc__,
@@ -29,15 +32,16 @@ def main() -> None:
     parser.add_argument("--source", help="as data.source of the trainer, and in its place")
     parser.add_argument("--format", help="as data.format of the trainer")
     parser.add_argument("--images", help="as data.images of the trainer")
-    parser.add_argument("--resolution", type=int, help="the training resolution (default: data.resolution, or 512)")
-    parser.add_argument("--pairs-per-step", type=int, help="for the estimate (default: train.pairs_per_step)")
-    parser.add_argument("--limit", type=int, help="look at so many pairs, in training order; default: at all")
-    parser.add_argument("--workers", type=int, help="threads that decode (default: data.workers)")
+    parser.add_argument("--resolution", type=whole(most=16_384), help="default: data.resolution, or 512")
+    parser.add_argument("--pairs-per-step", type=whole(most=1_000_000), help="default: train.pairs_per_step")
+    parser.add_argument("--limit", type=whole(), help="look at so many pairs, in training order; default: at all")
+    parser.add_argument("--workers", type=whole(most=1024), help="threads that decode (default: data.workers)")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of sample pairs there (PNG)")
     parser.add_argument("--json", type=Path, help="write the findings there")
     own, rest = parser.parse_known_args()
-    if own.limit is not None and own.limit < 1:
-        raise UserError(f"--limit {own.limit}: must be at least 1")
+    for option, path, ending in (("--sheet", own.sheet, ".png"), ("--json", own.json, ".json")):
+        if path is not None:
+            check_file(option, path, (ending,))
     run = parse(PROGRAM, rest)
     given = {name: getattr(own, name) for name in ("source", "format", "images", "workers")}
     config = replace(run.data, **{name: value for name, value in given.items() if value is not None})
@@ -50,6 +54,7 @@ def main() -> None:
     from inpo_fast.data.examine import examine, show
     from inpo_fast.data.loader import open_data
     from inpo_fast.runtime.files import write_bytes, write_text
+    from inpo_fast.runtime.masking import masked_tree
 
     source = open_data(config)
     console = Console()
@@ -69,7 +74,8 @@ def main() -> None:
         write_bytes(own.sheet, contact_sheet(samples, config.max_pixels))
         console.print(f"sample pairs: {own.sheet}", highlight=False, markup=False)
     if own.json:
-        write_text(own.json, json.dumps(asdict(found), indent=1))
+        own.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(own.json, json.dumps(masked_tree(asdict(found)), indent=1))
     sys.exit(1 if found.problems else 0)
 
 

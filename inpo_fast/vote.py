@@ -8,34 +8,32 @@ only (127.0.0.1); which side is whose is drawn and never sent to the page. Keys:
 skip, u to undo. Every vote is on disk before the next pair is shown; Ctrl-C ends, the same command goes on.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.arguments import seed, whole
+from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m inpo_fast.vote", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("python -m inpo_fast.vote", __doc__)
     parser.add_argument(
         "--pictures", type=Path, help="the --output of inpo_fast.evaluate with several models or judges"
     )
     parser.add_argument("--models", nargs=2, default=[], help="whose pictures; default: the first two")
     parser.add_argument("--source", help="instead of --pictures: pairs, as data.source of the trainer")
     parser.add_argument("--output", type=Path, required=True, help="the .parquet to write")
-    parser.add_argument("--limit", type=int, help="so many pairs; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the order and the sides (default 0)")
-    parser.add_argument("--user", type=int, default=0, help="number of the voter, for the column user_id (default 0)")
+    parser.add_argument("--limit", type=whole(), help="so many pairs; default: all")
+    parser.add_argument("--seed", type=seed, default=0, help="of the order and the sides (default 0)")
+    parser.add_argument("--user", type=whole(0), default=0, help="of the voter, for the column user_id (default 0)")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: nobody else can open the page")
-    parser.add_argument("--port", type=int, default=8765, help="default 8765")
+    parser.add_argument("--port", type=whole(0, 65_535), default=8765, help="default 8765")
     parser.add_argument("--pixelated", action="store_true", help="show small pictures as squares")
     own = parser.parse_args()
     if (own.pictures is None) == (own.source is None):
         raise UserError("give --pictures FOLDER or --source PATH, one of them")
-    if own.limit is not None and own.limit < 1:
-        raise UserError(f"--limit {own.limit}: must be at least 1")
+    check_file("--output", own.output, (".parquet",))
     from inpo_fast.comparison.votes import Votes, cases_of_evaluation, cases_of_source
     from inpo_fast.comparison.voting_page import Server
     from inpo_fast.data.sources import open_source
@@ -67,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.vote", main)
+    run_command("python -m inpo_fast.vote", main, "the same command goes on")

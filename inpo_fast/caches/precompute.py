@@ -71,7 +71,7 @@ def fill(
 ) -> LatentCache:
     """Everything that is not there yet of a run's first `pairs` positions. Every rank takes every world-th shard."""
     source = open_data(config)
-    resolution = config.resolution or models.resolution
+    resolution = models.training_side(config.resolution)
     latents = LatentCache(Path(config.cache), models, config, source, resolution, seed)
     if rank == 0:
         latents.start()

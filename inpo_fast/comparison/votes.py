@@ -207,9 +207,9 @@ class Votes:
                     continue
                 rows.append(self._row(number, case, pictures, vote))
             with whole(self.output) as aside:
-                pq.write_table(
-                    pa.Table.from_pylist(rows, schema=PICKAPIC_SCHEMA), aside, row_group_size=256, compression="zstd"
-                )
+                table = pa.Table.from_pylist(rows, schema=PICKAPIC_SCHEMA)
+                # a relative path such as a:b/c would be an address to pyarrow
+                pq.write_table(table, aside.absolute(), row_group_size=256, compression="zstd")
             return len(rows)
 
     def _row(self, number: int, case: Case, pictures: tuple[bytes, bytes], vote: Vote) -> dict:

@@ -4,81 +4,27 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from inpo_fast.config.run import RunConfig
+from inpo_fast.config.limits import check_limits
+from inpo_fast.config.run import RunConfig, flat, to_dict
 from inpo_fast.method.config import ObjectiveConfig
 from inpo_fast.method.methods import METHODS, method_of
 from inpo_fast.runtime.errors import UserError
+
+MAY_BE_EMPTY = ("models.base", "data.source")  # in the configuration; refused where they are needed
 
 
 def check(config: RunConfig) -> None:
     """UserError that names the first key that cannot be."""
     _check_nulls(config)
-    rules = [
-        (config.train.steps >= 1, "train.steps", config.train.steps, "at least 1"),
-        (config.train.pairs_per_step >= 1, "train.pairs_per_step", config.train.pairs_per_step, "at least 1"),
-        (config.train.micro_batch >= 1, "train.micro_batch", config.train.micro_batch, "at least 1"),
-        (config.train.checkpoint_every >= 1, "train.checkpoint_every", config.train.checkpoint_every, "at least 1"),
-        (config.observe.images_every >= 0, "observe.images_every", config.observe.images_every, "not negative"),
-        (config.observe.images >= 1, "observe.images", config.observe.images, "at least 1"),
-        (config.observe.held_out_every >= 1, "observe.held_out_every", config.observe.held_out_every, "at least 1"),
-        (config.observe.held_out_pairs >= 1, "observe.held_out_pairs", config.observe.held_out_pairs, "at least 1"),
-        (config.plan.memory > 0, "plan.memory", config.plan.memory, "positive"),
-        (config.plan.tflops > 0, "plan.tflops", config.plan.tflops, "positive"),
-        (config.models.lora.rank >= 0, "models.lora.rank", config.models.lora.rank, "not negative"),
-        (config.train.keep_checkpoints >= 1, "train.keep_checkpoints", config.train.keep_checkpoints, "at least 1"),
-        (config.train.milestone_every >= 0, "train.milestone_every", config.train.milestone_every, "not negative"),
-        (config.train.patience_minutes > 0, "train.patience_minutes", config.train.patience_minutes, "positive"),
-        (config.inversion.steps >= 1, "inversion.steps", config.inversion.steps, "at least 1"),
-        (config.inversion.batch >= 1, "inversion.batch", config.inversion.batch, "at least 1"),
-        (config.inversion.eta >= 0, "inversion.eta", config.inversion.eta, "not negative"),
-        (config.optim.lr > 0, "optim.lr", config.optim.lr, "positive"),
-        (all(0 <= b < 1 for b in config.optim.betas), "optim.betas", config.optim.betas, "in 0..1, 1 excluded"),
-        (config.optim.eps >= 0, "optim.eps", config.optim.eps, "not negative"),
-        (config.optim.weight_decay >= 0, "optim.weight_decay", config.optim.weight_decay, "not negative"),
-        (config.optim.warmup_steps >= 0, "optim.warmup_steps", config.optim.warmup_steps, "not negative"),
-        (config.optim.clip > 0, "optim.clip", config.optim.clip, "positive"),
-        (0 < config.optim.ema_decay < 1, "optim.ema_decay", config.optim.ema_decay, "between 0 and 1"),
-        (config.objective.beta > 0, "objective.beta", config.objective.beta, "positive"),
-        (0 <= config.data.prompt_dropout <= 1, "data.prompt_dropout", config.data.prompt_dropout, "in 0..1"),
-        (config.data.bad_pair_limit >= 0, "data.bad_pair_limit", config.data.bad_pair_limit, "not negative"),
-        (config.data.filters.min_side >= 0, "data.filters.min_side", config.data.filters.min_side, "not negative"),
-        (config.data.prefetch_mb >= 0, "data.prefetch_mb", config.data.prefetch_mb, "not negative"),
-        (config.online.every >= 0, "online.every", config.online.every, "not negative"),
-        (config.online.start >= 0, "online.start", config.online.start, "not negative"),
-        (0 < config.online.mix <= 1, "online.mix", config.online.mix, "in 0..1, 0 excluded"),
-        (config.online.candidates >= 2, "online.candidates", config.online.candidates, "at least 2"),
-        (config.online.sampler_steps >= 1, "online.sampler_steps", config.online.sampler_steps, "at least 1"),
-        (config.online.guidance >= 0, "online.guidance", config.online.guidance, "not negative"),
-        (config.online.batch >= 1, "online.batch", config.online.batch, "at least 1"),
-    ]
-    optional = (
-        ("train.threads", config.train.threads),
-        ("data.resolution", config.data.resolution),
-        ("data.vae_batch", config.data.vae_batch),
-        ("data.cache_mb", config.data.cache_mb),
-    )
-    for key, value in optional:
-        rules.append((value is None or value >= 1, key, value, "at least 1, or null"))
-    rules += [
-        (config.inversion.refinements >= 1, "inversion.refinements", config.inversion.refinements, "at least 1"),
-        (config.objective.gamma > 0, "objective.gamma", config.objective.gamma, "positive"),
-        (
-            0 <= config.objective.label_smoothing < 0.5,
-            "objective.label_smoothing",
-            config.objective.label_smoothing,
-            "in 0..0.5, 0.5 excluded",
-        ),
-    ]
-    mu = config.objective.winner_preserving
-    rules.append((mu is None or 0 <= mu <= 1, "objective.winner_preserving", mu, "in 0..1, or null"))
+    check_limits(flat(to_dict(config)))
     span = config.objective.timesteps
-    rules.append((0 <= span.min <= span.max <= 999, "objective.timesteps", f"{span.min}..{span.max}", "within 0..999"))
-    most = span.max - span.min + 1
-    limits = f"in 1..{most}, the number of different ones"
-    rules.append((1 <= span.per_pair <= most, "objective.timesteps.per_pair", span.per_pair, limits))
-    for good, key, value, need in rules:
-        if not good:
-            raise UserError(f"{key}={value}: must be {need}")
+    if span.min > span.max:
+        raise UserError(f"objective.timesteps={span.min}..{span.max}: must be within 0..999, min no more than max")
+    if span.per_pair > (most := span.max - span.min + 1):
+        raise UserError(
+            f"objective.timesteps.per_pair={span.per_pair}: must be in 1..{most}, the number of different ones"
+        )
+    _check_words(flat(to_dict(config)))
     if config.inversion.fp8 and config.models.fast == "off":
         raise UserError("inversion.fp8=true needs models.fast=fused or compiled")
     if config.models.cuda_graphs and config.models.fast != "compiled":
@@ -111,6 +57,15 @@ def _check_nulls(config, prefix: str = "") -> None:
             raise UserError(f"{prefix}{f.name} is null; give it a value, or leave the line out for the default")
 
 
+def _check_words(settings: dict[str, object]) -> None:
+    """Names and places that are given, but empty: nothing could be found there, or all of the current folder."""
+    for key, value in settings.items():
+        empty = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+        empty = [one for one in empty if not one.strip() and not (one == "" and key in MAY_BE_EMPTY)]
+        if empty:
+            raise UserError(f"{key} is empty; give it a value, or leave the line out for the default")
+
+
 def _check_method(config: RunConfig) -> None:
     """Settings that the method or the estimator has no use for would be believed to be in the result."""
     method, objective, how = method_of(config.method), config.objective, config.inversion
@@ -133,6 +88,14 @@ def _check_method(config: RunConfig) -> None:
         raise UserError(
             f"inversion.refinements={how.refinements}: inversion.estimator={how.estimator} refines nothing; take "
             "renoise, fixed-point or gradient"
+        )
+    if how.refine_at != "target" and not (refined and how.evaluate_at == "source"):
+        why = "has no refinements" if not refined else f"with evaluate_at={how.evaluate_at} is in nobody's code"
+        raise UserError(f"inversion.refine_at={how.refine_at}: estimator={how.estimator} {why}; leave it out")
+    if how.grid == "diffusers-0.22" and how.eta:
+        raise UserError(
+            f"inversion.eta={how.eta:g} with grid=diffusers-0.22: the published script adds the noise of the next "
+            "step there, and has none for t > 901; take grid=diffusers-0.20, or eta=0"
         )
     if refined and how.eta:
         raise UserError(f"inversion.estimator={how.estimator} solves a step without noise; take inversion.eta=0")

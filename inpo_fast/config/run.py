@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
-import yaml
-
 from inpo_fast.comparison.config import EvaluateConfig
+from inpo_fast.config.yaml_text import to_text
 from inpo_fast.data.config import DataConfig
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.method.methods import MethodName, variant_name
@@ -80,6 +79,9 @@ class ObserveConfig:
     """Steps between two looks at them; the first step and the last have one."""
     held_out_pairs: int = 256
     """How many of them, the same each time."""
+    fine_inversion: int = 200
+    """Before the first step, x_t of a few images is compared with that of so many inversion.steps on the exact path,
+    for at most 1 % of the run's UNet evaluations; a warning where it holds much less or more noise. 0: never."""
     wandb: str | None = None
     """Project of Weights & Biases that metrics and pictures go to (WANDB_MODE=offline keeps them here). None: none."""
 
@@ -196,4 +198,4 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return to_text(to_dict(config))

@@ -96,7 +96,7 @@ def measure(config: RunConfig, device: torch.device, steps: int, pairs: int, tra
 
 
 def _pairs(config: RunConfig, models: Models, count: int):
-    resolution = config.data.resolution or models.resolution
+    resolution = models.training_side(config.data.resolution)
     if config.data.source:
         source = open_data(config.data)
         reader = PairLoader(source, config.data, resolution=resolution, seed=config.seed, rank=0, world=1)

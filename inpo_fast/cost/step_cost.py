@@ -17,7 +17,7 @@ from inpo_fast.config import RunConfig
 from inpo_fast.cost.flops import Passes, ask_texts, ask_vae, forward_flop
 from inpo_fast.cost.memory_traffic import forward_traffic, least_bytes, network_traffic, roofline_bytes
 from inpo_fast.method.ddpm_path import DDPMPath
-from inpo_fast.method.inversion import evaluations_of
+from inpo_fast.method.inversion import check_inversion, evaluations_of
 from inpo_fast.method.methods import method_of, uses_inversion
 from inpo_fast.method.solvers import evaluations_a_step
 from inpo_fast.models.families import denoiser_of
@@ -88,6 +88,7 @@ def _evaluations(config: RunConfig) -> float:
         return 0.0
     how = config.inversion
     path = DDPMPath(torch.linspace(1.0, 0.005, 1001)[1:])  # how often a sample steps does not depend on abar
+    check_inversion(how, path)
     steps = evaluations_of(how, path, path.possible_timesteps(config.objective.timesteps)).double().mean().item()
     return steps * evaluations_a_step(how.estimator, how.refinements)
 

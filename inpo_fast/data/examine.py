@@ -16,6 +16,7 @@ from inpo_fast.data.images import decode
 from inpo_fast.data.labels import undecided_of
 from inpo_fast.data.order import make_order
 from inpo_fast.data.pair import BadPair, Pair, Source
+from inpo_fast.runtime.masking import masked
 
 SAMPLES = 8  # pairs on the contact sheet
 AHEAD = 64  # pairs that are read before they are looked at: bounds the memory
@@ -138,7 +139,7 @@ def _bounded(pool: ThreadPoolExecutor, function, items):
 
 
 def show(found: Findings, console: Console, pairs_per_step: int) -> None:
-    table = Table(title=found.source, title_justify="left", box=None, pad_edge=False, show_header=False)
+    table = Table(title=masked(found.source), title_justify="left", box=None, pad_edge=False, show_header=False)
     for column in ("", ""):
         table.add_column(column)
     share = found.ties / max(1, found.pairs + found.ties)

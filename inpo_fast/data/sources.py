@@ -18,6 +18,7 @@ from inpo_fast.data.parquet import ParquetSource
 from inpo_fast.data.places import File, find, is_url
 from inpo_fast.data.webdataset import WebdatasetSource
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.masking import keep_secrets_of
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def open_source(
     """
     if not path.strip():  # as a path it would be the current folder, and all parquet below it
         raise UserError("data.source is empty; name a file, a folder or an fsspec URL (of the current folder: .)")
+    keep_secrets_of(path)
     source = _open(path, format, images, None if cache_mb is None else int(cache_mb * 2**20))
     if len(source) == 0:
         raise UserError(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from inpo_fast.judges import Judge, Scores, judge_id
+from inpo_fast.runtime import watch
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import read_text
 from inpo_fast.runtime.record_store import digest
@@ -69,6 +70,7 @@ class ScoreCache:
             parts = {name: np.array([parts[name] for _, parts in rows]) for name in rows[0][1]}
             out.append(Scores(np.array([total for total, _ in rows]), parts))
             advance(len(some))
+            watch.progress()
         return Scores.joined(out)
 
     def _keys(self, judge: Judge, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[str]:

@@ -102,7 +102,7 @@ def relabel(source: Source, judges: Sequence[Judge], output: Path, config: DataC
             table = score_part(source, parts[number], judges, config, cache)
             try:
                 with whole(_part(folder, number)) as aside:
-                    pq.write_table(table, aside)
+                    pq.write_table(table, aside.absolute())  # a:b/c would be an address to pyarrow
             except OSError as problem:
                 raise UserError(
                     f"{folder} cannot be written ({problem.strerror}); free some space and repeat the command: it goes "
@@ -115,7 +115,7 @@ def relabel(source: Source, judges: Sequence[Judge], output: Path, config: DataC
 
 def finish(folder: Path, output: Path, judges: Sequence[Judge], temperatures: Sequence[float], how: str, about: dict):
     """Joins the parts to the sidecar, whole or not at all; the parts go."""
-    table = pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("*.parquet")))
+    table = pa.concat_tables(pq.read_table(path.absolute()) for path in sorted(folder.glob("*.parquet")))
     each = []
     for judge, temperature in zip(judges, temperatures, strict=True):
         sides = [table[f"{name}.{judge.name}"].to_numpy(zero_copy_only=False) for name in ("better", "worse")]
@@ -125,7 +125,7 @@ def finish(folder: Path, output: Path, judges: Sequence[Judge], temperatures: Se
         table = table.add_column(position, name, pa.array(values, from_pandas=True))
     table = table.replace_schema_metadata({METADATA: json.dumps(about).encode()})
     with whole(output) as aside:
-        pq.write_table(table, aside, compression="zstd")
+        pq.write_table(table, aside.absolute(), compression="zstd")
     shutil.rmtree(folder)
     return table
 

@@ -22,8 +22,6 @@ from inpo_fast.runtime.transfer import to_device
 # the rows (B,) int64 of the step's images.
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-UNDER_NOISED = 0.9  # rms(tau): below it the inversion leaves the latents too clean
-
 
 def fill_batch_slots(evaluations: torch.Tensor, batch: int) -> list[torch.Tensor]:
     """The samples (<= batch,) int64 that each UNet evaluation of a step advances, longest trajectory first.
@@ -65,6 +63,12 @@ def check_inversion(how: InversionConfig, path: NoisePath) -> None:
     """UserError where the model's noise path has no such grid, or no step that a solver could solve."""
     if how.grid not in path.grids:
         raise UserError(f"inversion.grid={how.grid} is not of this model; take one of {', '.join(path.grids)}")
+    try:
+        path.check(path.all_levels(1), how.steps)
+    except ValueError as problem:
+        raise UserError(
+            f"inversion.steps={how.steps}: this model has no grid of so many steps ({problem})"
+        ) from problem
     if how.estimator not in ("ddim", "random") and not path.implicit_steps:
         raise UserError(
             f"inversion.estimator={how.estimator} is for models that predict noise, this one predicts {path.output}; "

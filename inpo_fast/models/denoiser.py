@@ -33,6 +33,7 @@ from torch import nn
 
 from inpo_fast.method.noise_path import NoisePath
 from inpo_fast.models.config import AttentionBackend, Fast
+from inpo_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,20 @@ class Denoiser(ABC):
     @abstractmethod
     def downscale(vae: Mapping) -> int:
         """Pixels along the edge of one latent. vae: the VAE's configuration."""
+
+    def training_side(self, resolution: int | None, vae: Mapping) -> int:
+        """Pixels along the edge of the pictures that are trained on; None: the model's own. UserError of a resolution
+        that is no whole number of latents, whose edge the VAE would cut off."""
+        factor = self.downscale(vae)
+        if resolution is None:
+            return self.native_side * factor
+        if resolution % factor or resolution < 2 * factor:
+            near = max(2, round(resolution / factor)) * factor
+            raise UserError(
+                f"data.resolution={resolution}: must be a multiple of {factor}, the pixels of one latent, and at least "
+                f"{2 * factor}; take {near}"
+            )
+        return resolution
 
     @abstractmethod
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

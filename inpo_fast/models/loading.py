@@ -85,6 +85,11 @@ def load_pipeline(
 
     The pipeline's `opened_from` is the folder on this machine whose files its parts are, None for a single file.
     """
+    with opening(key, base):
+        return _load_pipeline(base, dtype, single_file_config, key)
+
+
+def _load_pipeline(base: str, dtype: torch.dtype, single_file_config: str | None, key: str) -> DiffusionPipeline:
     found = find_model(key, base, single_file_config)
     parts = _parts_of_file(found, dtype) if found.file is not None else _parts_of_folder(found, dtype)
     folder = found.folder
@@ -176,7 +181,9 @@ def _tokenizer(key: str, folder: Path, text: CLIPTextConfig) -> CLIPTokenizer:
         raise UserError(f"{key}: {folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
     with opening(key, str(folder)):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+    own, most = tokenizer.model_max_length, text.max_position_embeddings
+    if isinstance(own, bool) or not isinstance(own, int | float) or not 2 < own < most:  # two mark beginning and end
+        tokenizer.model_max_length = most
     if len(tokenizer) > text.vocab_size:
         raise UserError(
             f"{key}: the tokenizer in {folder} knows {len(tokenizer)} tokens and the text encoder {text.vocab_size}; "
@@ -208,6 +215,11 @@ def load_unet(
     itself that it predicts something else, or knows other noise levels, is refused. A single file needs no
     configuration: it has the shape of `like`.
     """
+    with opening(key, path):
+        return _load_unet(key, path, like, scheduler)
+
+
+def _load_unet(key: str, path: str, like: UNet2DConditionModel, scheduler: Mapping | None) -> UNet2DConditionModel:
     place = path_or_id(key, path)
     if place is not None and place.is_file():
         file = read_header(key, place)
@@ -270,6 +282,11 @@ def load_vae(path: str, pipeline: DiffusionPipeline, key: str = "models.vae") ->
 
     A file has no configuration: it is taken for one of the pipeline's own VAE's kind, with its scaling factor.
     """
+    with opening(key, path):
+        return _load_vae(path, pipeline, key)
+
+
+def _load_vae(path: str, pipeline: DiffusionPipeline, key: str) -> AutoencoderKL:
     own, unet = dict(pipeline.vae.config), dict(pipeline.unet.config)
     place = path_or_id(key, path)
     if place is not None and place.is_file():

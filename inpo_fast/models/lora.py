@@ -7,12 +7,18 @@ metadata of a newer peft. lora_files.py reads what others wrote.
 """
 
 import copy
+import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from inpo_fast.models.config import LoraSettings
 from inpo_fast.models.denoiser import Denoiser
+from inpo_fast.runtime.errors import UserError, shortened
+
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d)  # that may have a LoRA
 
 
 @dataclass(frozen=True)
@@ -77,15 +83,35 @@ def merge_(network: torch.nn.Module, lora: Lora) -> None:
 
 # ---- training -------------------------------------------------------------------------------------------------------
 def add_adapter(network: torch.nn.Module, settings: LoraSettings) -> list:
-    """Adds trainable adapters in place; returns the layers that have one."""
+    """Adds trainable adapters in place; returns the layers that have one. UserError of targets that the network does
+    not have, or where no adapter can be."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    check_targets(network, settings.targets)
     alpha = settings.rank if settings.alpha is None else settings.alpha
     network.add_adapter(
         LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(settings.targets), init_lora_weights=True)
     )
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def check_targets(network: torch.nn.Module, targets: Sequence[str]) -> None:
+    """peft takes a name for every layer whose own ends with it, refuses where none of all names has a layer, and leaves
+    out in silence those of several that have none."""
+    layers = {name: isinstance(module, LAYERS) for name, module in network.named_modules() if name}
+    short = {".".join(re.search(r"[^.]+(\.\d+)*$", name)[0].split(".")) for name, good in layers.items() if good}
+    if not targets:
+        raise UserError(f"models.lora.targets is empty; there are {', '.join(sorted(short))}")
+    for target in targets:
+        found = [good for name, good in layers.items() if name == target or name.endswith(f".{target}")]
+        if not found or not all(found):
+            near = difflib.get_close_matches(target, sorted(short), n=len(short), cutoff=0)
+            what = "no layer" if not found else "no linear layer or convolution"
+            raise UserError(
+                f"models.lora.targets: the network has {what} of the name {shortened(target)!r}; there are "
+                f"{', '.join(near)}"
+            )
 
 
 def zero_factors(adapters: list) -> list[tuple[torch.nn.Module, torch.nn.Parameter]]:

@@ -14,11 +14,15 @@ from typing import BinaryIO
 def write_bytes(path: Path, content: bytes) -> None:
     """Written aside and renamed: nobody ever sees half of it, and a crash leaves the old one."""
     aside = path.with_name(f".tmp-{path.name}")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, content: str) -> None:

@@ -136,7 +136,10 @@ class Online:
         if not chunks:
             return {}
         self._source = ParquetSource([_place(_file(folder, number)) for number in range(len(chunks))], CACHE_BYTES)
-        at = [pq.read_table(_file(folder, number), columns=["position"])["position"] for number in range(len(chunks))]
+        at = [
+            pq.read_table(_file(folder, number).absolute(), columns=["position"])["position"]
+            for number in range(len(chunks))
+        ]
         self._index = {position: index for index, position in enumerate(p for part in at for p in part.to_pylist())}
         if step != first:
             return {}
@@ -172,7 +175,7 @@ class Online:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole(path) as aside:
-                pq.write_table(table, aside, compression="none")  # pictures are compressed
+                pq.write_table(table, aside.absolute(), compression="none")  # pictures are compressed
         except OSError as problem:
             raise UserError(
                 f"{path} cannot be written ({problem.strerror}); free some space and continue with --resume: what was "

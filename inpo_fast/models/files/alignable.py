@@ -6,6 +6,7 @@ Stable Diffusion 1.x, 2.x, XL and their relatives by shape (SSD-1B, Vega, BK-SDM
 here in one line, by what it is.
 """
 
+import math
 from collections.abc import Mapping
 
 import diffusers
@@ -42,12 +43,13 @@ NOISE = (  # words in the class of a scheduler -> other noise than DDPM's
     ("Wuerstchen", "Würstchen's noise levels"),
 )
 STEPS = 1000  # noise levels of every Stable Diffusion
+LARGEST = 4096  # latents along an edge
 
 
 def check_index(key: str, place: str, index: dict) -> None:
     """Of a model_index.json: its pipeline and the classes of its parts."""
     name = pipeline_class(index)
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         family = recognise.family_of_class(str(name))
         if name is None:
             raise UserError(
@@ -74,7 +76,7 @@ def check_index(key: str, place: str, index: dict) -> None:
 
 def pipeline_class(index: dict) -> str | None:
     name = index.get("_class_name")
-    return name[-1] if isinstance(name, list) else name  # a list: a pipeline with its own code
+    return name[-1] if isinstance(name, list) and name else name  # a list: a pipeline with its own code
 
 
 def class_of(index: dict, part: str) -> str | None:
@@ -118,7 +120,7 @@ def check_unet(key: str, place: str, config: dict) -> None:
                 "and drawn square here: give unet/config.json one number, the side in latents"
             )
         size = config["sample_size"] = size[0]
-    if not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST:
         raise UserError(
             f"{key}: the UNet of {place} has sample_size {size}; write the side of its pictures in latents into "
             "unet/config.json (64 for 512 pixels, 128 for 1024)"
@@ -159,6 +161,9 @@ def check_vae(key: str, place: str, config: dict, unet: dict) -> None:
             f"{key}: the VAE of {place} has latents of {channels} channels and the UNet takes {wanted}{more}; they do "
             "not belong together"
         )
+    scale = config.get("scaling_factor", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not (math.isfinite(scale) and scale):
+        raise UserError(f"{key}: the VAE of {place} has scaling_factor {scale!r}; must be a number, and not 0")
     is_xl = UNet(unet).is_xl
     if config.get("shift_factor"):
         raise UserError(

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import CLIPTextConfig
 
 from inpo_fast.models.denoiser import Denoiser
@@ -19,7 +18,7 @@ from inpo_fast.models.files.hub import HubModel, path_or_id
 from inpo_fast.models.files.safetensors_header import FLOAT8, SafetensorsFile, read_header
 from inpo_fast.models.unet import UNet
 from inpo_fast.runtime import git_lfs
-from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.errors import UserError, one_line, shortened
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -69,6 +68,11 @@ class ModelFiles:
 
 def find_model(key: str, place: str, single_file_config: str | None = None) -> ModelFiles:
     """Reads a model's small files. UserError of what cannot be aligned, by what it is."""
+    with opening(key, place):
+        return _find_model(key, place, single_file_config)
+
+
+def _find_model(key: str, place: str, single_file_config: str | None) -> ModelFiles:
     path = path_or_id(key, place)
     if path is not None and path.is_file():
         return _find_file(key, place, path, single_file_config)
@@ -221,8 +225,8 @@ def read_json(key: str, path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise UserError(f"{key}: no such file: {path}; the model is not whole") from problem
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{key}: {path} is not readable JSON ({str(problem).splitlines()[0]})") from problem
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{key}: {path} is not readable JSON ({problem})") from problem
     if not isinstance(found, dict):
         raise UserError(f"{key}: {path} is not a JSON object")
     return found
@@ -235,10 +239,12 @@ def opening(key: str, path: str):
         yield
     except pickle.UnpicklingError as problem:  # torch's own words advise to let the pickle run code
         raise UserError(f"{key}: {path} is damaged, or holds more than tensors; take .safetensors files") from problem
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as problem:
-        if isinstance(problem, UserError):
-            raise
-        lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    except UserError:
+        raise
+    except Exception as problem:  # each library has its own, also for numbers that a configuration cannot have
+        said = shortened(one_line(problem)) or type(problem).__name__
         if "weights_only" in str(problem):
-            lines = ["it is damaged, or holds more than tensors; take .safetensors files"]
-        raise UserError(f"{key}: cannot open {path!r} as a diffusers model ({lines[0]})") from problem
+            said = "it is damaged, or holds more than tensors; take .safetensors files"
+        elif isinstance(problem, KeyError | IndexError | AttributeError | TypeError | ArithmeticError):
+            said = f"a value of its configuration cannot be: {type(problem).__name__}, {said}"
+        raise UserError(f"{key}: cannot open {path!r} as a diffusers model ({said})") from problem

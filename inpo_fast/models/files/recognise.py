@@ -220,6 +220,6 @@ def folder_without_index(folder: Path) -> str:
 def json_or_none(path: Path) -> dict | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -1,0 +1,60 @@
+"""Whether a command's output can be written, asked before its work: hours later is too late."""
+
+import errno
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from inpo_fast.runtime.errors import UserError
+
+
+def check_file(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
+    """UserError, which begins with the option or key, where no file of this name can be written, or one that has
+    another ending, so that a slip does not replace data. Writes nothing that stays."""
+    if endings and path.suffix.lower() not in endings:
+        raise UserError(f"{option} {path}: must end with {' or '.join(endings)}")
+    _check_address(option, path)
+    if not path.name or _is_folder(option, path):
+        raise UserError(f"{option} {path} is a folder; name a file")
+    _check_place(option, path, path.absolute().parent)
+
+
+def check_folder(option: str, path: Path) -> None:
+    """UserError where no folder of this name can be written in. Writes nothing that stays."""
+    _check_address(option, path)
+    _check_place(option, path, path.absolute())
+
+
+def _check_address(option: str, path: Path) -> None:
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/", str(path)):  # a Path has lost one of the two slashes
+        raise UserError(f"{option} {path} is an address ({found[1]}); outputs are written to this machine, name a path")
+
+
+def _is_folder(option: str, path: Path) -> bool:
+    try:
+        path.lstat()  # unlike is_dir, says why a name cannot be
+        return path.is_dir()
+    except FileNotFoundError:
+        return False
+    except OSError as problem:
+        raise _refusal(option, path, problem) from problem
+
+
+def _check_place(option: str, path: Path, folder: Path) -> None:
+    """The nearest folder above that exists must be one, and take a file; the names below it must be possible."""
+    try:
+        nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+        for name in path.absolute().relative_to(nearest).parts:
+            if len(os.fsencode(name)) > 240:  # 255 with what is put before and behind while it is written
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if not nearest.is_dir():
+            raise OSError(errno.ENOTDIR, f"{nearest} is no folder")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as problem:
+        raise _refusal(option, path, problem) from problem
+
+
+def _refusal(option: str, path: Path, problem: OSError) -> UserError:
+    return UserError(f"{option} {path} cannot be written ({problem.strerror}); name another place or mend its rights")
