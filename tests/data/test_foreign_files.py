@@ -288,3 +288,25 @@ def test_an_empty_place_is_not_the_current_folder(tmp_path, monkeypatch, empty):
     for read in (open_source, read_prompt_set, lambda path: open_data(DataConfig(source=path))):
         with pytest.raises(UserError, match="is empty"):
             read(empty)
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("vote", "--pictures"),
+        ("vote", "--output"),
+        ("validate", "--source"),
+        ("relabel", "--judge"),
+        ("sample", "--vae"),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_option_that_is_given_empty_is_refused(tmp_path, monkeypatch, capfd, command, option, empty, joined):
+    monkeypatch.chdir(tmp_path)
+    words = [f"{option}={empty}"] if joined else [option, empty]
+    with pytest.raises(SystemExit) as end:
+        run_command(f"inpo_fast.{command}", *words)
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and f"argument {option}: is empty; give it a value or leave it out" in said
+    assert said.count("\n") == 1
