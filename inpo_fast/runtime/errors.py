@@ -69,7 +69,13 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all options)")
 
     def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
+        words, before = sys.argv[1:] if args is None else list(args), ""
+        for word in words:
+            option, equals, value = word.partition("=") if word.startswith("--") else (before, "=", word)
+            # as a path it would be the current folder; an empty prompt is one
+            if equals and not value.strip() and option in self._option_string_actions and option != "--prompt":
+                self.error(f"argument {option}: is empty; give it a value or leave it out")
+            before = "" if word.startswith("--") and equals else word
             if word.startswith("--") and word.endswith("=--"):  # Python before 3.13 makes an empty list of it
                 self.error(f"argument {word.removesuffix('=--')}: '--' is no value")
         return super().parse_known_args(args, namespace)
