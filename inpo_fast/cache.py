@@ -10,19 +10,19 @@ on where it stopped; shards are written whole or not at all.
 import contextlib
 from pathlib import Path
 
-from inpo_fast.config import parse
 from inpo_fast.runtime.errors import UserError, run_command
 from inpo_fast.runtime.writable import check_folder
 
 
 def main() -> None:
+    from inpo_fast.config import parse
+
     config = parse("python -m inpo_fast.cache")
     if not config.data.cache:
         raise UserError("data.cache names no folder; give --data.cache FOLDER")
     check_folder("data.cache", Path(config.data.cache))
     from rich.console import Console
 
-    from inpo_fast.caches.latent_cache import LatentCache
     from inpo_fast.caches.precompute import alone, fill
     from inpo_fast.models.loading import open_pipeline, quiet_libraries
     from inpo_fast.models.models import Models
@@ -38,12 +38,12 @@ def main() -> None:
             pairs = config.train.steps * config.train.pairs_per_step
             latents = fill(config.data, models, rank, world, console, seed=config.seed, pairs=pairs)
         if rank == 0:
-            again = LatentCache(folder, models, config.data, latents.resolution, config.seed)  # what the others wrote
-            there = f"{len(again.latent_store):,} pairs and {len(again.text_store):,} prompts"
+            pairs, prompts = (len(store) for store in latents.reopened())  # what the others wrote, too
+            there = f"{pairs:,} pairs and {prompts:,} prompts"
             console.print(f"{there} in {folder}", highlight=False, markup=False)
     finally:
         distributed.stop()
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.cache", main)
+    run_command("python -m inpo_fast.cache", main, "the same command goes on")

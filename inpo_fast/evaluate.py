@@ -46,19 +46,22 @@ def main() -> None:
     import torch
 
     from inpo_fast.comparison.drawing import open_base
-    from inpo_fast.comparison.run_comparison import compare, named_models, open_comparison
-    from inpo_fast.comparison.run_evaluation import evaluate
+    from inpo_fast.comparison.run_comparison import compare, named_models, open_comparison, split_name
+    from inpo_fast.comparison.run_evaluation import evaluate, forget
     from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
     from inpo_fast.report.comparison import write_comparison
     from inpo_fast.report.results import verdict
     from inpo_fast.report.write import write_report
     from inpo_fast.runtime import distributed
+    from inpo_fast.runtime.masking import keep_secrets_of, masked
 
     quiet_libraries()
     folder, how, models = Path(own.output), config.evaluate, config.models
     key, place = ("--base", own.base) if own.base else ("models.base", models.base)
     single_file_config = own.single_file_config or models.single_file_config
+    for text in (place, *(split_name(text)[1] for text in own.model)):
+        keep_secrets_of(text or "")
     try:
         rank, _, device = distributed.start()
         if len(own.model) > 1 or how.judges or own.limit:
@@ -72,16 +75,18 @@ def main() -> None:
             distributed.barrier()
         else:
             base = open_base(key, place, torch.float32, single_file_config, "models.vae", models.vae).to(device)
-            model = own.model[0].partition("=")[2] or own.model[0]
-            evaluation = evaluate(base, open_network("--model", model, base), how, variant=model)
+            model = split_name(own.model[0])[1]
+            evaluation = evaluate(base, open_network("--model", model, base), how, masked(model), folder)
             if rank == 0:
                 evaluation.write(folder)
                 report = write_report(folder, evaluation)
                 print(verdict(evaluation.result))
                 print(f"Report: {report}")
+            distributed.barrier("report")
+            forget(folder)
     finally:
         distributed.stop()
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.evaluate", main)
+    run_command("python -m inpo_fast.evaluate", main, "the same command goes on")

@@ -24,6 +24,7 @@ from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
+
     parser = command_line(
         "python -m inpo_fast.profile",
         __doc__,

@@ -44,13 +44,15 @@ def main() -> None:
     if own.output.exists() and not own.overwrite:
         raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
-    from inpo_fast.data.relabelled import pair_ids, source_identity
+    from inpo_fast.data.identity import identity_of
+    from inpo_fast.data.relabelled import pair_ids
     from inpo_fast.data.sources import open_source
     from inpo_fast.judges import judge_id
     from inpo_fast.judges.registry import make_judges
     from inpo_fast.judges.relabelling import finish, relabel, report
     from inpo_fast.models.loading import quiet_libraries
     from inpo_fast.runtime import distributed
+    from inpo_fast.runtime.masking import masked
 
     quiet_libraries()
     rank, _, device = distributed.start()
@@ -62,8 +64,8 @@ def main() -> None:
         folder = relabel(source, judges, own.output, config)
         if rank == 0:
             about = {
-                "source": own.source,
-                "source_identity": source_identity(config.source, config.images),
+                "source": masked(own.source),
+                "source_identity": identity_of(source),
                 "judges": {judge.name: judge_id(judge) for judge in judges},
                 "temperatures": temperatures,
                 "vote": own.vote,
@@ -75,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.relabel", main)
+    run_command("python -m inpo_fast.relabel", main, "the same command goes on")

@@ -40,6 +40,11 @@ def main() -> None:
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("no prompts: give --prompts FILE or --prompt TEXT")
+    from inpo_fast.data.text import unusable
+
+    for prompt in prompts:
+        if wrong := unusable(prompt):
+            raise UserError(f"--prompt {prompt!r}: {wrong}")
     from inpo_fast.comparison.drawing import draw_both, open_base
     from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES

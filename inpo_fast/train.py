@@ -11,23 +11,24 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from inpo_fast.config import parse
 from inpo_fast.runtime.errors import UserError, run_command
 
 
 def main() -> None:
+    from inpo_fast.config import parse
+
     config = parse("python -m inpo_fast.train")
 
     import torch
     from rich.console import Console
     from rich.logging import RichHandler
 
-    from inpo_fast.comparison.run_evaluation import evaluate
+    from inpo_fast.comparison.run_evaluation import evaluate, forget
     from inpo_fast.cost.plan import make_plan, show
     from inpo_fast.models.loading import quiet_libraries
-    from inpo_fast.runtime import distributed, lock
-    from inpo_fast.runtime.errors import Hang
-    from inpo_fast.runtime.preemption import EXIT_CODE, Preempted
+    from inpo_fast.runtime import distributed, lock, watch
+    from inpo_fast.runtime.preemption import Preempted
+    from inpo_fast.runtime.signals import exit_status
     from inpo_fast.training.loop import finish, train
     from inpo_fast.training.set_up import prepare
 
@@ -35,8 +36,7 @@ def main() -> None:
     quiet_libraries()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    # longer than the patience: a process that hangs is named where they meet, not by what exchanges the gradients
-    rank, world, device = distributed.start(max(10.0, 2 * config.train.patience_minutes))
+    rank, world, device = distributed.start(config.train.patience_minutes)
     console, run = Console(), None
     try:
         if any(distributed.gather(lock.is_restart_of(Path(config.output)))):
@@ -47,17 +47,21 @@ def main() -> None:
             return
         run = prepare(config, rank, world, device)
         train(run, console)
+        watch.at("model")
         policy = finish(run)
+        watch.at("evaluation")
         evaluation = None
         if config.evaluate.prompts:
-            evaluation = evaluate(run.models.pipeline, policy, config.evaluate, run.variant)
+            evaluation = evaluate(run.models.pipeline, policy, config.evaluate, run.variant, run.folder.path)
         if rank == 0:
             write_results(run, evaluation, console)
-        distributed.barrier()
+        watch.at("report")
+        distributed.barrier("end")
+        forget(run.folder.path)
     except Preempted as asked:
         if rank == 0:
             print(f"inpo_fast.train: stopped by {asked}; continue with --resume", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODE)
+        sys.exit(exit_status(asked.by))
     except OSError as problem:  # of metrics, pictures, TensorBoard; checkpoints and models say more themselves
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
@@ -66,8 +70,7 @@ def main() -> None:
         if run is not None:
             run.checkpoints.end()
             run.folder.release()
-        if not isinstance(sys.exc_info()[1], Hang):  # leaving the group would wait for the process that hangs
-            distributed.stop()
+        distributed.stop()
 
 
 def write_results(run, evaluation, console) -> None:
@@ -98,4 +101,4 @@ def full_disk(problem: OSError, output: str) -> UserError:
 
 
 if __name__ == "__main__":
-    run_command("inpo_fast.train", main)
+    run_command("inpo_fast.train", main, "continue with --resume")

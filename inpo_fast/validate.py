@@ -23,6 +23,7 @@ PROGRAM = "python -m inpo_fast.validate"
 
 
 def main() -> None:
+
     parser = command_line(
         PROGRAM,
         __doc__,
@@ -53,6 +54,7 @@ def main() -> None:
     from inpo_fast.data.examine import examine, show
     from inpo_fast.data.loader import open_data
     from inpo_fast.runtime.files import write_bytes, write_text
+    from inpo_fast.runtime.masking import masked_tree
 
     source = open_data(config)
     console = Console()
@@ -73,7 +75,7 @@ def main() -> None:
         console.print(f"sample pairs: {own.sheet}", highlight=False, markup=False)
     if own.json:
         own.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(own.json, json.dumps(asdict(found), indent=1))
+        write_text(own.json, json.dumps(masked_tree(asdict(found)), indent=1))
     sys.exit(1 if found.problems else 0)
 
 

@@ -45,10 +45,13 @@ def main() -> None:
     votes = Votes(cases[: own.limit], own.output, own.user)
     try:
         server = Server((own.host, own.port), votes, own.pixelated)
-    except OSError as problem:
-        raise UserError(f"--host {own.host} --port {own.port}: {problem.strerror}; take another port") from problem
+    except (OSError, OverflowError) as problem:
+        why = getattr(problem, "strerror", None) or "no port has this number"
+        raise UserError(f"--host {own.host} --port {own.port}: {why}; take another port (0: any)") from problem
     if own.host not in ("127.0.0.1", "localhost", "::1"):
         print("warning: everybody who reaches this address can see the pictures and vote", file=sys.stderr)
+    if votes.notice:
+        print(votes.notice)
     said = f"{votes.done} of {len(votes.cases)} pairs have a vote."
     print(f"{said} Open http://{own.host}:{server.server_port}/ (Ctrl-C ends)", flush=True)
     try:
@@ -62,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command("python -m inpo_fast.vote", main)
+    run_command("python -m inpo_fast.vote", main, "the same command goes on")

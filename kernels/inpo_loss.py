@@ -5,6 +5,8 @@
     loss  = -y log sigmoid(logit) - (1 - y) log sigmoid(-logit)
     dpred = d (sum weight loss) / d pred
 
+With velocity pred and ref are velocities, v = a eps - s x_0 (arXiv 2202.00512), and tau stands for that of the path,
+a tau - s x_0 = (a x_t - x_0) / s as a^2 + s^2 = 1: the errors are 1 / a^2 times those of the noise that they mean.
 y is 1 for a sure label. mu scales the loser's gradient as Diffusion-SDPO does (arXiv 2511.03317):
 lambda = clamp((1 - mu) |g_w|^2 / g_w.g_l, 0, 1) where g_w.g_l > 0, else 1, g = pred - tau; value and logit unchanged.
 Images are (2B, C, H, W), the winners first and the losers in the same order after them; NCHW or channels_last.
@@ -35,12 +37,14 @@ class Objective(NamedTuple):
     dpred: torch.Tensor
 
 
-def inpo_loss_reference(pred, ref, x_t, x_0, a, s, weight, label, beta: float, mu: float | None = None) -> Objective:
+def inpo_loss_reference(
+    pred, ref, x_t, x_0, a, s, weight, label, beta: float, mu: float | None = None, velocity: bool = False
+) -> Objective:
     """The definition, in at least fp32 (float64 stays float64)."""
     wide = torch.promote_types(pred.dtype, torch.float32)
     over, shape = (1, 2, 3), (-1, 1, 1, 1)
     y, v, x_t, x_0, a, s, weight, label = (x.to(wide) for x in (pred, ref, x_t, x_0, a, s, weight, label))
-    tau = (x_t - a.view(shape) * x_0) / s.view(shape)
+    tau = (a.view(shape) * x_t - x_0 if velocity else x_t - a.view(shape) * x_0) / s.view(shape)
     g = y - tau
     e, r = g.square().mean(over), (v - tau).square().mean(over)
     cross = (g * g.roll(len(weight), 0)).mean(over) if mu is not None else torch.zeros_like(e)
@@ -61,17 +65,21 @@ def inpo_loss_reference(pred, ref, x_t, x_0, a, s, weight, label, beta: float, m
 
 
 @triton.jit
-def _target(p_xt, p_x0, p_a, p_s, i_b, o_c, o_p, m_n, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p):
+def _target(p_xt, p_x0, p_a, p_s, i_b, o_c, o_p, m_n, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p, VELOCITY: tl.constexpr):
     x_t = tl.load(p_xt + i_b * xt_b + o_c * xt_c + o_p * xt_p, mask=m_n, other=0.0).to(tl.float32)
     x_0 = tl.load(p_x0 + i_b * x0_b + o_c * x0_c + o_p * x0_p, mask=m_n, other=0.0).to(tl.float32)
-    return (x_t - tl.load(p_a + i_b) * x_0) / tl.load(p_s + i_b)
+    if VELOCITY:
+        target = (tl.load(p_a + i_b) * x_t - x_0) / tl.load(p_s + i_b)
+    else:
+        target = (x_t - tl.load(p_a + i_b) * x_0) / tl.load(p_s + i_b)
+    return target
 
 
 @triton.jit
 def _sums(
     p_pred, p_ref, p_xt, p_x0, p_a, p_s, p_image, pairs, pixels, n,
     pred_b, pred_c, pred_p, ref_b, ref_c, ref_p, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p,
-    GATE: tl.constexpr, BLOCK: tl.constexpr,
+    GATE: tl.constexpr, VELOCITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     b_e = tl.zeros([BLOCK], tl.float32)
@@ -85,7 +93,7 @@ def _sums(
         o_n = lo + tl.arange(0, BLOCK)
         m_n = o_n < n
         o_c, o_p = o_n // pixels, o_n % pixels
-        tau = _target(p_xt, p_x0, p_a, p_s, i_b, o_c, o_p, m_n, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p)
+        tau = _target(p_xt, p_x0, p_a, p_s, i_b, o_c, o_p, m_n, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p, VELOCITY)
         y = tl.load(p_pred + i_b * pred_b + o_c * pred_c + o_p * pred_p, mask=m_n, other=0.0).to(tl.float32)
         v = tl.load(p_ref + i_b * ref_b + o_c * ref_c + o_p * ref_p, mask=m_n, other=0.0).to(tl.float32)
         # masked lanes hold zeros everywhere: they add nothing
@@ -97,7 +105,7 @@ def _sums(
         b_tv += tau * v
         if GATE:
             i_o = (i_b + pairs) % (2 * pairs)  # the pair's other side
-            tau_o = _target(p_xt, p_x0, p_a, p_s, i_o, o_c, o_p, m_n, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p)
+            tau_o = _target(p_xt, p_x0, p_a, p_s, i_o, o_c, o_p, m_n, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p, VELOCITY)
             y_o = tl.load(p_pred + i_o * pred_b + o_c * pred_c + o_p * pred_p, mask=m_n, other=0.0).to(tl.float32)
             b_x += (y - tau) * (y_o - tau_o)
     p_row = p_image + i_b * 7
@@ -123,7 +131,7 @@ def _gradient(
     p_pred, p_xt, p_x0, p_a, p_s, p_image, p_weight, p_label, p_loss, p_logit, p_gate, p_dpred,
     beta, mu, pairs, pixels, n,
     pred_b, pred_c, pred_p, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p, d_b, d_c, d_p,
-    GATE: tl.constexpr, BLOCK: tl.constexpr,
+    GATE: tl.constexpr, VELOCITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -150,7 +158,7 @@ def _gradient(
         tl.store(p_gate + i_w, gate)
     per_image = tl.where(i_b < pairs, slope, -slope * gate)
 
-    tau = _target(p_xt, p_x0, p_a, p_s, i_b, o_c, o_p, m_n, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p)
+    tau = _target(p_xt, p_x0, p_a, p_s, i_b, o_c, o_p, m_n, xt_b, xt_c, xt_p, x0_b, x0_c, x0_p, VELOCITY)
     y = tl.load(p_pred + i_b * pred_b + o_c * pred_c + o_p * pred_p, mask=m_n, other=0.0).to(tl.float32)
     dpred = per_image * 2.0 * (y - tau) / n
     tl.store(p_dpred + i_b * d_b + o_c * d_c + o_p * d_p, dpred.to(p_dpred.dtype.element_ty), mask=m_n)
@@ -168,6 +176,7 @@ def _inpo_loss(
     label: torch.Tensor,
     beta: float,
     mu: float | None = None,
+    velocity: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     a, s, weight, label = a.contiguous(), s.contiguous(), weight.contiguous(), label.contiguous()
     pairs = len(weight)
@@ -179,17 +188,18 @@ def _inpo_loss(
         o_xt, o_x0 = plane_strides("x_t", x_t), plane_strides("x_0", x_0)
         _sums[(2 * pairs,)](
             pred, ref, x_t, x_0, a, s, image, pairs, pixels, n, *o_pred, *o_ref, *o_xt, *o_x0,
-            GATE=mu is not None, BLOCK=BLOCK, num_warps=8,
+            GATE=mu is not None, VELOCITY=velocity, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
         _gradient[(2 * pairs, triton.cdiv(n, BLOCK))](
             pred, x_t, x_0, a, s, image, weight, label, loss, logit, gate, dpred, beta, mu or 0.0, pairs, pixels, n,
-            *o_pred, *o_xt, *o_x0, *plane_strides("dpred", dpred), GATE=mu is not None, BLOCK=BLOCK, num_warps=8,
+            *o_pred, *o_xt, *o_x0, *plane_strides("dpred", dpred), GATE=mu is not None, VELOCITY=velocity, BLOCK=BLOCK,
+            num_warps=8,
         )  # fmt: skip
     return loss, logit, gate, image, dpred
 
 
 @_inpo_loss.register_fake
-def _(pred, ref, x_t, x_0, a, s, weight, label, beta, mu=None):
+def _(pred, ref, x_t, x_0, a, s, weight, label, beta, mu=None, velocity=False):
     vector = torch.empty_like(weight, memory_format=torch.contiguous_format)
     image = weight.new_empty(len(pred), len(COLUMNS))
     return vector, torch.empty_like(vector), torch.empty_like(vector), image, torch.empty_like(pred)
@@ -207,11 +217,13 @@ def inpo_loss(
     mu: float | None = None,
     weight: torch.Tensor | None = None,
     label: torch.Tensor | None = None,
+    velocity: bool = False,
 ) -> Objective:
     """Loss, metrics and dpred: the kernel on CUDA, the reference elsewhere. Go on with `pred.backward(dpred)`.
 
     weight (B,): of each pair's loss in what is differentiated, 1 without it (1/N makes the gradient a mean);
     label (B,): probability that the winner is the better one, 1 without it. Neither weight nor gate changes `loss`.
+    velocity: pred and ref are a v-model's outputs, and the errors theirs; a may be 0 then.
     ValueError on wrong shapes, dtypes, devices, strides.
     """
     pred, ref = pred.detach(), ref.detach()
@@ -233,10 +245,10 @@ def inpo_loss(
     if mu is not None and not 0 <= mu <= 1:
         raise ValueError(f"mu is {mu}, expected a number from 0 to 1, or None for no gate")
     if not pred.is_cuda:
-        return inpo_loss_reference(pred, ref, x_t, x_0, a, s, weight, label, beta, mu)
+        return inpo_loss_reference(pred, ref, x_t, x_0, a, s, weight, label, beta, mu, velocity)
     for name, v in (("a", a), ("s", s), ("weight", weight), ("label", label)):
         if v.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {v.dtype}")
     for name, x in (("pred", pred), ("ref", ref), ("x_t", x_t), ("x_0", x_0)):
         plane_strides(name, x)
-    return Objective(*_inpo_loss(pred, ref, x_t, x_0, a, s, weight, label, beta, mu))
+    return Objective(*_inpo_loss(pred, ref, x_t, x_0, a, s, weight, label, beta, mu, velocity))

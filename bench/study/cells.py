@@ -10,6 +10,7 @@ from inpo_fast.config import RunConfig, flat, parse, to_dict
 from inpo_fast.runtime.errors import UserError
 
 RECIPE = "configs/pocket.yaml"
+OUTSIDE = "clip:inpo_fast/pocket/assets/clip"  # the study's column "outside", and in its results' names
 # what the recipe had before `tuning` chose its beta and lr: what a preset does not name keeps its meaning
 BEFORE = {"objective.beta": "2000", "optim.lr": "5e-5", "objective.tau_norm": "rms"}
 SPLITS = ("reporting", "tuning")
@@ -73,7 +74,7 @@ def config_of(study: Study, cell: Cell, seed: int, output: str | None = None) ->
 
 @functools.cache  # a parser takes a fifth of a second, and a study has many cells and seeds
 def _parsed(settings: tuple[tuple[str, str], ...]) -> RunConfig:
-    last = {"evaluate.prompts": "null", "evaluate.seen_prompts": "null"}
+    last = {"evaluate.prompts": "null", "evaluate.seen_prompts": "null", "evaluate.outside_judge": OUTSIDE}
     words = (f"--{key}={value}" for key, value in (BEFORE | dict(settings) | last).items())
     return parse("python -m bench.study", ["--config", RECIPE, *words])
 

@@ -23,7 +23,7 @@ from bench.study import made_pairs
 from bench.study.cells import Cell, Study, config_of, settings_of
 from bench.study.measures import MEASURES
 from inpo_fast.config import RunConfig
-from inpo_fast.data.images import View
+from inpo_fast.data.images import View, decode
 from inpo_fast.data.loader import Item, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.judges.registry import make_judge
@@ -73,7 +73,7 @@ def stored(config: RunConfig, source: str, models: Models) -> list[Item]:
 def photographs(damage: Callable[[Image.Image, int], Image.Image], side: int) -> list[Item]:
     """Crops at places of their own, half of them of the photograph at half its size."""
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        photograph = Image.open(io.BytesIO(file.read())).convert("RGB")
+        photograph = decode(file.read(), 10**8)
     sizes = [photograph.resize([edge // by for edge in photograph.size], Image.Resampling.LANCZOS) for by in (1, 2)]
     items = []
     for i in range(PAIRS):
@@ -97,7 +97,7 @@ def _pale(image: Image.Image, i: int) -> Image.Image:
 def _squeezed(image: Image.Image, i: int) -> Image.Image:
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=15)
-    return Image.open(encoded).convert("RGB")
+    return decode(encoded.getvalue(), 10**8)
 
 
 FAULTS: dict[str, Callable[[Image.Image, int], Image.Image]] = {

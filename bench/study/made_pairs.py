@@ -13,7 +13,6 @@
 They are functions of nothing but this file, the trainer and the shipped pairs, in build/study (not kept in git).
 """
 
-import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from rich.console import Console
 
 from bench.study.cells import Cell, Study, config_of
+from inpo_fast.data.images import decode
 from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 from inpo_fast.judges.pocket_rules import RuleJudge
 from inpo_fast.judges.pocket_scenes import Scene
@@ -147,7 +146,7 @@ def balanced() -> pa.Table:
 
 def pixels(encoded: bytes) -> np.ndarray:
     """A picture file's RGB values, (H, W, 3) uint8."""
-    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    return np.asarray(decode(encoded, 10**8))
 
 
 def brightness(encoded: bytes) -> float:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from bench.results import ROOT, provenance
-from bench.study.cells import Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
+from bench.study.cells import OUTSIDE, RECIPE, Cell, Study, config_of, first_of, result_name, settings_of, split_prompts
 from bench.study.measures import MEASURES
 from inpo_fast.comparison.drawing import draw, scaled_eps, use_deterministic_sampler
 from inpo_fast.comparison.evaluation import Gallery, diversity
@@ -32,7 +32,7 @@ from inpo_fast.runtime.preemption import Preempted
 from inpo_fast.training import loop
 from inpo_fast.training.set_up import prepare
 
-RECIPE_WORDS = ["--config", "configs/pocket.yaml"]
+RECIPE_WORDS = ["--config", RECIPE, f"--evaluate.outside_judge={OUTSIDE}"]
 SCALARS = ("loss", "implicit_accuracy", "winner_delta", "loser_delta", "eps_scale", "tau_rms_winner", "tau_rms_loser")
 LAST = 10  # steps that they are averaged over
 PICTURES = ROOT / "build" / "study" / "pictures"

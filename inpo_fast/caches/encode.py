@@ -5,7 +5,7 @@ import torch
 
 from inpo_fast.data.images import View
 from inpo_fast.models.models import Models
-from inpo_fast.runtime import keyed_rng
+from inpo_fast.runtime import keyed_rng, watch
 from inpo_fast.runtime.memory import fits
 from inpo_fast.runtime.transfer import to_device
 
@@ -33,4 +33,5 @@ def encode_views(
             pixels = to_device(pixels, models.device).permute(0, 3, 1, 2).float() / 127.5 - 1
             encoded = models.encode_images(pixels, None if noise is None else to_device(noise, models.device))
         latents.append(encoded[: len(part)])
+        watch.progress()
     return latents

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from inpo_fast.caches.encode import encode_views
-from inpo_fast.caches.latent_cache import LatentCache
+from inpo_fast.caches.latent_cache import LatentCache, content_of
 from inpo_fast.data.loader import DataConfig, Item, PairLoader, open_data, side_keys
+from inpo_fast.data.order import make_order
 from inpo_fast.data.pair import BadPair, Source
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import distributed
@@ -25,14 +26,19 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.memory import GIB, TooLarge
 from inpo_fast.runtime.record_store import ROWS
 
-BESIDE = 512  # bytes of a record beside its tensors, at most: key, checksums, what an item says (id, prompt, sizes)
+BESIDE = 640  # bytes of a record beside its tensors, at most: key, checksums, what an item says (id, prompt, sizes)
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One filling process group a folder. UserError while another is at it; a killed one leaves no lock behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as problem:
+        why = "is a file" if folder.exists() and not folder.is_dir() else f"cannot be written ({problem.strerror})"
+        raise UserError(f"data.cache={folder} {why}; name a folder") from problem
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
@@ -66,9 +72,10 @@ def fill(
     """Everything that is not there yet of a run's first `pairs` positions. Every rank takes every world-th shard."""
     source = open_data(config)
     resolution = models.training_side(config.resolution)
-    latents = LatentCache(Path(config.cache), models, config, resolution, seed)
+    latents = LatentCache(Path(config.cache), models, config, source, resolution, seed)
     if rank == 0:
         latents.start()
+        latents.check_pairs(source, make_order(source, config.shuffle, seed))
     distributed.barrier()
     groups = [range(lo, min(lo + ROWS, pairs)) for lo in range(0, pairs, ROWS)]
     todo = [[p for p in group if not latents.has(p)] for group in groups]
@@ -86,8 +93,9 @@ def fill(
     with Progress(*columns, console=console, disable=rank != 0) as bar, ThreadPoolExecutor(config.workers) as pool:
         task = bar.add_task("", total=sum(map(len, mine)))
         for positions in mine:
-            found = list(zip(positions, pool.map(lambda p: _load(loader, p), positions), strict=True))
-            good = [item for _, item in found if isinstance(item, Item)]
+            loaded = list(pool.map(lambda p: _load(loader, p), positions))
+            found = [(position, item) for position, (item, _) in zip(positions, loaded, strict=True)]
+            good = [item for item, _ in loaded if isinstance(item, Item)]
             x_0 = torch.zeros(len(found), *shape)
             if good:
                 keys = side_keys(good, seed, 2)
@@ -104,14 +112,18 @@ def fill(
                 x_0[here] = encoded.unflatten(0, (len(good), 2)).cpu()
                 if new := latents.unknown_prompts([item.prompt for item in good]):
                     latents.add_prompts(new, models.encode_prompts(new))
-            latents.add(found, x_0)  # last: a group whose latents are there has its prompts too
+            contents = [content for _, content in loaded]
+            latents.add(found, contents, x_0)  # last: a group whose latents are there has its prompts too
             bar.update(task, advance=len(positions))
     distributed.barrier()
     return latents
 
 
-def _load(loader: PairLoader, position: int) -> Item | str:
+def _load(loader: PairLoader, position: int) -> tuple[Item | str, list[str]]:
+    """The pair as the run sees it, or what is wrong with it, and what it was made from."""
+    pair = None
     try:
-        return loader.load(position)
+        pair = loader.stored(position)
+        return loader.viewed(position, pair), content_of(pair)
     except BadPair as problem:
-        return str(problem)
+        return str(problem), content_of(pair)

@@ -38,7 +38,8 @@ from inpo_fast.method.inversion_schedule import inversion_schedule, shares_prefi
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.fingerprint import fingerprint
+from inpo_fast.runtime.files import read_text
+from inpo_fast.runtime.fingerprint import fingerprint, tokenizer_fingerprints
 from inpo_fast.runtime.memory import GIB
 from inpo_fast.runtime.record_store import MANIFEST, RecordStore, digest
 
@@ -152,7 +153,7 @@ def open_trajectory_cache(
 def _outputs(folder: Path, needed: int) -> int:
     """How many a record has: what the run's highest t needs, or what a folder that has more of them says."""
     try:
-        there = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["answers"]
+        there = json.loads(read_text(folder / MANIFEST))["answers"]
     except (OSError, ValueError, TypeError, KeyError):  # none yet, or not of this kind: the check that follows says so
         return needed
     return max(needed, there) if isinstance(there, int) else needed
@@ -172,6 +173,7 @@ def _identity(
         "reference": fingerprint(models.reference),
         "vae": fingerprint(models.vae),
         "text": digest(*(fingerprint(encoder).encode() for encoder in models.encoders)),
+        "tokenizers": tokenizer_fingerprints(models.pipeline),
         "empty_prompt": "zeros" if models.denoiser.zeros_for_empty(models.pipeline) else "encoded",
         "precision": settings.precision,
         # where the fused inversion meets an adapter it takes another kernel, which rounds otherwise

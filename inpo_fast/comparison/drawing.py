@@ -3,10 +3,8 @@
 A picture's initial noise depends on its key only, whatever the model or the batch: models are compared on the same.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,13 +13,9 @@ from diffusers import DiffusionPipeline
 from inpo_fast.models.families import denoiser_of
 from inpo_fast.models.loading import load_pipeline, load_vae, open_network
 from inpo_fast.models.peak_memory import one_by_one
-from inpo_fast.runtime import keyed_rng
-from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.memory import TooLarge, fits, with_less
+from inpo_fast.runtime import keyed_rng, watch
+from inpo_fast.runtime.memory import PICTURES, fits, sizes_of
 from inpo_fast.runtime.progress import picture_progress
-
-log = logging.getLogger(__name__)
-FITTED: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()  # pictures at once, where fewer than asked fit
 
 
 @torch.no_grad()
@@ -46,13 +40,13 @@ def draw(
     denoiser = denoiser_of(pipeline)
     network, shape = denoiser.module(pipeline), denoiser.latent_shape(denoiser.native_side)
     pipeline.set_progress_bar_config(disable=True)
-    pictures: list[np.ndarray] = []
+    pictures, sizes = [], sizes_of(pipeline)
 
     def some() -> np.ndarray:
-        size = min(batch, FITTED.get(pipeline, batch))
+        size = min(sizes.of(PICTURES, batch), len(prompts) - len(pictures))
         part = slice(len(pictures), len(pictures) + size)
         noise = keyed_rng.normals(shape, list(keys[part]))
-        with fits("batch", size), _decoding(pipeline.vae):
+        with fits(PICTURES, size), _decoding(pipeline.vae):
             return pipeline(
                 list(prompts[part]),
                 latents=denoiser.pipeline_latents(noise.to(network.device, network.dtype)),
@@ -61,19 +55,11 @@ def draw(
                 output_type="np",
             ).images
 
-    def lower(_key: str, size: int) -> None:
-        FITTED[pipeline] = size
-        log.warning("out of memory: from here on %d pictures are drawn at once", size)
-
     while len(pictures) < len(prompts):
-        try:
-            images = with_less(some, lower)
-        except TooLarge:
-            raise UserError(
-                "out of memory while one picture was drawn; take bf16 (models.precision, --precision) or a larger GPU"
-            ) from None
+        images = sizes.fitting(some)
         pictures += [np.round(image * 255).astype(np.uint8) for image in images]
         advance(len(images))
+        watch.progress()
     return pictures
 
 

@@ -10,6 +10,7 @@ from inpo_fast.comparison.prompts import PromptSet
 from inpo_fast.comparison.published_scores import reference
 from inpo_fast.comparison.win_rates import interval, points
 from inpo_fast.judges import Judge, Scores, judge_id
+from inpo_fast.runtime.masking import masked_tree
 from inpo_fast.runtime.record_store import digest
 
 BASE, NEGATIVE_CONTROL = "base", "control"  # names of models; a model of the user's cannot have them
@@ -55,6 +56,7 @@ def summarise(comparison: ModelComparison, config: EvaluateConfig) -> dict:
         "prompts": {
             "kind": kind,
             "count": len(comparison.prompts.prompts),
+            "repeated": comparison.prompts.repeated,
             "published_set": comparison.prompts.published,
             "digest": digest(*(prompt.encode() for prompt in comparison.prompts.prompts)),
         },
@@ -66,7 +68,7 @@ def summarise(comparison: ModelComparison, config: EvaluateConfig) -> dict:
             "noise_seed": config.seed,
             "control_eps_scale": config.control_eps_scale,
         },
-        "models": comparison.models,
+        "models": masked_tree(comparison.models),
         "judges": {judge.name: {"id": judge_id(judge), "tie": judge.tie} for judge in comparison.judges},
         "scores": scores,
         "win_rates": rates,
@@ -76,28 +78,36 @@ def summarise(comparison: ModelComparison, config: EvaluateConfig) -> dict:
 
 
 def _centre(comparison: ModelComparison, totals: np.ndarray) -> dict:
-    out = {"mean": float(totals.mean()), "median": float(np.median(totals)), "groups": {}}
-    for kind, labels in comparison.prompts.groups.items():
-        each = np.repeat(labels, comparison.seeds)
-        out["groups"][kind] = {
-            label: {"mean": float(totals[each == label].mean()), "median": float(np.median(totals[each == label]))}
-            for label in dict.fromkeys(labels)
-        }
-    return out
+    by_prompt = totals.reshape(-1, comparison.seeds)
+    return _middle(totals) | {
+        "without_score": int(np.isnan(totals).sum()),
+        "groups": {
+            kind: {label: _middle(by_prompt[rows].ravel()) for label, rows in labels.items()}
+            for kind, labels in comparison.prompts.groups.items()
+        },
+    }
+
+
+def _middle(totals: np.ndarray) -> dict:
+    """None where no picture has a score."""
+    totals = totals[~np.isnan(totals)]
+    mean, median = (float(totals.mean()), float(np.median(totals))) if len(totals) else (None, None)
+    return {"mean": mean, "median": median}
 
 
 def _rates(comparison: ModelComparison, judge: Judge, scores: dict[str, Scores], ours: str, theirs: str) -> dict:
     won = points(scores[ours].total, scores[theirs].total, judge.tie, comparison.seeds)
-    out = _interval(won) | {"groups": {}}
-    for kind, labels in comparison.prompts.groups.items():
-        own = np.array(labels)
-        out["groups"][kind] = {label: _interval(won[own == label]) for label in dict.fromkeys(labels)}
-    return out
+    return _interval(won) | {
+        "groups": {
+            kind: {label: _interval(won[rows]) for label, rows in labels.items()}
+            for kind, labels in comparison.prompts.groups.items()
+        },
+    }
 
 
 def _interval(won: np.ndarray) -> dict:
-    rate, low, high = interval(won)
-    return {"win_rate": rate, "low": low, "high": high, "prompts": len(won)}
+    """low, high: None where there are too few prompts for an interval. prompts: that the judge could judge."""
+    return dict(zip(("win_rate", "low", "high", "prompts"), interval(won), strict=True))
 
 
 def _diversity(comparison: ModelComparison, name: str, prompts: int = 200) -> float | None:

@@ -14,7 +14,7 @@ import numpy as np
 from inpo_fast.data.images import decode, png
 from inpo_fast.data.pair import BadPair
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import whole, write_text
+from inpo_fast.runtime.files import read_regular, whole, write_text
 from inpo_fast.runtime.record_store import digest
 
 MAX_PIXELS = 100_000_000
@@ -37,7 +37,7 @@ class Stored(Sequence):
 
 def read_picture(path: Path) -> np.ndarray:
     try:
-        return np.asarray(decode(path.read_bytes(), MAX_PIXELS))
+        return np.asarray(decode(read_regular(path), MAX_PIXELS))
     except (OSError, BadPair) as problem:
         raise UserError(f"{path}: cannot be read ({problem}); remove it, and it is drawn again") from problem
 

@@ -29,7 +29,8 @@ from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
-from inpo_fast.runtime.fingerprint import fingerprint
+from inpo_fast.runtime.fingerprint import fingerprint, tokenizer_fingerprints
+from inpo_fast.runtime.masking import masked
 from inpo_fast.runtime.progress import picture_progress
 from inpo_fast.runtime.record_store import digest
 
@@ -63,16 +64,22 @@ def named_models(base: str, given: list[str]) -> dict[str, str]:
     """name -> place of each, the base first. NAME=PLACE, or a place, which names itself by its folder."""
     models = {BASE: base}
     for text in given:
-        name, equals, place = text.partition("=")
-        if not equals:
-            place = text
+        name, place = split_name(text)
+        if name is None:
             parts = [part for part in Path(text).parts if part not in ("/", ".", "..")]
             # runs/sd15/model is "sd15", not "model"
-            name = parts[-2] if len(parts) > 1 and parts[-1] in ("model", "lora", "unet") else (parts or [text])[-1]
+            inner = len(parts) > 1 and parts[-1] in ("model", "lora", "unet")
+            name = masked(parts[-2] if inner else (parts or [text])[-1])
         if not name or name == NEGATIVE_CONTROL or name in models:
             raise UserError(f"--model {text}: the name {name!r} is taken; write --model NAME=PLACE with another one")
         models[name] = place
     return models
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """NAME and PLACE of NAME=PLACE; None and the place where it has no name. An address has = in its parameters."""
+    name, equals, place = text.partition("=")
+    return (name, place) if equals and "://" not in name else (None, text)
 
 
 def draw_all(comparison: ModelComparison, pipeline: DiffusionPipeline, config: EvaluateConfig, folder: Path) -> None:
@@ -115,6 +122,8 @@ def _identity(pipeline: DiffusionPipeline, config: EvaluateConfig) -> dict:
     return {
         "vae": fingerprint(pipeline.vae),
         "text": [fingerprint(encoder) for encoder in denoiser.encoders(pipeline)],
+        "tokenizers": tokenizer_fingerprints(pipeline),
+        "empty_prompt": "zeros" if denoiser.zeros_for_empty(pipeline) else "encoded",
         "sampler": "DDIM",
         "schedule": digest(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode()),
         "steps": config.sampler_steps,

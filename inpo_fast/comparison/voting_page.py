@@ -9,7 +9,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
-from inpo_fast.comparison.votes import Votes
+from inpo_fast.comparison.votes import Contradiction, Votes
 from inpo_fast.data.pair import BadPair
 from inpo_fast.runtime.errors import UserError
 
@@ -95,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 raise ValueError(self.path)
         except ValueError as problem:
-            if isinstance(problem, UserError):
+            if isinstance(problem, Contradiction):
+                self.send_error(HTTPStatus.CONFLICT, explain=f"the vote was not saved: {problem}")
+            elif isinstance(problem, UserError):
                 self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(problem))
             else:
                 self.send_error(HTTPStatus.BAD_REQUEST)

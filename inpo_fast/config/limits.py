@@ -94,6 +94,7 @@ LIMITS = {
     "evaluate.batch": PICTURES,
     "evaluate.control_eps_scale": Limits(0, 1000, above=True),
     "evaluate.seed": Limits(0, SEEDS),
+    "observe.fine_inversion": COUNT_OR_NONE,
     "observe.images_every": COUNT_OR_NONE,
     "observe.images": Limits(1, 10_000),
     "observe.held_out_every": COUNT,

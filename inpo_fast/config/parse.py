@@ -11,10 +11,11 @@ from pathlib import Path
 
 from inpo_fast.config import shipped
 from inpo_fast.config.rules import check
-from inpo_fast.config.run import RunConfig, to_yaml
+from inpo_fast.config.run import RunConfig, flat, to_dict, to_yaml
 from inpo_fast.config.values import from_word, leaves, of_kind, quoted, types_of
 from inpo_fast.config.yaml_text import MOST, read_yaml
 from inpo_fast.runtime.errors import UserError, shorten_when_quoted, shortened
+from inpo_fast.runtime.masking import keep_secrets_of
 
 SWITCHES = {"--resume": "--resume", "--overwrite": "--overwrite", "--dry-run": "--dry_run"}  # may stand without a value
 SHOW = "--print_config"
@@ -46,6 +47,10 @@ def parse(program: str, arguments: list[str] | None = None) -> RunConfig:
             _put(tree, _of_word(key, value))
     name = named[-1].stem if named else "unnamed"
     config: RunConfig = _made(RunConfig, {"output": str(Path("runs") / name)} | _without_null(tree, "output"))
+    for value in flat(to_dict(config)).values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                keep_secrets_of(text)
     check(config)
     if SHOW in words:
         print(to_yaml(config), end="")

@@ -89,6 +89,14 @@ def _check_method(config: RunConfig) -> None:
             f"inversion.refinements={how.refinements}: inversion.estimator={how.estimator} refines nothing; take "
             "renoise, fixed-point or gradient"
         )
+    if how.refine_at != "target" and not (refined and how.evaluate_at == "source"):
+        why = "has no refinements" if not refined else f"with evaluate_at={how.evaluate_at} is in nobody's code"
+        raise UserError(f"inversion.refine_at={how.refine_at}: estimator={how.estimator} {why}; leave it out")
+    if how.grid == "diffusers-0.22" and how.eta:
+        raise UserError(
+            f"inversion.eta={how.eta:g} with grid=diffusers-0.22: the published script adds the noise of the next "
+            "step there, and has none for t > 901; take grid=diffusers-0.20, or eta=0"
+        )
     if refined and how.eta:
         raise UserError(f"inversion.estimator={how.estimator} solves a step without noise; take inversion.eta=0")
     if how.estimator == "gradient" and config.models.fast != "off":

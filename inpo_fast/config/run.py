@@ -79,6 +79,9 @@ class ObserveConfig:
     """Steps between two looks at them; the first step and the last have one."""
     held_out_pairs: int = 256
     """How many of them, the same each time."""
+    fine_inversion: int = 200
+    """Before the first step, x_t of a few images is compared with that of so many inversion.steps on the exact path,
+    for at most 1 % of the run's UNet evaluations; a warning where it holds much less or more noise. 0: never."""
     wandb: str | None = None
     """Project of Weights & Biases that metrics and pictures go to (WANDB_MODE=offline keeps them here). None: none."""
 

@@ -21,6 +21,7 @@ from inpo_fast.models.lora import add_adapter
 from inpo_fast.models.models import DTYPES, TEXT_BATCH, vae_dtype
 from inpo_fast.models.peak_memory import decoding_bytes, encoding_bytes, peak_bytes
 from inpo_fast.models.shapes import Shapes, open_shapes
+from inpo_fast.runtime.masking import masked
 from inpo_fast.runtime.memory import GIB, largest_batch
 from inpo_fast.training.optim import lr_at
 
@@ -184,7 +185,7 @@ def _state_bytes(p: torch.Tensor, kind: str) -> int:
 
 def show(config: RunConfig, plan: Plan, console: Console) -> None:
     train, optim = config.train, config.optim
-    name = config.models.base or f"random {config.models.random}"
+    name = masked(config.models.base or "") or f"random {config.models.random}"
     kind = f"LoRA rank {config.models.lora.rank}" if config.models.lora.rank else "full fine-tuning"
     method = variant_of(config)
     console.print(f"[bold]{method}[/bold] of {name}: {kind}, {config.models.precision}")

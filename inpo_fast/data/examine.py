@@ -6,15 +6,17 @@ import hashlib
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from rich.console import Console
 from rich.table import Table
 
 from inpo_fast.data.config import DataConfig
 from inpo_fast.data.images import decode
+from inpo_fast.data.labels import undecided_of
 from inpo_fast.data.order import make_order
 from inpo_fast.data.pair import BadPair, Pair, Source
+from inpo_fast.runtime.masking import masked
 
 SAMPLES = 8  # pairs on the contact sheet
 AHEAD = 64  # pairs that are read before they are looked at: bounds the memory
@@ -28,6 +30,9 @@ class Findings:
     source: str
     pairs: int  # that pass the filters
     ties: int
+    unlabelled: int = 0
+    unclear_labels: int = 0  # numbers that are no two shares that add up to 1
+    unclear_example: str = ""
     left_out: dict[str, int] = field(default_factory=dict)  # by a filter: reason -> pairs
     weighted: int = 0  # pairs whose weight a filter changed
     looked_at: int = 0
@@ -52,7 +57,8 @@ def examine(
 ) -> tuple[Findings, list[Pair]]:
     """All pairs, or `limit` of them in the trainer's own order; and a few for the contact sheet."""
     total = len(source)
-    found = Findings(name, total, source.ties, workers=max(1, config.workers))
+    left = undecided_of(source)
+    found = Findings(name, total, *astuple(left), workers=max(1, config.workers))
     found.left_out, found.weighted = getattr(source, "left_out", {}), getattr(source, "reweighted", 0)
     seen: set[bytes] = set()
     prompts: Counter[str] = Counter()
@@ -133,13 +139,15 @@ def _bounded(pool: ThreadPoolExecutor, function, items):
 
 
 def show(found: Findings, console: Console, pairs_per_step: int) -> None:
-    table = Table(title=found.source, title_justify="left", box=None, pad_edge=False, show_header=False)
+    table = Table(title=masked(found.source), title_justify="left", box=None, pad_edge=False, show_header=False)
     for column in ("", ""):
         table.add_column(column)
     share = found.ties / max(1, found.pairs + found.ties)
     good = found.looked_at - len(found.broken)
     rows = [
         ("pairs", f"{found.pairs:,} ({found.ties:,} ties left out, {share:.1%})"),
+        *((("without a label", f"{found.unlabelled:,}"),) if found.unlabelled else ()),
+        *((("labels that are none", f"{found.unclear_labels:,}"),) if found.unclear_labels else ()),
         *((f"left out: {reason}", f"{n:,}") for reason, n in found.left_out.items()),
         *((("weighted by filters", f"{found.weighted:,}"),) if found.weighted else ()),
         ("looked at", f"{found.looked_at:,}"),
@@ -163,6 +171,9 @@ def show(found: Findings, console: Console, pairs_per_step: int) -> None:
     for name, value in rows:
         table.add_row(name, value)
     console.print(table, highlight=False)
+    if found.unclear_labels:
+        what = f"no two shares that add up to 1: {found.unclear_example}"
+        console.print(what, markup=False, highlight=False, soft_wrap=True)
     for what in found.broken[:SHOWN]:
         console.print(f"broken: {what}", markup=False, highlight=False, soft_wrap=True)
     if len(found.broken) > SHOWN:

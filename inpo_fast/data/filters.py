@@ -13,10 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from inpo_fast.data.config import MODELS, FilterConfig
+from inpo_fast.data.identity import identity_of
 from inpo_fast.data.images import short_side
+from inpo_fast.data.labels import undecided_of
 from inpo_fast.data.pair import BadPair, Pair, Source
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import read_text
+from inpo_fast.runtime.record_store import digest
 
 READERS, AHEAD = 8, 256  # threads that look at headers (disks are mostly waited for), pairs they are given at a time
 
@@ -44,13 +48,18 @@ class FilteredSource:
             keep[small] = False
             if len(small):
                 self.left_out[f"image side below {config.min_side}"] = len(small)
-        self.source, self.ties = source, source.ties
+        self.source, self.undecided = source, undecided_of(source)
+        self.ties = self.undecided.ties
         self.labels = getattr(source, "labels", None)
         self.kept = np.flatnonzero(keep).astype(np.int64)
         self._weight = weight[self.kept]
         self.reweighted = int((self._weight != 1).sum())
         self.blocks = None if source.blocks is None else np.searchsorted(self.kept, source.blocks).astype(np.int64)
         self.bytes = int(source.bytes * len(self.kept) / max(1, len(source)))
+
+    def identity(self) -> dict[str, str]:
+        own = digest(self.kept.tobytes(), self._weight.tobytes())
+        return identity_of(self.source) | {"pairs": len(self), "filters": own}
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -137,7 +146,7 @@ def _block_list(path: str | None) -> list[str]:
     if git_lfs.is_pointer(Path(path).expanduser()):
         raise UserError(f"data.filters.block_list: {path} {git_lfs.WHAT}")
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(path).expanduser()).splitlines()
     except (OSError, ValueError) as problem:
         raise UserError(f"data.filters.block_list: {path} cannot be read ({problem})") from problem
     words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -5,24 +5,30 @@ better with probability 0.7), or label_0 and label_1 in its place; or `chosen`, 
 `weight` where there is one. Image paths are relative to the folder and never leave it.
 """
 
+import hashlib
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from inpo_fast.data import labels, records
+from inpo_fast.data import identity, labels, records
 from inpo_fast.data.pair import BadPair, Pair
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import inside, open_regular, read_regular
 
 
 class Choice(NamedTuple):
-    """What a record says: paths of the two images as written, and how sure it is."""
+    """What a record says: paths of the two images as written, and how sure it is. side: negative where neither is
+    better (data/labels.py); said: its label fields."""
 
+    side: int
     prompt: str
     winner: str
     loser: str
     label: float
     weight: float
+    said: str
 
 
 class ListedSource:
@@ -32,26 +38,27 @@ class ListedSource:
     bytes = 0
 
     def __init__(self, listing: Path, images: Path):
-        self.listing = listing
-        self.images = images.resolve()
-        self.ties = 0
+        self.listing, self.undecided = listing, labels.Undecided()
+        self.images = Path(os.path.realpath(images))
         # 16 bytes a pair: where the record lies, its length, and the number of its line (or place in the list)
         self._start, self._length, self._number = array("q"), array("i"), array("i")
         if not self.images.is_dir():
             raise UserError(f"data.images: no such folder: {images}")
         for number, start, length, record in self._scan():
-            if self._choice(record, f"{listing}:{number}") is None:
-                self.ties += 1
+            where = f"{listing}:{number}"
+            choice = self._choice(record, where)
+            if choice.side < 0:
+                self.undecided = self.undecided.counted(choice.side, f"{choice.said} ({where})")
                 continue
             self._start.append(start)
             self._length.append(length)
             self._number.append(number)
+        self.ties = self.undecided.ties
 
     def _scan(self) -> Iterator[tuple[int, int, int, dict]]:
         return records.lines(self.listing)
 
-    def _choice(self, record: dict, where: str) -> Choice | None:
-        """None: a tie."""
+    def _choice(self, record: dict, where: str) -> Choice:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -75,32 +82,43 @@ class ListedSource:
         """Of each pair in turn: its prompt and the named fields (None where a record has none)."""
         for index in range(len(self)):
             _, record, choice = self._said(index)
-            yield {"prompt": choice.prompt} | {name: record.get(name) for name in fields}
+            yield {"prompt": text_of(choice.prompt)} | {name: record.get(name) for name in fields}
+
+    def identity(self) -> dict[str, str]:
+        with open_regular(self.listing) as file:
+            rows = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return {"rows": rows, "pictures": identity.of_files(self._mentioned())}
+
+    def _mentioned(self) -> Iterator[Path | None]:
+        """The files of each pair in turn; None where one may not be read."""
+        for number, _, _, record in self._scan():
+            choice = self._choice(record, f"{self.listing}:{number}")
+            for name in sorted((choice.winner, choice.loser)) if choice.side >= 0 else ():  # whichever is better
+                try:
+                    yield self._path("", name)
+                except BadPair:
+                    yield None
 
     def _said(self, index: int) -> tuple[str, dict, Choice]:
         """The pair's id, its record and what that says."""
         number = self._number[index]
         record = records.read(self.listing, number, self._start[index], self._length[index])
         choice = self._choice(record, f"{self.listing}:{number}")
-        if choice is None:
+        if choice.side < 0:
             raise UserError(f"{self.listing}:{number}: changed since it was opened; start again")
         return self.id(index), record, choice
 
     def _bytes(self, id: str, name: str) -> bytes:
-        path = self._path(id, name)
         try:
-            return path.read_bytes()
-        except (OSError, ValueError) as problem:  # missing; NUL in the name
+            return read_regular(self._path(id, name))
+        except OSError as problem:  # missing, a loop of links, a named pipe
             raise _bad(id, name, problem) from problem
 
     def _path(self, id: str, name: str) -> Path:
         try:
-            path = (self.images / name).resolve()
-        except (OSError, ValueError, RuntimeError) as problem:  # NUL in the name; a loop of links
+            return inside(self.images, name, resolved=True)
+        except (OSError, ValueError) as problem:  # outside; NUL or half a character in the name
             raise _bad(id, name, problem) from problem
-        if not path.is_relative_to(self.images):
-            raise BadPair(f"{id}: {name}: outside {self.images}")
-        return path
 
 
 def _bad(id: str, name: str, problem: Exception) -> BadPair:
@@ -114,30 +132,32 @@ class FolderSource(ListedSource):
             raise UserError(f"{folder}: no metadata.jsonl in this folder")
         super().__init__(listing, images or listing.parent)
 
-    def _choice(self, record: dict, where: str) -> Choice | None:
+    def _choice(self, record: dict, where: str) -> Choice:
         text = prompt(record, where)
         keys = record.keys() if isinstance(record, dict) else ()
         if {"chosen", "rejected"} <= keys:
-            sides, decided = (record["chosen"], record["rejected"]), labels.confidence(record, where)
-            decided = None if decided is None else (0, decided)
+            sides, (side, label) = (record["chosen"], record["rejected"]), labels.confidence(record, where)
         elif {"image_0", "image_1"} <= keys and ("label" in keys or {"label_0", "label_1"} <= keys):
-            sides, decided = (record["image_0"], record["image_1"]), labels.choice(record, where)
+            sides, (side, label) = (record["image_0"], record["image_1"]), labels.choice(record, where)
         else:
             raise UserError(f"{where}: needs image_0, image_1 and label, or chosen and rejected; has {sorted(record)}")
         weight = labels.weight(record, where)
         sides = tuple(image_path(side, where) for side in sides)
-        if decided is None:
-            return None
-        side, label = decided
-        return Choice(text, sides[side], sides[1 - side], label, weight)
+        return Choice(side, text, sides[side == 1], sides[side != 1], label, weight, labels.said(record))
 
 
 def prompt(record: object, where: str) -> str:
-    """The text of a record. UserError if it is no object or has none."""
-    text = record.get("prompt", record.get("caption")) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f"{where}: no text under `prompt` or `caption`")
-    return text
+    """What a record has for a prompt; a `Pair` of anything but a usable text is a bad one. UserError if the record is
+    no object or has no prompt at all."""
+    for name in ("prompt", "caption") if isinstance(record, dict) else ():
+        if name in record:
+            return record[name]
+    raise UserError(f"{where}: no text under `prompt` or `caption`")
+
+
+def text_of(prompt: object) -> str:
+    """For who looks at prompts only (filters): an empty one in place of what is no text."""
+    return prompt if isinstance(prompt, str) else ""
 
 
 def image_path(value: object, where: str) -> str:

@@ -22,21 +22,21 @@ class HpdSource(ListedSource):
     def _scan(self) -> Iterator[tuple[int, int, int, dict]]:
         return records.lines_or_list(self.listing)
 
-    def _choice(self, record: dict, where: str) -> Choice | None:
+    def _choice(self, record: dict, where: str) -> Choice:
         text, weight = prompt(record, where), labels.weight(record, where)
         if {"path1", "path2"} <= record.keys():
-            winner, loser, label = record["path1"], record["path2"], labels.confidence(record, where)
+            paths, (side, label) = (record["path1"], record["path2"]), labels.confidence(record, where)
+            said = labels.said(record)
         elif {"file_path", "human_preference"} <= record.keys():
             paths, preference = record["file_path"], record["human_preference"]
             if not (isinstance(paths, list) and isinstance(preference, list) and len(paths) == len(preference) == 2):
                 raise UserError(f"{where}: file_path and human_preference must be lists of two")
-            decided = labels.choice({"label_0": preference[0], "label_1": preference[1]}, where)
-            side, label = decided or (0, None)
-            winner, loser = paths[side], paths[1 - side]
+            side, label = labels.choice({"label_0": preference[0], "label_1": preference[1]}, where)
+            said = f"human_preference {preference}"
         else:
             raise UserError(
                 f"{where}: needs path1 (the better image) and path2, or file_path and human_preference; has "
                 f"{sorted(record)}"
             )
-        winner, loser = image_path(winner, where), image_path(loser, where)
-        return None if label is None else Choice(text, winner, loser, label, weight)
+        winner, loser = (image_path(path, where) for path in (paths[side == 1], paths[side != 1]))
+        return Choice(side, text, winner, loser, label, weight, said)

@@ -1,15 +1,19 @@
 """Encoded bytes to a training view: decode, resize the short side, crop, flip. PIL only, no torchvision."""
 
+import functools
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from inpo_fast.data.pair import BadPair
 from inpo_fast.runtime import git_lfs
+from inpo_fast.runtime.files import open_regular
+
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,26 @@ class View:
     crop: tuple[int, int]
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """By its header, nothing decoded yet. Of the formats that pictures are in and no other: Pillow would hand
+    PostScript to a program of the system. Raises whatever Pillow raises of bytes that are no image."""
+    return Image.open(file, formats=_formats())
+
+
 def decode(encoded: bytes, max_pixels: int) -> Image.Image:
     """An RGB image, fully loaded. BadPair when it is truncated, not an image, or larger than max_pixels."""
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = open_image(io.BytesIO(encoded))
         if image.width * image.height > max_pixels:
             raise BadPair(f"{image.width}x{image.height} pixels, more than data.max_pixels={max_pixels}")
-        image.load()  # Image.open reads the header only: a truncated file fails here
+        image.load()  # opening reads the header only: a truncated file fails here
         if image.mode.startswith("I;16"):  # convert() would clip it to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
@@ -45,8 +62,8 @@ def decode(encoded: bytes, max_pixels: int) -> Image.Image:
 def short_side(image: Path | bytes) -> int | None:
     """Pixels of the shorter side by the image's header, nothing decoded; None where it has none that can be read."""
     try:
-        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as header:
-            return min(header.size)
+        with open_regular(image) if isinstance(image, Path) else io.BytesIO(image) as file:
+            return min(open_image(file).size)
     except Exception:  # as in decode, which says what is wrong when the pair is read
         return None
 

@@ -1,49 +1,114 @@
-"""Which image is better and how sure that is, read the same way from the label fields of every source."""
+"""Which image is better and how sure that is, read the same way from the label fields of every source.
+
+Labels are two shares that add up to 1. Stored as float16, or rounded to two or three digits (0.67 and 0.34), they miss
+it by up to ROUNDED, and are divided by their sum. What misses it by more is no such label, whatever was meant: ratings
+(5 and 3), percentages, counts of votes. It is counted apart from the ties, and above a limit a source is refused.
+"""
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from inpo_fast.runtime.errors import UserError
 
+TIE, UNLABELLED, UNCLEAR = -1, -2, -3  # in place of a winning side
+EXACT = 1e-6
+ROUNDED = 0.0101  # two shares rounded to two digits each
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """Rows that make no pair, by why: neither image is the better one; no label (null or NaN); numbers that are no two
+    shares that add up to 1, and the first of these."""
+
+    ties: int = 0
+    unlabelled: int = 0
+    unclear: int = 0
+    example: str = ""
+
+    def counted(self, side: int, said: str) -> "Undecided":
+        """With one more row, of which `said` is where and what."""
+        if side == TIE:
+            return replace(self, ties=self.ties + 1)
+        if side == UNLABELLED:
+            return replace(self, unlabelled=self.unlabelled + 1)
+        return replace(self, unclear=self.unclear + 1, example=self.example or said)
+
+    def joined(self, other: "Undecided") -> "Undecided":
+        counts = (getattr(self, name) + getattr(other, name) for name in ("ties", "unlabelled", "unclear"))
+        return Undecided(*counts, self.example or other.example)
+
+    def __str__(self) -> str:
+        said = f"{self.ties:,} ties"
+        if self.unlabelled:
+            said += f", {self.unlabelled:,} without a label"
+        if self.unclear:
+            said += f", {self.unclear:,} with labels that are no two shares that add up to 1, such as {self.example}"
+        return said
+
+
+def undecided_of(source: object) -> Undecided:
+    """Of a source that counts only its ties too."""
+    return getattr(source, "undecided", None) or Undecided(getattr(source, "ties", 0))
+
+
+def check_undecided(source: object, rows: int, limit: float) -> None:
+    """UserError where more than this share of the rows (never before the second) has labels that are none."""
+    found = undecided_of(source)
+    if found.unclear > max(1, limit * rows):
+        raise UserError(
+            f"data.source: {found.unclear:,} of {rows:,} rows have labels that are no two shares that add up to 1, "
+            f"such as {found.example}; more than data.bad_pair_limit={limit:g} lets pass. Write the probability that "
+            "each image is the better one (counts of votes and percentages divided by their sum; of ratings 1/0, 0/1 "
+            "or 0.5/0.5), or raise the limit"
+        )
+
 
 def decide(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pick-a-Pic's two label columns, (N,) each, which add up to 1: 1/0, 0/1, 0.5/0.5 a tie, 0.7/0.3 a soft label.
 
-    Gives the winning side (N,) int8, -1 where neither is better or the labels say nothing, and (N,) float64 how sure
-    that is, in (0.5, 1].
+    Gives the winning side (N,) int8, or TIE, UNLABELLED, UNCLEAR; and (N,) float64 how sure that is, in (0.5, 1], 0.5
+    where no side wins.
     """
-    label = np.maximum(first, second)
-    # comparisons with NaN are false: undecided
-    decided = (np.abs(first + second - 1) < 1e-6) & (np.minimum(first, second) >= 0) & (label > 0.5 + 1e-6)
-    return np.where(decided, second > first, -1).astype(np.int8), np.where(decided, label, 0.5)
+    first, second = (np.asarray(x, dtype=np.float64) for x in (first, second))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = first + second
+        off = np.abs(total - 1)
+        label = np.maximum(first, second)
+        label = np.where(off < EXACT, label, label / total)
+        shares = (off < ROUNDED) & (np.minimum(first, second) >= 0)
+        decided = shares & (label > 0.5 + EXACT)
+    unknown = np.isnan(first) | np.isnan(second)
+    side = np.select([unknown, ~shares, ~decided], [UNLABELLED, UNCLEAR, TIE], np.where(second > first, 1, 0))
+    return side.astype(np.int8), np.where(decided, label, 0.5)
 
 
-def choice(record: dict, where: str) -> tuple[int, float] | None:
-    """The same of a JSON object with `label`, 0 (image_0 is better) to 1, or with label_0 and label_1; None: a tie."""
+def choice(record: dict, where: str) -> tuple[int, float]:
+    """The same of a JSON object with `label`, 0 (image_0 is better) to 1, or with label_0 and label_1."""
     if "label" in record:
         second = _number(record["label"], where, "label")
-        if not 0 <= second <= 1:
-            raise _unclear(where, record["label"])
         first = 1 - second
     else:
         first, second = (_number(record[key], where, key) for key in ("label_0", "label_1"))
-        if not (0 <= first <= 1 and abs(first + second - 1) < 1e-6):
-            raise UserError(f"{where}: label_0 {first} and label_1 {second}; expected two shares that add up to 1")
     side, label = decide(np.array([first]), np.array([second]))
-    return None if side[0] < 0 else (int(side[0]), float(label[0]))
+    return int(side[0]), float(label[0])
 
 
-def confidence(record: dict, where: str) -> float | None:
-    """Of a record whose better image is known: 0.5 to 1, absent or null 1; None at 0.5, a tie."""
+def said(record: dict) -> str:
+    """The label fields of a record, as an example of what is none."""
+    names = ("label",) if "label" in record else ("label_0", "label_1")
+    names = ("confidence",) if "confidence" in record else names
+    return ", ".join(f"{name} {record[name]:g}" for name in names if isinstance(record.get(name), int | float))
+
+
+def confidence(record: dict, where: str) -> tuple[int, float]:
+    """Of a record whose better image is known, side 0: 0.5 (a tie) to 1, absent or null 1."""
     if (given := record.get("confidence")) is None:
-        return 1.0
+        return 0, 1.0
     value = _number(given, where, "confidence")
-    if not 0.5 <= value <= 1:
-        raise UserError(
-            f"{where}: confidence {given!r}; expected 0.5 (a tie) to 1, the probability that the better image is better"
-        )
-    return None if value <= 0.5 + 1e-6 else value
+    side, label = decide(np.array([value]), np.array([1 - value]))
+    return (UNCLEAR, 0.5) if side[0] == 1 else (int(side[0]), float(label[0]))  # the worse one is the better one?
 
 
 def weight(record: dict, where: str) -> float:
@@ -57,14 +122,15 @@ def weight(record: dict, where: str) -> float:
 
 
 def _number(value: object, where: str, key: str) -> float:
+    """NaN for null."""
+    if value is None:
+        return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _unclear(where, value, key)
-    return float(value)
-
-
-def _unclear(where: str, value: object, key: str = "label") -> UserError:
-    if key == "label":
-        need = "expected 0 or 1 (the better image), a number between (a soft label), or 0.5 (tie)"
-    else:
         need = "expected a number"
-    return UserError(f"{where}: {key} {value!r}; {need}")
+        if key == "label":
+            need = "expected 0 or 1 (the better image), a number between (a soft label), or 0.5 (tie)"
+        raise UserError(f"{where}: {key} {value!r}; {need}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf

@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import torch
@@ -13,9 +13,10 @@ from inpo_fast.data.balance import fair_shares
 from inpo_fast.data.config import DataConfig
 from inpo_fast.data.filters import filtered
 from inpo_fast.data.images import View, decode, make_view
+from inpo_fast.data.labels import check_undecided, undecided_of
 from inpo_fast.data.order import FULL_BYTES, make_order, step_positions
 from inpo_fast.data.pair import BadPair, Pair, Source
-from inpo_fast.data.relabelled import RelabelledSource, source_identity
+from inpo_fast.data.relabelled import RelabelledSource
 from inpo_fast.data.sources import open_source
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
@@ -27,9 +28,10 @@ log = logging.getLogger(__name__)
 def open_data(config: DataConfig) -> Source:
     """The pairs that a run trains on. UserError where there are none."""
     source = open_source(config.source, config.format, images=config.images, cache_mb=config.cache_mb)
+    rows = len(source) + sum(astuple(undecided_of(source))[:3])
     if config.labels is not None:
-        identity = source_identity(config.source, config.images)
-        source = RelabelledSource(source, config.labels, config.labels_as, identity)
+        source = RelabelledSource(source, config.labels, config.labels_as)
+    check_undecided(source, rows, config.bad_pair_limit)
     return filtered(source, config.filters)
 
 
@@ -134,8 +136,15 @@ class PairLoader:
         pair = None if self.online is None else self.online.pair(position)
         if pair is None and self.cached is not None and (item := self.cached.item(position)) is not None:
             return item
+        return self.viewed(position, pair or self.stored(position))
+
+    def stored(self, position: int) -> Pair:
+        """The pair of the source at a position. BadPair where it cannot be read."""
+        return self.source.read(self.order.index(position))
+
+    def viewed(self, position: int, pair: Pair) -> Item:
+        """Decoded and cut as the run sees it at a position. BadPair with its id."""
         key = (self.seed, position)
-        pair = pair or self.source.read(self.order.index(position))
         try:
             winner, loser = (self._view(image, (*key, side)) for side, image in enumerate((pair.winner, pair.loser)))
         except BadPair as problem:
@@ -146,7 +155,7 @@ class PairLoader:
 
     def prompt(self, position: int) -> str:
         """Of the stored pair at a position. BadPair where it cannot be read."""
-        return self.source.read(self.order.index(position)).prompt
+        return self.stored(position).prompt
 
     def _view(self, encoded: bytes, key: keyed_rng.Key) -> View:
         return make_view(

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from inpo_fast.data import labels
+from inpo_fast.data import labels, parquet_identity
 from inpo_fast.data.block_cache import BlockCache
 from inpo_fast.data.order import FULL_BYTES, blocks_per_run
 from inpo_fast.data.pair import BadPair, Pair
@@ -59,7 +59,8 @@ PICKAPIC_SCHEMA = pa.schema(
 
 @dataclass
 class _Group:
-    """The pairs of a row group: rows (n,), side and label of each, weight if there is such a column; encoded bytes."""
+    """The pairs of a row group: rows (n,), side and label of each, weight if there is such a column; encoded bytes; the
+    first label that is none."""
 
     number: int
     rows: np.ndarray
@@ -67,6 +68,7 @@ class _Group:
     label: np.ndarray
     weight: np.ndarray | None
     bytes: int
+    example: str
 
 
 class ParquetSource:
@@ -77,9 +79,10 @@ class ParquetSource:
         with ThreadPoolExecutor(OPENERS) as pool:
             read = list(pool.map(_read_labels, self.shards))
         found = [(shard, group) for shard, groups in enumerate(read) for group in groups]
-        rows = sum(len(group.side) for _, group in found)
-        for _, group in found:  # only now are all rows counted
+        rows, self.undecided = sum(len(group.side) for _, group in found), labels.Undecided()
+        for shard, group in found:  # only now are all rows counted
             decided = group.side >= 0
+            self._count(self.shards[shard], group)
             group.rows, group.side, group.label = (v[decided] for v in (group.rows, group.side, group.label))
             group.weight = None if group.weight is None else group.weight[decided]
         found = [(shard, group) for shard, group in found if len(group.rows)]
@@ -94,7 +97,7 @@ class ParquetSource:
         if any(group.weight is not None for _, group in found):
             parts = [np.ones(len(group.rows)) if group.weight is None else group.weight for _, group in found]
             self._weight = _joined(parts, np.float64)
-        self.ties = rows - len(self._row)
+        self.ties = self.undecided.ties
         self._block_bytes = np.array([group.bytes for _, group in found], np.int64)
         self.bytes = int(self._block_bytes.sum())
         if cache_bytes is None:  # counted in blocks: how large one is in memory is known when it is there
@@ -105,6 +108,12 @@ class ParquetSource:
             guess = self._block_bytes
             self.cache = BlockCache(self._load, lambda table: table.nbytes, lambda b: int(guess[b]), cache_bytes)
         self._notice(rows)
+
+    def _count(self, shard: File, group: _Group) -> None:
+        """Of a row group, the rows that make no pair."""
+        left = [int((group.side == kind).sum()) for kind in (labels.TIE, labels.UNLABELLED, labels.UNCLEAR)]
+        example = f"{group.example} ({shard})" if group.example else ""
+        self.undecided = self.undecided.joined(labels.Undecided(*left, example))
 
     def _notice(self, rows: int) -> None:
         if rows == TRAIN_ROWS:
@@ -129,6 +138,9 @@ class ParquetSource:
 
     def __len__(self) -> int:
         return len(self._row)
+
+    def identity(self) -> dict[str, str]:
+        return parquet_identity.identity(self.shards, _Shard)
 
     def _load(self, block: int) -> pa.Table:
         shard, group = (int(v) for v in self._place[block])
@@ -212,10 +224,15 @@ def _read_labels(shard: File) -> list[_Group]:
         groups = []
         for number in range(meta.num_row_groups):
             table = _read_group(file, shard, number, ["label_0", "label_1", *(["weight"] if weighted else [])])
-            side, label = labels.decide(*(_floats(table, c) for c in ("label_0", "label_1")))
+            given = [_floats(table, c) for c in ("label_0", "label_1")]
+            side, label = labels.decide(*given)
+            example = ""
+            if len(unclear := np.flatnonzero(side == labels.UNCLEAR)):
+                values = (f"label_{i} {column[unclear[0]]:g}" for i, column in enumerate(given))
+                example = f"{', '.join(values)} in row {unclear[0]} of row group {number}"
             weight = _weights(table, shard, number) if weighted else None
             bytes = sum(meta.row_group(number).column(i).total_uncompressed_size for i in columns)
-            groups.append(_Group(number, np.arange(len(side), dtype=np.int32), side, label, weight, bytes))
+            groups.append(_Group(number, np.arange(len(side), dtype=np.int32), side, label, weight, bytes, example))
     return groups
 
 

@@ -7,6 +7,8 @@ from typing import Any, BinaryIO
 
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import open_regular
+from inpo_fast.runtime.masking import masked_address
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class File:
     def open(self, *, in_order: bool) -> BinaryIO:
         """in_order: read from front to back; otherwise a remote one fetches what is asked for and nothing around it."""
         if self.fs is None:
-            return open(self.path, "rb")
+            return open_regular(self.path)
         return self.fs.open(self.path, "rb", **({} if in_order else {"cache_type": "none"}))
 
     def size(self) -> int:
@@ -45,7 +47,7 @@ class File:
         if self.fs is not None:
             return [self.fs.cat_file(self.path, start=start, end=start + length) for start, length in spans]
         parts = []
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             for start, length in spans:
                 file.seek(start)
                 parts.append(file.read(length))
@@ -109,9 +111,12 @@ def _find_remote(source: str, suffixes: tuple[str, ...]) -> list[File] | None:
 
 
 def _named(paths: list[str], fs: Any) -> list[File]:
-    """Names relative to the folder that all of them share."""
-    folders = [Path(path).parent.parts for path in paths]
+    """Names relative to the folder that all of them share. A signed address's parameters say who may read, not what is
+    read: their values are no part of a pair's id."""
+    shown = paths if fs is None else list(map(masked_address, paths))
+    folders = [Path(path).parent.parts for path in shown]
     shared = 0
     while folders and all(len(f) > shared and f[shared] == folders[0][shared] for f in folders):
         shared += 1
-    return [File(path, "/".join(Path(path).parts[shared:]), fs) for path in paths]
+    names = ["/".join(Path(path).parts[shared:]) for path in shown]
+    return [File(path, name, fs) for path, name in zip(paths, names, strict=True)]

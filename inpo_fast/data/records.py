@@ -4,9 +4,11 @@ again alone. Memory for one record at a time."""
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import open_regular
 
 CHUNK = 2**20  # bytes read at a time
 LARGEST = 2**26  # bytes of one record; more is taken for a list that never ends
@@ -16,7 +18,7 @@ Found = tuple[int, int, int, dict]  # number from 1 on, first byte, length, the 
 
 def lines(path: Path) -> Iterator[Found]:
     """One record a line; empty lines count and are passed over. UserError with the line that is not JSON in UTF-8."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         start = 0
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -26,7 +28,7 @@ def lines(path: Path) -> Iterator[Found]:
 
 def lines_or_list(path: Path) -> Iterator[Found]:
     """The same, or one JSON list, whose elements are numbered."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         first = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     return _elements(path) if first == b"[" else lines(path)
 
@@ -34,11 +36,18 @@ def lines_or_list(path: Path) -> Iterator[Found]:
 def read(path: Path, number: int, start: int, length: int) -> dict:
     """The record that lies there. UserError if it no longer does."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(start)
             return json.loads(file.read(length))
     except (OSError, ValueError) as problem:
         raise UserError(f"{path}:{number}: changed since it was opened ({problem}); start again") from problem
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror})") from problem
 
 
 def _parse(path: Path, number: int, encoded: bytes) -> dict:
@@ -54,7 +63,7 @@ def _elements(path: Path) -> Iterator[Found]:
     # Ends of elements are looked for in latin-1, where a character is a byte; UTF-8 has no byte of JSON's signs inside
     # other characters. The element itself is then parsed from its bytes.
     decoder = json.JSONDecoder()
-    with path.open("rb") as file:
+    with _opened(path) as file:
         text = file.read(CHUNK).decode("latin-1")
         offset, at, number = 0, text.index("[") + 1, 0  # offset: of text[0] in the file
         while True:

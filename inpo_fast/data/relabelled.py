@@ -5,9 +5,9 @@ A sidecar is parquet: `id`; `soft`, how probable it is that the image which the 
 made for.
 """
 
-import glob
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +15,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from inpo_fast.data import labels
 from inpo_fast.data.config import LabelsAs
+from inpo_fast.data.identity import differences, identity_of
 from inpo_fast.data.pair import Pair, Source
-from inpo_fast.data.places import find
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.fingerprint import source_fingerprint
+from inpo_fast.runtime.files import open_regular, read_regular
 from inpo_fast.runtime.record_store import digest
 
 METADATA = b"inpo_fast.labels"
-TIE = 1e-6
-
-
-def source_identity(path: str, images: str | None = None) -> str:
-    """What the pairs are, whatever the folder is called."""
-    files = [path]
-    if glob.has_magic(path):
-        files = [file.path for file in find(path, (".parquet", ".tar")) or ()]
-    return digest(*(source_fingerprint(file).encode() for file in files), (images or "").encode())
 
 
 def pair_ids(source: Source) -> list[str]:
@@ -47,12 +39,18 @@ class RelabelledSource:
     labels: what the run's manifest says of them.
     """
 
-    def __init__(self, source: Source, path: str, kind: LabelsAs, identity: str):
+    def __init__(self, source: Source, path: str, kind: LabelsAs):
         table, about = read_sidecar(path)
-        if about["source_identity"] != identity:
+        said = about.get("source_identity")
+        if not isinstance(said, dict):
             raise UserError(
-                f"data.labels={path} was made for another source ({about['source']}); relabel this one: "
-                "python -m inpo_fast.relabel"
+                f"data.labels={path} does not say in full which pairs it was made for (an older version wrote it); "
+                "relabel them: python -m inpo_fast.relabel"
+            )
+        if differ := differences(said, identity_of(source)):
+            raise UserError(
+                f"data.labels={path} was made for another source ({about['source']}): there differ "
+                f"{' and '.join(differ)}; relabel this one: python -m inpo_fast.relabel"
             )
         ids = pair_ids(source)
         rows = pc.index_in(pa.array(ids, pa.string()), table["id"].combine_chunks())
@@ -63,17 +61,21 @@ class RelabelledSource:
                 "python -m inpo_fast.relabel until it is whole"
             )
         better = table[kind].to_numpy()[rows.to_numpy()].astype(np.float64)  # NaN: no judge could see the pair
-        side = np.where(np.isnan(better) | (np.abs(better - 0.5) < TIE), -1, better < 0.5).astype(np.int8)
+        side, label = labels.decide(better, 1 - better)
         self.kept = np.flatnonzero(side >= 0).astype(np.int64)
         self._swap = side[self.kept] == 1
-        self._label = np.maximum(better, 1 - better)[self.kept]
-        unjudged, ties = int(np.isnan(better).sum()), int(((side < 0) & ~np.isnan(better)).sum())
-        self.source, self.ties = source, source.ties + ties
+        self._label = label[self.kept]
+        unjudged, ties, unclear = (int((side == k).sum()) for k in (labels.UNLABELLED, labels.TIE, labels.UNCLEAR))
+        example = f"{kind} {better[side == labels.UNCLEAR][0]:g} ({path})" if unclear else ""
+        # which pairs there are is the source's to say, how sure they are the sidecar's
+        own = labels.Undecided(ties, unjudged, unclear, example)
+        self.source, self.undecided = source, replace(labels.undecided_of(source), unclear=0, example="").joined(own)
+        self.ties = self.undecided.ties
         self.blocks = None if source.blocks is None else np.searchsorted(self.kept, source.blocks).astype(np.int64)
         self.bytes = int(source.bytes * len(self.kept) / max(1, len(source)))
         self.labels = {
             "file": str(path),
-            "digest": digest(Path(path).expanduser().read_bytes()),
+            "digest": digest(read_regular(Path(path).expanduser())),
             "as": kind,
             "judges": about["judges"],
             "turned_around": int(self._swap.sum()),
@@ -82,6 +84,10 @@ class RelabelledSource:
         }
         if not len(self.kept):
             raise UserError(f"data.labels={path} leaves none of {len(source):,} pairs: every one is a tie")
+
+    def identity(self) -> dict[str, str]:
+        own = digest(self.kept.tobytes(), self._swap.tobytes(), self._label.tobytes())
+        return identity_of(self.source) | {"pairs": len(self), "labels": own}
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -102,7 +108,8 @@ class RelabelledSource:
 def read_sidecar(path: str) -> tuple[pa.Table, dict]:
     """The table and what it says of itself. UserError when it is no such file."""
     try:
-        table = pq.read_table(Path(path).expanduser().absolute())
+        with open_regular(Path(path).expanduser()) as file:
+            table = pq.read_table(file)
         about = json.loads((table.schema.metadata or {})[METADATA])
         names = {"id", "soft", "hard"} - set(table.column_names)
         if names:

@@ -6,16 +6,22 @@ hpd         JSON in the manner of HPDv2 and HPDv3 (hpd.py)
 webdataset  tar shards (webdataset.py)
 """
 
+import logging
 from pathlib import Path
 
 from inpo_fast.data.config import Format
 from inpo_fast.data.folder import FolderSource
 from inpo_fast.data.hpd import HpdSource
+from inpo_fast.data.labels import undecided_of
 from inpo_fast.data.pair import Source
 from inpo_fast.data.parquet import ParquetSource
 from inpo_fast.data.places import File, find, is_url
 from inpo_fast.data.webdataset import WebdatasetSource
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.masking import keep_secrets_of
+from inpo_fast.runtime.warn_once import warn_once
+
+log = logging.getLogger(__name__)
 
 
 def open_source(
@@ -26,12 +32,17 @@ def open_source(
     images: folder that the paths in a JSON listing start from; None: the listing's own. cache_mb: MiB of decoded
     row groups kept in memory; None: what the order of the pairs needs.
     """
+    if not path.strip():  # as a path it would be the current folder, and all parquet below it
+        raise UserError("data.source is empty; name a file, a folder or an fsspec URL (of the current folder: .)")
+    keep_secrets_of(path)
     source = _open(path, format, images, None if cache_mb is None else int(cache_mb * 2**20))
     if len(source) == 0:
         raise UserError(
-            f"data.source: {path} has no usable pair ({source.ties} ties); preference training needs pairs "
+            f"data.source: {path} has no usable pair ({undecided_of(source)}); preference training needs pairs "
             "with a better and a worse image"
         )
+    if (left := undecided_of(source)).unclear or left.unlabelled:
+        warn_once(log, "data.source: %s leaves out %s", path, left)
     return source
 
 

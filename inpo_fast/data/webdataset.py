@@ -13,14 +13,18 @@ import json
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from inpo_fast.data import labels
-from inpo_fast.data.folder import prompt
+import numpy as np
+
+from inpo_fast.data import identity, labels
+from inpo_fast.data.folder import prompt, text_of
 from inpo_fast.data.pair import BadPair, Pair
 from inpo_fast.data.places import File
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import open_regular
 
 
 class _Span(NamedTuple):
@@ -34,29 +38,37 @@ class WebdatasetSource:
 
     def __init__(self, shards: Sequence[File]):
         self.shards = list(shards)
-        self.ties = 0
+        self.undecided = labels.Undecided()
         # 52 bytes a pair and its key: shard, then first byte and length of JSON, winner and loser
         self._shard, self._start, self._length = array("i"), array("q"), array("q")
         self._keys, self._key_ends = bytearray(), array("q")
+        self._records = identity.new_digest()
         for number, shard in enumerate(self.shards):
             for key, parts in _samples(shard):
+                where = [parts[name] for name in sorted(parts) if name != "record"]
+                identity.add(
+                    self._records, _encoded(key), repr(where).encode(), json.dumps(parts.get("record")).encode()
+                )
                 self._add(number, f"{shard}:{key}", key, parts)
 
     def _add(self, shard: int, where: str, key: str, parts: "dict[str, _Span | dict]") -> None:
         missing = [name for name in ("0", "1", "json", "record") if name not in parts]
         if missing:
             raise UserError(f"{where}: no member {key}.{missing[0]}{'' if missing[0] == 'json' else '.<image>'}")
-        decided = _choice(parts["record"], where)
-        if decided is None:
-            self.ties += 1
+        side, _ = _choice(parts["record"], where)
+        if side < 0:
+            self.undecided = self.undecided.counted(side, f"{labels.said(parts['record'])} ({where})")
             return
-        side = decided[0]
         spans = (parts["json"], parts[str(side)], parts[str(1 - side)])
         self._shard.append(shard)
         self._start.extend(span.start for span in spans)
         self._length.extend(span.length for span in spans)
-        self._keys += key.encode()
+        self._keys += _encoded(key)
         self._key_ends.append(len(self._keys))
+
+    @property
+    def ties(self) -> int:
+        return self.undecided.ties
 
     def __len__(self) -> int:
         return len(self._shard)
@@ -66,6 +78,28 @@ class WebdatasetSource:
         key = self._keys[self._key_ends[index - 1] if index else 0 : self._key_ends[index]].decode()
         return f"{self.shards[self._shard[index]].name}:{key}"
 
+    def identity(self) -> dict[str, str]:
+        with ThreadPoolExecutor(identity.READERS) as pool:
+            found = pool.map(self._of_pictures, range(len(self.shards)))
+            pictures = identity.new_digest()
+            identity.add(pictures, *found)
+        return {"rows": self._records.hexdigest(), "pictures": pictures.hexdigest()}
+
+    def _of_pictures(self, shard: int) -> bytes:
+        """Of a shard here both ends of each picture of a pair, of a remote one what its file system says; where they
+        lie is with the rows."""
+        file, digest = self.shards[shard], identity.new_digest()
+        if file.fs is not None:
+            return identity.checksum(file).encode()
+        shards = np.frombuffer(self._shard, np.int32)
+        pairs = range(np.searchsorted(shards, shard), np.searchsorted(shards, shard, "right"))
+        with open_regular(file.path) as opened:
+            for start, length in sorted(
+                (self._start[i], self._length[i]) for p in pairs for i in (3 * p + 1, 3 * p + 2)
+            ):
+                identity.add(digest, *identity.ends(opened.fileno(), start, length))
+        return digest.digest()
+
     def read(self, index: int) -> Pair:
         shard, id = self.shards[self._shard[index]], self.id(index)
         key = id.removeprefix(f"{shard.name}:")
@@ -73,22 +107,29 @@ class WebdatasetSource:
         try:
             found, winner, loser = shard.read(*((self._start[i], self._length[i]) for i in places))
             record = json.loads(found)
-            decided = _choice(record, f"{shard}:{key}")
+            side, label = _choice(record, f"{shard}:{key}")
+            if side < 0:
+                raise ValueError("another label")
         except (OSError, ValueError) as problem:  # a UserError too: the record was good when it was opened
             raise UserError(f"{shard}:{key}: changed since it was opened ({problem}); start again") from problem
         if len(winner) != self._length[places[1]] or len(loser) != self._length[places[2]] or not (winner and loser):
             raise BadPair(f"{id}: image missing")
-        return Pair(id, prompt(record, id), winner, loser, decided[1], labels.weight(record, id))
+        return Pair(id, prompt(record, id), winner, loser, label, labels.weight(record, id))
 
     def facts(self, fields: Sequence[str]) -> Iterator[dict]:
         """Of each pair in turn: its prompt and the named fields of its JSON (None where there is none)."""
         for index in range(len(self)):
             (found,) = self.shards[self._shard[index]].read((self._start[3 * index], self._length[3 * index]))
             record = json.loads(found)
-            yield {"prompt": prompt(record, str(index))} | {name: record.get(name) for name in fields}
+            yield {"prompt": text_of(prompt(record, str(index)))} | {name: record.get(name) for name in fields}
 
 
-def _choice(record: dict, where: str) -> tuple[int, float] | None:
+def _encoded(key: str) -> bytes:
+    """Names of members that are no UTF-8 come with lone surrogates, which could not be printed."""
+    return key.encode("utf-8", "backslashreplace")
+
+
+def _choice(record: dict, where: str) -> tuple[int, float]:
     prompt(record, where)
     labels.weight(record, where)
     if not ("label" in record or {"label_0", "label_1"} <= record.keys()):

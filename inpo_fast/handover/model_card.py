@@ -5,18 +5,22 @@ Everything in it is read from the run's folder. It claims what evaluation.json s
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
 from inpo_fast.config import flat
 from inpo_fast.handover.output_model import KOHYA_NAME
-from inpo_fast.method.methods import METHODS, Method
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.methods import METHODS, Method, deviations, family_of
 from inpo_fast.models.files.hub import ID, base_folder, hub_id
 from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.report.results import sanity_checks, verdict
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.masking import masked_tree
 
 RECIPE = (
     "seed",
@@ -56,8 +60,9 @@ READERS = """| file | names | read by |
 def write_cards(run: Path) -> list[Path]:
     """model/README.md, and lora/README.md if there is a LoRA, of a finished run. UserError where that fails."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = masked_tree(yaml.safe_load((run / "config.yaml").read_text()))  # an earlier version did not mask it
         manifest, index = (json.loads((run / n).read_text()) for n in ("manifest.json", "model/model_index.json"))
+        manifest = masked_tree(manifest)
         evaluation = run / "evaluation.json"
         result = json.loads(evaluation.read_text()) if evaluation.is_file() else None
         cards = [run / name / "README.md" for name in ("model", "lora") if (run / name).is_dir()]
@@ -80,10 +85,7 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
     random = config["models"].get("random")
     init = config["models"].get("init") or ""
     own_id = hub_id(init) or hub_id(base)
-    family, *deviations = variant.split("-")
-    method = _with_paper(METHODS[family]) if family in METHODS else family
-    if deviations:
-        method += f", a variant that deviates from the publication: {', '.join(deviations)} (see the recipe)"
+    family, method = _method(config)
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if licence := _licence(base, hub_id(base)):
         front |= licence
@@ -133,6 +135,23 @@ def _start(init: str) -> str:
     return f", trained further from {f'[{own_id}](https://huggingface.co/{own_id})' if own_id else Path(init).name}"
 
 
+def _method(config: dict) -> tuple[str, str]:
+    """The family of what was trained and the sentence on it, from the settings: a name's parts have hyphens."""
+    objective, inversion = (
+        SimpleNamespace(**(asdict(kind()) | config[group]))
+        for kind, group in ((ObjectiveConfig, "objective"), (InversionConfig, "inversion"))
+    )
+    family = family_of(config["method"], inversion)
+    differs = deviations(config["method"], objective, inversion)
+    if config.get("online", {}).get("every"):
+        differs["online"] = "the model draws some of its own pairs while it trains"
+    told = _with_paper(METHODS[family])
+    if differs:
+        what = "; ".join(f"{words} ({part})" for part, words in differs.items())
+        told += f", a variant that deviates from the publication: {what}"
+    return family, told
+
+
 def _with_paper(method: Method) -> str:
     paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     return f"{method.title}{paper}"
@@ -161,8 +180,8 @@ def _evaluation(result: dict | None) -> str:
     if result is None:
         return "Its run's folder holds no evaluation of this model: it is not known whether it is better than its base."
     lines = [verdict(result), ""]
-    for check in sorted(sanity_checks(result), key=lambda check: check.ok):
-        state = "holds" if check.ok else "**FAILS**"
+    for check in sorted(sanity_checks(result), key=lambda check: (check.ok is not False, check.ok is not None)):
+        state = {True: "holds", False: "**FAILS**", None: "**cannot decide**"}[check.ok]
         lines.append(f"- {check.name}: {state}{f', {check.value}' if check.value else ''}. {check.meaning}")
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from inpo_fast.judges.clip import image_features, offline, open_processor, openi
 from inpo_fast.judges.open_clip import read_state
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.fingerprint import fingerprint
+from inpo_fast.runtime.memory import Sizes
 
 CLIP_L = "openai/clip-vit-large-patch14"
 LAYERS = (0, 2, 4, 6, 7)  # of nn.Sequential; dropout between the first ones
@@ -44,7 +45,7 @@ class AestheticJudge:
     def __init__(self, head: Path, place: str = CLIP_L, device: torch.device | str = "cpu", batch: int = 64):
         """head: the .pth file. place: the CLIP it was made for, a folder or hub id in transformers layout."""
         self.name, self.device, self.batch = "aesthetic", torch.device(device), batch
-        self.dtype = working_dtype(self.device)
+        self.dtype, self.sizes = working_dtype(self.device), Sizes()
         try:
             weight, bias = affine(read_state(head, self.name))
         except ValueError as problem:
@@ -72,6 +73,9 @@ class AestheticJudge:
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
         if not len(images):
             return Scores(np.zeros(0))
+        return self.sizes.fitting(lambda: self._score(images))
+
+    def _score(self, images: Sequence[np.ndarray]) -> Scores:
         totals = []
         for features in image_features(self, images):
             unit = torch.nn.functional.normalize(features.float(), dim=-1)

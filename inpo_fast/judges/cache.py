@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from inpo_fast.judges import Judge, Scores, judge_id
+from inpo_fast.runtime import watch
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import read_text
 from inpo_fast.runtime.record_store import digest
 
 CHUNK = 256  # pictures that are judged between two writes
@@ -32,7 +34,13 @@ class ScoreCache:
         self.known: dict[str, tuple[float, dict[str, float]]] = {}
         self._file = None
         for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                lines = read_text(path, errors="replace").splitlines()
+            except OSError as problem:
+                raise UserError(
+                    f"{path} cannot be read ({problem.strerror}); remove it: its scores are judged again"
+                ) from problem
+            for line in lines:
                 try:
                     key, total, parts = json.loads(line)
                     self.known[key] = float(total), dict(parts)
@@ -62,6 +70,7 @@ class ScoreCache:
             parts = {name: np.array([parts[name] for _, parts in rows]) for name in rows[0][1]}
             out.append(Scores(np.array([total for total, _ in rows]), parts))
             advance(len(some))
+            watch.progress()
         return Scores.joined(out)
 
     def _keys(self, judge: Judge, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[str]:

@@ -23,7 +23,8 @@ from inpo_fast.judges.open_clip import clip_model, read_state
 from inpo_fast.judges.preprocess import letterbox
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.fingerprint import fingerprint
+from inpo_fast.runtime.fingerprint import fingerprint, tokenizer_fingerprint
+from inpo_fast.runtime.memory import JUDGED, Sizes, fits
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -47,14 +48,15 @@ class ClipScorer:
     ):
         """how: what decides the pixels and tokens, in words; part of the id."""
         self.name, self.device, self.batch, self.how = name, torch.device(device), batch, how
-        self.dtype = working_dtype(self.device)
+        self.dtype, self.sizes = working_dtype(self.device), Sizes()
         self.model = model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizer, self.pixels = tokenizer, pixels
         self.tokens = model.config.text_config.max_position_embeddings
 
     @cached_property
     def id(self) -> str:
-        return f"{self.name} {fingerprint(self.model)[:16]} {self.dtype} {self.how}"
+        words = tokenizer_fingerprint(self.tokenizer)
+        return f"{self.name} {fingerprint(self.model)[:16]} {words[:16]} {self.dtype} {self.how}"
 
     def check(self, prompts: Sequence[str]) -> None:
         """Any text will do."""
@@ -63,6 +65,9 @@ class ClipScorer:
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
         if not len(images):
             return Scores(np.zeros(0))
+        return self.sizes.fitting(lambda: self._score(images, prompts))
+
+    def _score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
         different = list(dict.fromkeys(prompts))  # a prompt is often drawn many times
         row = {prompt: i for i, prompt in enumerate(different)}
         words = self._text(different)[torch.tensor([row[prompt] for prompt in prompts])]
@@ -74,13 +79,14 @@ class ClipScorer:
 
     def _text(self, prompts: list[str]) -> torch.Tensor:
         """(N, D) fp32."""
-        found = []
-        for lo in range(0, len(prompts), self.batch):
-            some = [self.clean(prompt) for prompt in prompts[lo : lo + self.batch]]
+        found, batch = [], self.sizes.of(JUDGED, self.batch)
+        for lo in range(0, len(prompts), batch):
+            some = [self.clean(prompt) for prompt in prompts[lo : lo + batch]]
             tokens = self.tokenizer(
                 some, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
             ).to(self.device)
-            found.append(self.model.get_text_features(**tokens).pooler_output.float())
+            with fits(JUDGED, len(some)):
+                found.append(self.model.get_text_features(**tokens).pooler_output.float())
         return torch.cat(found)
 
     @staticmethod
@@ -146,15 +152,18 @@ class HpsJudge(ClipScorer):
 
 
 def image_features(scorer, images: Sequence[np.ndarray]):
-    """Yields (n, D) for each batch; the next batch's pixels are prepared meanwhile."""
-    batches = [images[lo : lo + scorer.batch] for lo in range(0, len(images), scorer.batch)]
+    """Yields (n, D) for each batch; the next batch's pixels are prepared meanwhile. TooLarge where one does not fit."""
+    size = scorer.sizes.of(JUDGED, scorer.batch)
+    batches = [images[lo : lo + size] for lo in range(0, len(images), size)]
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(scorer.pixels, batches[0])
         for number in range(len(batches)):
             pixels = ahead.result()
             if number + 1 < len(batches):
                 ahead = pool.submit(scorer.pixels, batches[number + 1])
-            yield scorer.features(pixels.to(scorer.device, scorer.dtype))
+            with fits(JUDGED, len(batches[number])):
+                features = scorer.features(pixels.to(scorer.device, scorer.dtype))
+            yield features
 
 
 def working_dtype(device: torch.device) -> torch.dtype:

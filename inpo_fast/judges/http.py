@@ -6,72 +6,55 @@
     low: 0
     high: 10
 
-The first number of the answer is the score. Other keys: see Settings. What the answers will cost at most is said before
-the first request, and with max_cost a dearer judging is refused. The picture goes along as a PNG in the message.
+Which number of an answer is the score says answers.py: `N/10` if it stands there, else the only number on the scale;
+an answer without one is asked for again, then counted, said, and no score (NaN). Other keys: see Settings. What the
+answers will cost at most is said before the first request, and with max_cost a dearer judging is refused. The picture
+goes along as a PNG in the message.
 """
 
 import base64
+import concurrent.futures
+import email.utils
 import http.client
 import json
+import logging
 import math
-import os
-import re
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from inpo_fast.data.images import png
 from inpo_fast.judges import Scores
+from inpo_fast.judges.answers import score_in
+from inpo_fast.judges.http_settings import address_and_headers, read_settings
+from inpo_fast.judges.post import TooLarge, TooLate, post
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.masking import masked, without_secrets
 from inpo_fast.runtime.record_store import digest
 
-NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
-LONGEST_WAIT = 30.0  # seconds between two tries
+log = logging.getLogger(__name__)
+
+LONGEST_WAIT = 30.0  # seconds between two tries, whatever the server asks for
 DECIDES = ("url", "model", "question", "low", "high", "max_tokens")  # what a score depends on
-QUESTION = (
-    "Rate how well this picture shows the following description and how good it looks. Answer with one number from "
-    "{low} to {high} and nothing else. Description: {prompt}"
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The judge's YAML file."""
-
-    url: str
-    model: str
-    question: str = QUESTION  # {prompt}, {low} and {high} are filled in
-    low: float = 0.0
-    high: float = 10.0
-    key_env: str | None = None  # name of the environment variable that holds the key
-    timeout: float = 60.0  # seconds of one try
-    retries: int = 4  # after the first try; waits of 0.5, 1, 2, … seconds, or as the server asks
-    parallel: int = 8  # requests at a time
-    max_tokens: int = 16  # of an answer
-    price: float = 0.0  # of one request, in your currency
-    max_cost: float | None = None  # refuse to begin where the requests would cost more
-    tie: float = 1e-6  # scores that differ by less are a tie
+RULE = 2  # of answers.py; with another one, kept scores are those of another judge
+PASSES = (408, 425, 429)  # statuses below 500 that are worth another try
+ENOUGH = 20  # answers from which on the share of the unclear ones says something
 
 
 class HttpJudge:
     def __init__(self, path: Path):
         self.settings = how = read_settings(path)
+        self.address, self.headers = address_and_headers(how, path)
         self.name, self.tie = f"http:{how.model}", how.tie
-        own = asdict(how)
-        self.id = f"{self.name} {digest(json.dumps({name: own[name] for name in DECIDES}).encode())}"
-        self.headers = {"Content-Type": "application/json"}
-        if how.key_env is not None:
-            if not (key := os.environ.get(how.key_env)):
-                raise UserError(f"{path}: key_env: no {how.key_env} in the environment; set it to your key")
-            self.headers["Authorization"] = f"Bearer {key}"
-        self.opener = urllib.request.build_opener(_NoRedirect)  # it would carry the key elsewhere
+        own = {name: asdict(how)[name] for name in DECIDES}
+        own |= {"url": without_secrets(how.url), "rule": RULE}  # the same judge with another key is the same
+        self.id = f"{self.name} {digest(json.dumps(own).encode())}"
+        self.asked = self.unclear = 0
 
     def check(self, prompts: Sequence[str]) -> None:
         """Any text will do."""
@@ -80,7 +63,7 @@ class HttpJudge:
         """What n scores cost at most, in words. UserError beyond max_cost."""
         how = self.settings
         most = n * (1 + how.retries) * how.price
-        text = f"{n:,} requests to {how.url} ({how.model})"
+        text = f"{n:,} requests to {masked(how.url)} ({how.model})"
         if how.price:
             text += f", {n * how.price:,.2f} in all at {how.price:g} each, {most:,.2f} if every one is tried again"
         if how.max_cost is not None and n * how.price > how.max_cost:
@@ -88,38 +71,74 @@ class HttpJudge:
         return text
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Scores:
+        """NaN where no try brought a clear answer. UserError where the server does not answer as it should, or more
+        than max_unclear of all answers so far are unclear."""
+        stop = threading.Event()
         with ThreadPoolExecutor(self.settings.parallel) as pool:
-            futures = [pool.submit(self._ask, *pair) for pair in zip(images, prompts, strict=True)]
+            futures = [pool.submit(self._ask, *pair, stop) for pair in zip(images, prompts, strict=True)]
             try:
-                return Scores(np.array([future.result() for future in futures], dtype=np.float64))
+                for future in concurrent.futures.wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()  # a refusal of any of them ends the waits of all
+                answers = [future.result() for future in futures]
             finally:
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
+        self._count([said for said in answers if isinstance(said, str)], len(answers))
+        return Scores(np.array([math.nan if isinstance(said, str) else said for said in answers], dtype=np.float64))
 
-    def _ask(self, image: np.ndarray, prompt: str) -> float:
-        how, wait, problem = self.settings, 0.5, ""
+    def _count(self, unclear: Sequence[str], asked: int) -> None:
+        self.asked, self.unclear = self.asked + asked, self.unclear + len(unclear)
+        if not unclear:
+            return
+        how = self.settings
+        said = f"{len(unclear)} of {asked} answers hold no clear score from {how.low:g} to {how.high:g}"
+        said += f", such as {masked(unclear[0][:80])!r}"
+        if self.unclear > how.max_unclear * max(self.asked, ENOUGH):
+            raise UserError(
+                f"judge {self.name}: {said}; with those before {self.unclear} of {self.asked}, more than its "
+                f"max_unclear {how.max_unclear:g}: ask for one number only, or raise max_tokens where answers are cut"
+            )
+        log.warning("judge %s: %s; these pictures have no score", self.name, said)
+
+    def _ask(self, image: np.ndarray, prompt: str, stop: threading.Event) -> float | str:
+        """The score, or the last answer where none was clear."""
+        how, wait, problem, answer = self.settings, 0.5, "", None
         for attempt in range(1 + how.retries):
-            if attempt:
-                time.sleep(min(wait, LONGEST_WAIT))
+            if attempt and answer is None:
+                stop.wait(min(wait, LONGEST_WAIT))
                 wait *= 2
+            if stop.is_set():
+                break
             try:
-                answer = self._request(image, prompt)
-                return self._number(answer)
-            except _Unclear as unclear:
-                problem = str(unclear)
-            except urllib.error.HTTPError as refused:
-                said = refused.read(300).decode("utf-8", "replace").strip()
-                problem = f"HTTP {refused.code} {refused.reason}: {said}".splitlines()[0]
-                if refused.code != 429 and refused.code < 500:
-                    raise UserError(f"judge {self.name}: {how.url}: {problem}; mend the judge's file") from refused
-                wait = _seconds(refused.headers.get("Retry-After"), wait)
-            except (OSError, http.client.HTTPException) as failed:  # no connection, timeout, cut off
-                problem = str(getattr(failed, "reason", failed)) or type(failed).__name__
+                reply = post(self.address, self._request(image, prompt), self.headers, how.timeout)
+            except TooLarge as refused:
+                raise UserError(f"judge {self.name}: {masked(how.url)}: {refused}; is it a chat address?") from refused
+            except (TooLate, OSError, http.client.HTTPException) as failed:  # no connection, cut off
+                answer, problem = None, str(getattr(failed, "reason", failed)) or type(failed).__name__
+                continue
+            if reply.status >= 300:
+                problem, answer = f"HTTP {reply.status} {_line(reply.reason)}: {_line(reply.content)}", None
+                if reply.status not in PASSES and reply.status < 500:
+                    raise UserError(f"judge {self.name}: {how.url}: {problem}; mend the judge's file")
+                wait = _seconds(reply.headers.get("Retry-After"), wait)
+                continue
+            try:
+                answer, cut = _answer(reply.content)
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+                kind = reply.headers.get("Content-Encoding") or reply.headers.get_content_type()
+                answer, problem = None, f"not a chat completion ({_line(kind)}): {_line(reply.content)}"
+                continue
+            value = None if cut else score_in(answer, how.low, how.high)
+            if value is not None:
+                return value
+        if answer is not None:
+            return answer
         raise UserError(
             f"judge {self.name}: {how.url}: no score for {prompt[:80]!r} after {1 + how.retries} tries (last: "
             f"{problem}); what was scored before is kept where a cache is used: repeat the command when it answers"
         )
 
-    def _request(self, image: np.ndarray, prompt: str) -> str:
+    def _request(self, image: np.ndarray, prompt: str) -> bytes:
         how = self.settings
         text = how.question
         # the prompt last: what stands in it is not filled in
@@ -128,67 +147,32 @@ class HttpJudge:
         address = "data:image/png;base64," + base64.b64encode(png(image)).decode("ascii")
         content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": address}}]
         body = {"model": how.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        encoded = json.dumps(body | {"max_tokens": how.max_tokens}).encode()
-        with self.opener.open(urllib.request.Request(how.url, encoded, self.headers), timeout=how.timeout) as reply:
-            content = reply.read()
-        try:
-            said = json.loads(content)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as problem:
-            raise _Unclear(f"not a chat completion: {content[:100]!r}") from problem
-        return said if isinstance(said, str) else ""
-
-    def _number(self, answer: str) -> float:
-        found = NUMBER.search(answer)
-        value = float(found[0]) if found else math.nan
-        if not self.settings.low <= value <= self.settings.high:
-            raise _Unclear(f"answer {answer[:80]!r} has no number from {self.settings.low:g} to {self.settings.high:g}")
-        return value
+        return json.dumps(body | {"max_tokens": how.max_tokens}).encode()
 
 
-class _Unclear(Exception):
-    """An answer that is none."""
+def _answer(content: bytes) -> tuple[str, bool]:
+    """What the model said, "" where that is no text; whether it was cut off behind a number, which may go on."""
+    choice = json.loads(content)["choices"][0]
+    said = choice["message"]["content"]
+    if isinstance(said, list):  # of parts, as in the question
+        said = "".join(part["text"] for part in said if isinstance(part, dict) and isinstance(part.get("text"), str))
+    said = said if isinstance(said, str) else ""
+    return said, choice.get("finish_reason") == "length" and said[-1:] in tuple("0123456789./,-")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_args):
-        return None
-
-
-def read_settings(path: Path) -> Settings:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise UserError(f"judge http: {path} cannot be read ({' '.join(str(problem).split())})") from problem
-    tree = tree if isinstance(tree, dict) else {}
-    names = [field.name for field in fields(Settings)]
-    for name in tree:
-        if name not in names:
-            raise UserError(f"{path}: unknown key {name!r}; one of {', '.join(names)}")
-    for name in ("url", "model"):
-        if not isinstance(tree.get(name), str) or not tree[name]:
-            raise UserError(f"{path}: {name} is missing")
-    numbers = ("low", "high", "timeout", "retries", "parallel", "max_tokens", "price", "tie")
-    for name in numbers:
-        if name in tree and (isinstance(tree[name], bool) or not isinstance(tree[name], int | float)):
-            raise UserError(f"{path}: {name} is {tree[name]!r}, expected a number")
-    how = Settings(**tree)
-    rules = [
-        (how.url.startswith(("http://", "https://")), "url", "begin with http:// or https://"),
-        ("{prompt}" in how.question, "question", "have {prompt} in it"),
-        (how.low < how.high, "low", "be below high"),
-        (how.timeout > 0, "timeout", "be positive"),
-        (how.retries >= 0 and how.retries == int(how.retries), "retries", "be 0, 1, 2, …"),
-        (how.parallel >= 1 and how.parallel == int(how.parallel), "parallel", "be 1, 2, 3, …"),
-        (how.price >= 0, "price", "not be negative"),
-    ]
-    for good, name, need in rules:
-        if not good:
-            raise UserError(f"{path}: {name} is {getattr(how, name)!r}; it must {need}")
-    return how
+def _line(text: str | bytes) -> str:
+    """Its first hundred characters, in one line."""
+    text = text[:400].decode("utf-8", "replace") if isinstance(text, bytes) else text
+    return "".join(c if c.isprintable() else " " for c in text)[:100].strip()
 
 
 def _seconds(header: str | None, otherwise: float) -> float:
+    """What Retry-After asks for, a number or a date."""
     try:
-        return max(0.0, float(header))
-    except (TypeError, ValueError):  # absent, or a date
-        return otherwise
+        asked = float(header)
+    except (TypeError, ValueError):
+        try:
+            asked = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError, AttributeError):  # absent, or neither
+            return otherwise
+    return max(0.0, asked) if math.isfinite(asked) else otherwise

@@ -46,6 +46,14 @@ def _pocket_rules(asked: Asked) -> Judge:
     return RuleJudge()
 
 
+def _pocket_reader(asked: Asked) -> Judge:
+    from inpo_fast.judges.pocket_reader import ReaderJudge
+
+    if not asked.rest:
+        raise UserError("judge pocket-reader: names no folder; write pocket-reader:FOLDER")
+    return ReaderJudge(Path(asked.rest).expanduser(), asked.device, asked.batch)
+
+
 def _clip(asked: Asked, published: str = "", processor: str = "") -> Judge:
     from inpo_fast.judges.clip import ClipJudge
 
@@ -117,6 +125,7 @@ def _scores(asked: Asked) -> Judge:
 HPS = Entry("hps-v2.0, hps-v2.1", "Human Preference Score; -antialias behind the name for today's resizing", _hps)
 JUDGES = {
     "pocket-rules": Entry("pocket-rules", "the pocket world's rule", _pocket_rules),
+    "pocket-reader": Entry("pocket-reader:FOLDER", "the pocket world's independent judge", _pocket_reader),
     "clip": Entry("clip:FOLDER", "any CLIP model in transformers layout", _clip),
     "clip-h": Entry("clip-h", "CLIP ViT-H/14 of LAION", _clip_h),
     "pickscore": Entry("pickscore", "PickScore v1", _pickscore),

@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from inpo_fast.data.config import DataConfig
+from inpo_fast.data.identity import identity_of
 from inpo_fast.data.images import decode
 from inpo_fast.data.pair import BadPair, Source
-from inpo_fast.data.relabelled import METADATA, source_identity
+from inpo_fast.data.relabelled import METADATA
 from inpo_fast.judges import Judge, judge_id
 from inpo_fast.judges.cache import ScoreCache
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import whole, write_text
+from inpo_fast.runtime.files import read_text, whole, write_text
 from inpo_fast.runtime.progress import picture_progress
 
 PART = 512  # pairs that are judged between two writes
@@ -84,7 +85,7 @@ def relabel(source: Source, judges: Sequence[Judge], output: Path, config: DataC
     """Scores of all pairs, in parts beside `output`; this process takes its share. The folder of the parts."""
     rank, world = distributed.rank_and_world()
     folder = output.with_name(f".{output.name}.parts")
-    about = {"source": source_identity(config.source, config.images), "judges": [judge_id(judge) for judge in judges]}
+    about = {"source": identity_of(source), "judges": [judge_id(judge) for judge in judges]}
     if rank == 0:
         _start(folder, about, output)
     distributed.barrier()
@@ -133,7 +134,7 @@ def _start(folder: Path, about: dict, output: Path) -> None:
     notes = folder / "about.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if notes.exists() and json.loads(notes.read_text(encoding="utf-8")) != about:
+        if notes.exists() and json.loads(read_text(notes)) != about:
             raise UserError(
                 f"{folder} holds the beginning of another relabelling (other pairs or judges); remove it, or name "
                 f"another --output than {output}"

@@ -1,7 +1,7 @@
 """Scores that were made elsewhere, one JSON object a line:
 
     {"image": "9f3c…", "prompt": "a red cube", "score": 6.5}         image: the picture's hash
-    {"file": "pictures/a.png", "prompt": "a red cube", "score": 6.5}  file: its path, relative to the JSONL
+    {"file": "pictures/a.png", "prompt": "a red cube", "score": 6.5}  file: its path below the JSONL's folder
 
 `pictures.jsonl`, which an evaluation leaves, has hash, file, prompt and model of every picture: add `score` to each
 line. `parts` (name -> number) where there are any; all lines then have the same.
@@ -20,6 +20,7 @@ from inpo_fast.data.pair import BadPair
 from inpo_fast.judges import Scores
 from inpo_fast.judges.cache import image_hash
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import inside, read_regular
 from inpo_fast.runtime.record_store import digest
 
 MAX_PIXELS = 50_000_000
@@ -36,7 +37,7 @@ class ScoreFileJudge:
         self.parts: tuple[str, ...] | None = None
         for number, _, _, record in records.lines(path):
             self._add(record, f"{path}:{number}")
-        self.id = f"{self.name} {digest(path.read_bytes())}"
+        self.id = f"{self.name} {digest(read_regular(path))}"
 
     def _add(self, record: dict, where: str) -> None:
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
@@ -50,7 +51,7 @@ class ScoreFileJudge:
         image = record.get("image")
         if image is None and isinstance(record.get("file"), str):
             try:
-                encoded = (self.path.parent / record["file"]).read_bytes()
+                encoded = read_regular(inside(self.path.parent, record["file"]))
                 image = image_hash(np.asarray(decode(encoded, MAX_PIXELS)))
             except (OSError, ValueError, BadPair) as problem:
                 raise UserError(f"{where}: {record['file']!r} cannot be read ({problem})") from problem

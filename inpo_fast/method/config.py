@@ -16,7 +16,8 @@ class InversionConfig:
     """n, the number of global levels. Paper: 10 is the trade-off, 30 the best quality."""
     grid: Grid = "exact"
     """exact: global levels, the last step lands on t. spread: n levels round(t k / n) of each sample's own.
-    snap: t itself is moved to a global level. diffusers-0.20 / -0.22: the published script's two behaviours."""
+    snap: t itself is moved to a global level. diffusers-0.20 / -0.22: what the published script does under these
+    versions, which is not to land on t: docs/methods.md says by how much."""
     evaluate_at: EvaluateAt = "source"
     """Which level the UNet is conditioned on: the one x is at (Eq. 15), or the one it goes to (diffusers >= 0.22)."""
     model: Literal["policy", "reference"] = "policy"
@@ -30,6 +31,9 @@ class InversionConfig:
     iteration, or by gradient descent on the residual; i.i.d. Gaussian noise (= Diffusion-DPO's choice)."""
     refinements: int = 1
     """Of each step, with renoise, fixed-point and gradient: that many more UNet evaluations (gradient: twice)."""
+    refine_at: EvaluateAt = "target"
+    """Which level those are conditioned on: the one that the step goes to, where x is by then, or (source) the one it
+    comes from, as SmPO's published script does under the diffusers 0.20 that it pins."""
     fp8: bool = False
     """Linear layers of the inversion in fp8 (needs models.fast). x_t moves a little: a variant and labelled so."""
     batch: int = 64
@@ -70,5 +74,8 @@ class ObjectiveConfig:
     label_smoothing: float = 0.0
     """In 0..0.5: how probable it is that a pair's label is the wrong way round (cDPO). Label y becomes
     (1 - s) y + s (1 - y), also where y is soft already."""
+    error_space: Literal["noise", "velocity"] = "noise"
+    """Whose squared error e is. noise: the paper's, also of a model that predicts v, whose timesteps then weigh the
+    less the noisier they are (docs/methods.md). velocity: of v itself, for models that predict it; labelled so."""
     gamma: float = 10.0
     """Of method smpo: its logit is (2 y - 1) gamma times that of inpo, y the pair's soft label. Published code: 10."""

@@ -85,7 +85,7 @@ class DDPMPath(NoisePath):
         self, t: torch.Tensor, steps: int, grid: Grid
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The published script's grids walk scheduler.timesteps while they are < t; each step goes T // n up in
-        diffusers 0.20 and comes from T // n below in >= 0.22. It never lands on t."""
+        diffusers 0.20 and comes from T // n below in >= 0.22. It lands on t at one t of T // n only."""
         if grid not in ("diffusers-0.20", "diffusers-0.22"):
             return super().visited_levels(t, steps, grid)
         self.check(t, steps)

@@ -22,8 +22,6 @@ from inpo_fast.runtime.transfer import to_device
 # the rows (B,) int64 of the step's images.
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-UNDER_NOISED = 0.9  # rms(tau): below it the inversion leaves the latents too clean
-
 
 def fill_batch_slots(evaluations: torch.Tensor, batch: int) -> list[torch.Tensor]:
     """The samples (<= batch,) int64 that each UNet evaluation of a step advances, longest trajectory first.

@@ -24,7 +24,7 @@ class InversionTrajectory:
     times: torch.Tensor  # what conditions the network
     evaluations: torch.Tensor
     levels: torch.Tensor  # (M, K + 1): visited, from the clean image to the last; for tests and tracing
-    target_times: torch.Tensor  # what would at the level that the step goes to; for inversion solvers
+    target_times: torch.Tensor  # what conditions it when a solver evaluates again, at the end of the step
 
 
 def inversion_schedule(
@@ -35,6 +35,7 @@ def inversion_schedule(
     grid: Grid = "exact",
     evaluate_at: EvaluateAt = "source",
     eta: float = 0.0,
+    refine_at: EvaluateAt = "target",
 ) -> InversionTrajectory:
     """The trajectory of each sample to its own level.
 
@@ -51,7 +52,7 @@ def inversion_schedule(
         times=(times[:, :-1] if evaluate_at == "source" else times[:, 1:]).clone(),
         evaluations=evaluations,
         levels=levels,
-        target_times=times[:, 1:],
+        target_times=times[:, 1:] if refine_at == "target" else times[:, :-1],
     )
 
 

@@ -68,6 +68,12 @@ def _winners_error(terms: Terms, config: ObjectiveConfig) -> torch.Tensor:
     return terms.error
 
 
+ESTIMATORS = {
+    "ddim": "the inversion is DDIM's, in one evaluation a step",
+    "renoise": "steps of the inversion are refined by ReNoise's average",
+    "fixed-point": "steps of the inversion are refined by fixed-point iteration",
+    "gradient": "steps of the inversion are refined by gradient descent",
+}
 METHODS = {
     "inpo": Method(
         "DDIM-InPO", "2503.18454", _preference, inverts=True, estimator="ddim", without_inversion="dpo", fused=True
@@ -117,24 +123,61 @@ def uses_inversion(name: str, inversion: InversionConfig) -> bool:
 
 def variant_name(name: str, objective: ObjectiveConfig, inversion: InversionConfig) -> str:
     """The honest name of what is trained: a paper's method only where nothing deviates from it."""
+    return "-".join([family_of(name, inversion), *deviations(name, objective, inversion)])
+
+
+def family_of(name: str, inversion: InversionConfig) -> str:
+    """The entry of METHODS that describes what is trained; without its inversion inpo is dpo."""
     method = method_of(name)
+    return method.without_inversion.partition("-")[0] if _without_inversion(method, inversion) else name
+
+
+def deviations(name: str, objective: ObjectiveConfig, inversion: InversionConfig) -> dict[str, str]:
+    """Each deviation from the publication: its part of the name, and what it is."""
+    method, found = method_of(name), {}
     if uses_inversion(name, inversion):
-        name += "" if objective.tau_norm == "none" else f"-{objective.tau_norm}"
-        name += "" if inversion.estimator == method.estimator else f"-{inversion.estimator}"
-        if inversion.estimator != "ddim" and inversion.refinements != 1:
-            name += f"-k{inversion.refinements}"
-        name += "" if inversion.model == "policy" else "-ref-frozen" if inversion.frozen else "-ref"
-        name += "" if inversion.grid == "exact" else f"-{inversion.grid}"
-        name += "" if inversion.evaluate_at == "source" else "-target"
-        name += "" if inversion.guidance == 0 else f"-w{inversion.guidance:g}"
-        name += "" if inversion.eta == 0 else f"-eta{inversion.eta:g}"
-        name += "-fp8" if inversion.fp8 else ""
-    elif method.inverts:
-        name = method.without_inversion
+        found |= _deviations_of_inversion(method, objective, inversion)
+    elif _without_inversion(method, inversion):
+        rest = method.without_inversion.partition("-")[2]
+        found |= {rest: "x_t is x_0 with Gaussian noise, no inversion"} if rest else {}
+    if objective.error_space == "velocity":
+        found["velocity"] = "errors are those of the velocity, not of the noise"
     if method.uses_gamma and objective.gamma != ObjectiveConfig.gamma:
-        name += f"-gamma{objective.gamma:g}"
+        found[f"gamma{objective.gamma:g}"] = f"gamma {objective.gamma:g} instead of {ObjectiveConfig.gamma:g}"
     if objective.label_smoothing and "label_smoothing" not in method.refuses:
-        name += f"-ls{objective.label_smoothing:g}"
-    return name + (
-        "-wp" if objective.winner_preserving is not None and "winner_preserving" not in method.refuses else ""
-    )
+        found[f"ls{objective.label_smoothing:g}"] = f"a label counts as wrong with chance {objective.label_smoothing:g}"
+    if objective.winner_preserving is not None and "winner_preserving" not in method.refuses:
+        found["wp"] = f"the loser's gradient is held back for the winner's sake, mu {objective.winner_preserving:g}"
+    return found
+
+
+def _without_inversion(method: Method, inversion: InversionConfig) -> bool:
+    return method.inverts and inversion.estimator == "random"
+
+
+def _deviations_of_inversion(method: Method, objective: ObjectiveConfig, inversion: InversionConfig) -> dict[str, str]:
+    found = {}
+    if objective.tau_norm != "none":
+        along = ", without its part along the image" if objective.tau_norm == "orthogonal" else ""
+        found[objective.tau_norm] = f"the inverted noise{along} is scaled to a root mean square of 1"
+    if inversion.estimator != method.estimator:
+        found[inversion.estimator] = ESTIMATORS[inversion.estimator]
+    if inversion.estimator != "ddim" and inversion.refinements != 1:
+        found[f"k{inversion.refinements}"] = f"each step of the inversion is refined {inversion.refinements} times"
+    if inversion.refine_at != "target":
+        found["refined-at-source"] = "refinements of a step are told the level that it comes from"
+    if inversion.model != "policy":
+        found["ref"] = "the frozen base inverts, not the trained model"
+    if inversion.model != "policy" and inversion.frozen:
+        found["frozen"] = "each pair keeps one timestep and one inversion"
+    if inversion.grid != "exact":
+        found[inversion.grid] = f"the levels of the inversion are those of inversion.grid={inversion.grid}"
+    if inversion.evaluate_at != "source":
+        found["target"] = "each step of the inversion is told the level that it goes to"
+    if inversion.guidance != 0:
+        found[f"w{inversion.guidance:g}"] = f"the inversion is guided by the prompt, scale {inversion.guidance:g}"
+    if inversion.eta != 0:
+        found[f"eta{inversion.eta:g}"] = f"noise is added in each step of the inversion, eta {inversion.eta:g}"
+    if inversion.fp8:
+        found["fp8"] = "the inversion computes in fp8"
+    return found

@@ -112,6 +112,14 @@ def target(x_t: torch.Tensor, x_0: torch.Tensor, a_t: torch.Tensor, s_t: torch.T
     return (x_t - per_image(a_t) * x_0) / per_image(s_t)
 
 
+def velocity_target(x_t: torch.Tensor, x_0: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
+    """a_t tau - s_t x_0 = (a_t x_t - x_0) / s_t, what a v-model should say at x_t (arXiv 2202.00512); also for a_t = 0.
+
+    Shapes as `target`. For paths with a^2 + s^2 = 1.
+    """
+    return (per_image(a_t) * x_t - x_0) / per_image(s_t)
+
+
 def noised(x_0: torch.Tensor, tau: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor) -> torch.Tensor:
     """x_t = a_t x_0 + s_t tau: the inverse of `target`."""
     return per_image(a_t) * x_0 + per_image(s_t) * tau

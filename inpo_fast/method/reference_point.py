@@ -14,5 +14,5 @@ def reference_point(gains: list[tuple[torch.Tensor, torch.Tensor]], device: torc
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for gain, weight in gains:
         sums += torch.stack([(weight * gain.double()).sum(), 2 * weight.double().sum()])
-    distributed.sum_([sums])
+    distributed.sum_([sums], "reference point")
     return (sums[0] / sums[1].clamp_min(1e-12)).clamp_min(0).float()

@@ -9,14 +9,15 @@ fixed-point iteration of Eq. 13, or by gradient descent on its residual):
 
     fixed-point   x' <- p x + q eps(x', s'), k times
     renoise       the same iteration; the step then takes the mean of all k + 1 outputs (ReNoise, arXiv 2403.14602;
-                  k = 1 is what SmPO-Diffusion, arXiv 2506.02698, published)
+                  k = 1 in SmPO-Diffusion, arXiv 2506.02698)
     gradient      x' <- x' - rate * d(|r|^2 / 2) / dx', k times, through the UNet
 
 With inversion.steps=1 it is one equation between the image and t. Ours: solving it for every step of the trajectory, so
 that all grids work; rate = 1, where a step leaves out of r what a fixed-point iteration leaves, to first order, and
-equal weights of the outputs. The published SmPO code conditions both outputs on s' (evaluate_at: target); with
-evaluate_at: source the first is conditioned on s, as its samples are at s: with k = 1 that is Heun's method for
-the sampler's equation d(x / a) = eps d(s / a), of second order; the others are of first order.
+equal weights of the outputs. The first output is conditioned on s, as its samples are at s, the others on s': with
+k = 1 renoise is Heun's method for the sampler's equation d(x / a) = eps d(s / a), of second order; the others are of
+first order. SmPO's published script conditions both outputs on the time that its scheduler walks at: with the diffusers
+0.20 that it pins that is s (refine_at: source), from 0.22 on s' (evaluate_at: target).
 """
 
 from collections.abc import Callable

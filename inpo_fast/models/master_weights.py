@@ -83,7 +83,7 @@ class MasterWeights:
     def reduce(self) -> list[torch.Tensor]:
         """Adds the sums of all processes up into the masters' gradients, which are returned. Once per step."""
         if self.partition is None:
-            distributed.sum_(self.sums)
+            distributed.sum_(self.sums, "gradients")
         else:
             self.partition.reduce(self.sums, self.gradients)
         return self.gradients
@@ -93,7 +93,7 @@ class MasterWeights:
         norm = torch.nn.utils.get_total_norm(self.gradients)
         if self.partition is not None:
             square = norm.square()
-            distributed.sum_([square])
+            distributed.sum_([square], "norm of the gradient")
             norm = square.sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.masters, largest, norm)
         return norm

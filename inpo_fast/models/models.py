@@ -17,7 +17,7 @@ from inpo_fast.models.lora import Lora, add_adapter, zero_factors
 from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.models.peak_memory import encoding_bytes
 from inpo_fast.models.zero1 import Zero1Partition
-from inpo_fast.runtime.memory import largest_batch
+from inpo_fast.runtime.memory import PROMPTS, fits, largest_batch, sizes_of
 from inpo_fast.runtime.transfer import to_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,6 +75,7 @@ class Models:
         if config.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.vae = pipeline.vae.to(device, self.vae_dtype)
+        self.at_once = sizes_of(pipeline)  # what memory made smaller
         self._vae_batch: dict[int, int] = {}
         self.encoders = self.denoiser.encoders(pipeline)
         for encoder in self.encoders:
@@ -165,11 +166,15 @@ class Models:
         In batches of one size, the last one filled up: SDXL's encoders keep all their layers' outputs, 9 GiB for 1024
         prompts, and a prompt's bits are not to depend on how many came with it.
         """
-        size, texts = TEXT_BATCH.get(self.device.type, TEXT_BATCH["cuda"]), []
+        return self.at_once.fitting(lambda: self._encode_prompts(prompts))
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> Text:
+        size, texts = self.at_once.of(PROMPTS, TEXT_BATCH.get(self.device.type, TEXT_BATCH["cuda"])), []
         for lo in range(0, len(prompts), size):
             part = list(prompts[lo : lo + size])
             filled = [*part, *part[:1] * (size - len(part))]
-            texts.append(self.denoiser.encode(self.pipeline, filled, self.device)[: len(part)])
+            with fits(PROMPTS, size):
+                texts.append(self.denoiser.encode(self.pipeline, filled, self.device)[: len(part)])
         return Text.cat(texts)
 
     @torch.no_grad()

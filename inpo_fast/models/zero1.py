@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from inpo_fast.runtime.distributed import BUCKET
+from inpo_fast.runtime.watch import exchange
 
 # torch 2.13 gave them new names and warns of the old ones
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -42,7 +43,8 @@ class Zero1Partition:
                     rows = w[self.rows(len(w), rank)]
                     cell[: rows.numel()].view(rows.shape).copy_(rows)
             received = torch.empty_like(message[0])
-            _reduce_scatter(received, message.view(-1))
+            with exchange("gradients"):
+                _reduce_scatter(received, message.view(-1))
             for cell, part in zip(received.split(sizes), mine, strict=True):
                 part.copy_(cell[: part.numel()].view(part.shape))
 
@@ -55,7 +57,8 @@ class Zero1Partition:
             for cell, part in zip(message.split(sizes), mine, strict=True):
                 cell[: part.numel()].view(part.shape).copy_(part)
             received = torch.empty(self.world, len(message), dtype=message.dtype, device=message.device)
-            _all_gather(received.view(-1), message)
+            with exchange("weights"):
+                _all_gather(received.view(-1), message)
             for rank in range(self.world):
                 for cell, w in zip(received[rank].split(sizes), some, strict=True):
                     rows = w[self.rows(len(w), rank)]

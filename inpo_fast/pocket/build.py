@@ -20,7 +20,7 @@ from inpo_fast.comparison.drawing import draw, use_deterministic_sampler
 from inpo_fast.judges.pocket_rules import RuleJudge
 from inpo_fast.models.files.diffusers_folder import write_folder
 from inpo_fast.models.loading import quiet_libraries
-from inpo_fast.pocket import ASSETS, base_model, clip_model, pairs
+from inpo_fast.pocket import ASSETS, base_model, clip_model, pairs, reader
 from inpo_fast.pocket.scenes import all_scenes, split_scenes
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import run_command
@@ -64,6 +64,11 @@ def build_denoiser(output: Path) -> None:
 def build_clip(output: Path) -> None:
     tokenizer = base_model.make_tokenizer([scene.caption for scene in all_scenes()])
     clip_model.train_clip(all_scenes(), tokenizer, SEED, output / "clip")
+
+
+def build_reader(output: Path) -> None:
+    torch.set_num_threads(1)  # the shipped one's: sums of more threads are rounded otherwise
+    reader.train_reader(all_scenes(), SEED, output / "reader")
 
 
 def build_pairs(output: Path) -> None:
@@ -126,6 +131,7 @@ STAGES = {
     "vae": build_vae,
     "denoiser": build_denoiser,
     "clip": build_clip,
+    "reader": build_reader,
     "pairs": build_pairs,
     "check": check_base,
     "manifest": write_manifest,
@@ -139,7 +145,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ASSETS)
     arguments = parser.parse_args()
     quiet_libraries()
-    rank, _, _ = distributed.start(timeout_minutes=60)
+    rank, _, _ = distributed.start(patience_minutes=600)  # the first process does most stages alone
     if rank == 0:
         if not arguments.only:
             shutil.rmtree(arguments.output, ignore_errors=True)

@@ -11,7 +11,7 @@ from inpo_fast.comparison.win_rates import disagreement
 from inpo_fast.report.page import render
 from inpo_fast.report.pictures import ENLARGED, picture_uris
 from inpo_fast.report.plots import PALETTE
-from inpo_fast.report.results import Interval
+from inpo_fast.report.results import Interval, percent, told
 from inpo_fast.runtime.files import write_text
 
 SHOWN = 24  # rows of pictures
@@ -52,7 +52,7 @@ def rows(comparison: ModelComparison, count: int = SHOWN) -> list[Row]:
     for name in others:
         differences = [each[name].total - each[names[0]].total for each in comparison.scores.values()]
         spreads.append(disagreement(differences) if len(differences) > 1 else np.abs(differences[0]))
-    spread = np.max(spreads, axis=0) if spreads else np.zeros(len(comparison.captions))
+    spread = np.nan_to_num(np.max(spreads, axis=0), nan=-1.0) if spreads else np.zeros(len(comparison.captions))
     chosen, seen = [], set()
     for i in np.argsort(-spread, kind="stable"):
         if int(i) // comparison.seeds not in seen and len(chosen) < count:  # one row a prompt
@@ -69,7 +69,8 @@ def _row(comparison: ModelComparison, names: list[str], i: int, spread: float) -
             own, base = float(each[name].total[i]), float(each[names[0]].total[i])
             said.append((judge, own, None if name == names[0] else own - base))
         shots.append(Shot(name, comparison.pictures[name][i], said))
-    labels = [values[i // comparison.seeds] for values in comparison.prompts.groups.values()]
+    prompt = i // comparison.seeds
+    labels = [label for each in comparison.prompts.groups.values() for label, own in each.items() if prompt in own]
     return Row(comparison.captions[i], labels, spread, shots)
 
 
@@ -82,6 +83,7 @@ def html(result: dict, shown: list[Row]) -> str:
         result=result,
         models=list(next(iter(result["scores"].values()))),
         intervals=intervals(result),
+        unfit=unfit_judges(result),
         rows=shown,
         src=lambda picture: uris[id(picture)],
         pixelated=bool(pictures) and max(pictures[0].shape[:2]) < ENLARGED,
@@ -113,8 +115,9 @@ def _order(result: dict, row: Interval) -> int:
 
 
 def _interval(group: str, name: str, values: dict) -> Interval:
-    rate, low, high = (100 * values[key] for key in ("win_rate", "low", "high"))
-    return Interval(group, name, rate, low, high, (f"{values['prompts']:,} prompts",))
+    count = values["prompts"]
+    rates = [percent(values[key]) for key in ("win_rate", "low", "high")]
+    return Interval(group, name, *rates, (f"{count:,} prompt{'s' * (count != 1)}",), count)
 
 
 def markdown(result: dict) -> str:
@@ -139,6 +142,8 @@ def markdown(result: dict) -> str:
     if any(value is not None for value in result["diversity"].values()):
         lines.append(_line("diversity", [f"{result['diversity'][name]:.4f}" for name in models]))
     lines += ["", "## Win-rates, percent (95 % interval over prompts)", ""]
+    lines += [*_without_score(result), ""] if _without_score(result) else []
+    lines += [*(f"- {_cell(line)}" for line in unfit_judges(result)), ""] if unfit_judges(result) else []
     judges = list(result["win_rates"])
     lines.append(_table("models", judges))
     for number, pair in enumerate(result["win_rates"][judges[0]]):
@@ -152,6 +157,31 @@ def markdown(result: dict) -> str:
                 each = [result["win_rates"][judge][number]["groups"][kind][label] for judge in judges]
                 lines.append(_line(label, [_rate(values) for values in each]))
     return "\n".join([*lines, *_published(result)]) + "\n"
+
+
+def unfit_judges(result: dict) -> list[str]:
+    """A line for each judge that tells the negative control from the base, which it should not (docs/judges.md)."""
+    out = []
+    for judge, pairs in result["win_rates"].items():
+        for pair in pairs:
+            if pair["model"] != NEGATIVE_CONTROL or pair["low"] is None or pair["low"] <= 0.5 <= pair["high"]:
+                continue
+            out.append(
+                f"{judge} is unfit for this base: it tells even the negative control from it ({_rate(pair)}), so what "
+                "it says of a model may be about the size of its noise prediction"
+            )
+    return out
+
+
+def _without_score(result: dict) -> list[str]:
+    """A judge whose answers were unclear: comparisons with such a picture are left out."""
+    out = []
+    for judge, by_model in result["scores"].items():
+        missing = {name: values["without_score"] for name, values in by_model.items() if values["without_score"]}
+        if missing:
+            counts = ", ".join(f"{_cell(name)} {count:,}" for name, count in missing.items())
+            out.append(f"- {_cell(judge)} gave no clear score for some pictures, which are left out: {counts}")
+    return out
 
 
 def _published(result: dict) -> list[str]:
@@ -174,11 +204,11 @@ def _published(result: dict) -> list[str]:
 
 
 def _score(values: dict) -> str:
-    return f"{values['median']:.5g} ({values['mean']:.5g})"
+    return "-" if values["mean"] is None else f"{values['median']:.5g} ({values['mean']:.5g})"
 
 
 def _rate(values: dict) -> str:
-    return f"{100 * values['win_rate']:.1f} ({100 * values['low']:.1f} to {100 * values['high']:.1f})"
+    return told(*(values[key] for key in ("win_rate", "low", "high", "prompts")))
 
 
 def _table(first: str, columns: list[str]) -> str:

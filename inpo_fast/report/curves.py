@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from inpo_fast.method.inversion import UNDER_NOISED
-
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps (N,), values (N,)
 Latest = dict[str, float]
 
@@ -35,6 +33,7 @@ class Curve:
     from_zero: bool = False
     smooth: bool = True
     contrast: bool | None = None  # True: only for methods with winners against losers; False: only for the others
+    objective: str | None = None  # only where the loss is of this kind: preference, or utility (kto)
     watch: Callable[[Latest], str] = lambda _: ""
 
     def drawn(self, series: Series) -> list[Line]:
@@ -67,60 +66,84 @@ def read_series(path: Path) -> Series:
 
 def chosen(series: Series) -> Iterator[Curve]:
     """The curves for which there is something to draw."""
-    contrast = "margin" in series
+    contrast, objective = "margin" in series, "utility" if "reference_point" in series else "preference"
     for curve in CURVES:
-        if curve.contrast in (None, contrast) and curve.drawn(series):
+        if curve.contrast in (None, contrast) and curve.objective in (None, objective) and curve.drawn(series):
             yield curve
 
 
 def _winners_worse(latest: Latest) -> str:
     if latest.get("winner_delta", 0) > 0:
-        return "The winners are predicted worse than by the reference: a smaller lr usually mends it, or a larger beta."
+        return (
+            "At the end of the run the winners are predicted worse than by the reference: a smaller lr usually mends "
+            "it, or a larger beta."
+        )
     return ""
 
 
-def _under_noised(latest: Latest) -> str:
-    low = min(latest.values())
-    if low < UNDER_NOISED:
-        return f"{low:.2f} is below {UNDER_NOISED}: the inversion leaves the latents too clean."
+def _loss(latest: Latest) -> str:
+    """What the last steps' mean says, and no more."""
+    if latest["loss"] > math.log(2) + 1e-4:  # fp32's ln 2 is above it
+        return (
+            "At the end the mean loss is above ln 2, where the model would be if it equalled its reference. Pairs that "
+            "are told wrongly by much weigh more in it than those told rightly: accuracy says how many there are."
+        )
     return ""
 
 
 def _amplitude(latest: Latest) -> str:
-    drift = latest["eps_scale"] - 1
+    drift = latest.get("eps_scale", 1.0) - 1
     if abs(drift) > AMPLITUDE_DRIFT:
         return f"The amplitude moved by {100 * drift:+.1f} %: compare the grain of the pictures before and after."
     return ""
 
 
 def _chance(latest: Latest) -> str:
-    if latest.get("implicit_accuracy", 1.0) <= 0.5:
+    here, held_out = latest.get("implicit_accuracy"), latest.get("held_out_implicit_accuracy")
+    if here is not None and here <= 0.5:
         return "Not above chance at the end of the run."
-    if latest.get("held_out_implicit_accuracy", 1.0) <= 0.5:
-        return "Not above chance on held-out pairs: what was learned holds for the training pairs only."
+    if held_out is not None and held_out <= 0.5:
+        more = ", though on training pairs" if here is not None else ""
+        return f"Not above chance on held-out pairs at the end of the run{more}."
     return ""
 
 
 CURVES = (
     Curve(
         "Loss",
-        "It starts at ln 2, where the model equals its reference, and should sink below the dashed line; staying on it "
-        "means nothing is learned, rising above it that the losers are preferred. A falling loss alone proves nothing.",
+        "It starts at ln 2, the dashed line, where the model equals its reference. It is a mean over pairs of what is "
+        "small where the winner is favoured, and grows with the margin where the loser is: a few pairs that are told "
+        "wrongly by much raise it even while accuracy rises. That it falls does not show that pictures become better.",
         (Line("loss", "loss", "first"),),
         mark=math.log(2),
         mark_label="ln 2",
         contrast=True,
+        objective="preference",
+        watch=_loss,
     ),
     Curve(
         "Loss",
-        "The squared error of the noise predicted for the winners. It should sink slowly or hold; a rise is bad.",
+        "What each image's utility falls short of 1, on average. It starts at 1/2, the dashed line, where the model "
+        "equals its reference; below it, images called good are predicted better than by the reference, or those that "
+        "are called bad worse.",
+        (Line("loss", "loss", "first"),),
+        mark=0.5,
+        mark_label="1/2",
+        contrast=True,
+        objective="utility",
+    ),
+    Curve(
+        "Loss",
+        "The squared error of what the model predicts for the winners. It differs between steps mostly by their "
+        "timesteps; the error against the reference, below, is free of that.",
         (Line("loss", "loss", "first"),),
         contrast=False,
     ),
     Curve(
         "Implicit accuracy",
-        "The share of pairs whose winner the model favours, measured against the reference. 0.5 is chance, above is "
-        "learning; close to 1 it has memorised its pairs. Models that draw worse can reach 0.7 too.",
+        "The share of pairs whose winner the model favours, measured against the reference: 0.5 is chance. On pairs "
+        "that are trained on more than once, close to 1 can be memory. It does not show that pictures become better: "
+        "models that draw worse can reach 0.7 too.",
         (
             Line("implicit_accuracy", "accuracy", "first"),
             Line("held_out_implicit_accuracy", "on held-out pairs", "second"),
@@ -132,8 +155,8 @@ CURVES = (
     ),
     Curve(
         "Error against the reference",
-        "How much worse than the reference the noise is predicted. Good: winners below 0 and losers above them. Bad: "
-        "winners above 0, which means that the margin comes from unlearning the losers, and pictures decay.",
+        "How much worse than the reference the model predicts. Good: winners below 0 and losers above them. Winners "
+        "above 0 are predicted worse than by the reference: a margin then comes from losers that are even worse.",
         (Line("winner_delta", "winners", "first"), Line("loser_delta", "losers", "second")),
         mark=0.0,
         mark_label="0",
@@ -142,7 +165,7 @@ CURVES = (
     ),
     Curve(
         "Error against the reference",
-        "How much worse than the reference the noise of the winners is predicted. Below 0 is good, above 0 is bad.",
+        "How much worse than the reference the model predicts for the winners. Below 0 is good, above 0 is bad.",
         (Line("winner_delta", "winners", "first"),),
         mark=0.0,
         mark_label="0",
@@ -151,16 +174,15 @@ CURVES = (
     ),
     Curve(
         "Winners' error by noise level",
-        "How much worse than the reference the winners' noise is predicted, from little noise (t near 0) to nearly "
-        "pure noise. Good: below 0. A level that rises alone is where pictures begin to decay.",
+        "How much worse than the reference the model predicts for the winners, from little noise (t near 0) to nearly "
+        "pure noise. Good: below 0.",
         tuple(Line(f"winner_delta_t{b}", f"t {200 * b}–{200 * b + 199}", f"level{b}") for b in range(5)),
         mark=0.0,
         mark_label="0",
     ),
     Curve(
         "Losers' error by noise level",
-        "The same for the losers. Good: above the winners at the same level; far above 0 while the winners rise too "
-        "means that the model unlearns instead of learning.",
+        "The same for the losers. Good: above the winners at the same level, with winners not above 0.",
         tuple(Line(f"loser_delta_t{b}", f"t {200 * b}–{200 * b + 199}", f"level{b}") for b in range(5)),
         mark=0.0,
         mark_label="0",
@@ -168,7 +190,7 @@ CURVES = (
     ),
     Curve(
         "Error on held-out pairs",
-        "How much worse than the reference the noise of pairs is predicted that are not trained on. Good: winners "
+        "How much worse than the reference the model predicts for pairs that are not trained on. Good: winners "
         "below 0, or at least well below the losers.",
         (Line("held_out_winner_delta", "winners", "first"), Line("held_out_loser_delta", "losers", "second")),
         mark=0.0,
@@ -176,8 +198,8 @@ CURVES = (
     ),
     Curve(
         "Margin by noise level",
-        "How strongly winners are favoured, from little noise (t near 0) to nearly pure noise. Good: all lines rise "
-        "above 0 together. Bad: one runs far ahead or sinks below 0, so only a part of the drawing process learns.",
+        "How strongly winners are favoured, from little noise (t near 0) to nearly pure noise. Above 0 the winners are "
+        "favoured on average, below 0 the losers; levels apart from each other learn at different speeds.",
         (
             Line("margin", "all", "ink"),
             *(Line(f"margin_t{b}", f"t {200 * b}–{200 * b + 199}", f"level{b}") for b in range(5)),
@@ -188,17 +210,17 @@ CURVES = (
     ),
     Curve(
         "Amplitude of the target noise",
-        f"The noise that the model has to predict; 1 is right. Below {UNDER_NOISED} the noisy pictures are too clean "
-        "and training hardly helps. Winners well below losers reward too little noise, unless tau_norm is rms.",
+        "The noise that the model has to predict, before tau_norm: 1 for Gaussian noise. Inversion leaves less, even "
+        "along the exact path, and the less the smoother a picture is: it is no measure of the inversion (noise_ratio "
+        "is, where it was measured).",
         (Line("tau_rms_winner", "winners", "first"), Line("tau_rms_loser", "losers", "second")),
         mark=1.0,
         mark_label="1",
-        watch=_under_noised,
     ),
     Curve(
         "Pull on the amplitude",
         "How much more noise than the reference predicts the targets ask for, along its own prediction. Good: winners "
-        "and losers together. Bad: winners lastingly below losers, which rewards grainy pictures.",
+        "and losers together. Winners lastingly below losers reward predicting less noise, which leaves grain.",
         (Line("tau_residual_winner", "winners", "first"), Line("tau_residual_loser", "losers", "second")),
         mark=0.0,
         mark_label="0",
@@ -206,8 +228,8 @@ CURVES = (
     ),
     Curve(
         "Amplitude of the model's noise",
-        "The size of the predicted noise against the reference's. Good: it stays near 1. A drift of one or two percent "
-        "makes pictures grainier (below 1) or smoother (above 1), and that alone can fool a judge.",
+        "The size of the predicted noise against the reference's. A drift of one or two percent makes pictures "
+        "grainier (below 1) or smoother (above 1), and that alone can fool a judge: so is the negative control made.",
         (Line("eps_scale", "scale", "first"),),
         mark=1.0,
         mark_label="1",

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from inpo_fast.comparison.evaluation import Gallery
+from inpo_fast.comparison.picture_store import read_picture
+from inpo_fast.runtime.errors import UserError
 
 SHEET = 12  # comparisons on a contact sheet
 SHEET_COLUMNS = 6
@@ -116,9 +118,8 @@ def strips(folder: Path, limit: int, most: int = 6) -> list[tuple[int, str, bool
     found = []
     for path in (paths[row] for row in rows):
         try:
-            with Image.open(path) as image:
-                found.append((int(path.stem), np.asarray(image.convert("RGB"))))
-        except OSError:
+            found.append((int(path.stem), read_picture(path)))
+        except UserError:
             continue
     for width in (1600, 1200, 800, 500, 300):
         encoded = [_strip(picture, width) for _, picture in found]

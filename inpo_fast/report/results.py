@@ -3,13 +3,30 @@
 from dataclasses import dataclass
 
 from inpo_fast.comparison.evaluation import DIVERSITY_FLOOR
+from inpo_fast.comparison.win_rates import FEWEST
 from inpo_fast.judges import SUMMARIES
 
+RATE = ("win_rate", "win_rate_low", "win_rate_high")
 NAMES = {  # of sanity checks whose key in evaluation.json says less
     "diversity_ratio": "diversity ratio",
     "outside": "independent judge",
     "seen": "seen prompts",
     "control": "negative control",
+}
+
+
+FAILS = {  # what it means, for people who have never heard of the check
+    "alignment": "its pictures show less of what the prompt asks for than the base's",
+    "diversity_ratio": "its pictures of one prompt are too much alike",
+    "outside": "{second}, a judge that no reward was made from, prefers the base: the gain may be {judge}'s only",
+    "seen": "it wins far more often on prompts like those of the training than on new ones",
+    "control": "{judge} also prefers the untrained base with its noise prediction x {scale}, which is no better: it "
+    "rewards something else than quality",
+}
+CANNOT_DECIDE = {
+    "diversity_ratio": "the base draws one picture of a prompt only",
+    "outside": "{second} tells even the base from the base with a slightly scaled noise prediction, so what it says of "
+    "this model may be about that",
 }
 
 
@@ -22,18 +39,42 @@ class Headline:
 
 @dataclass(frozen=True)
 class Interval:
-    """A win-rate against the base with its 95 % interval, all in percent."""
+    """A win-rate against the base with its 95 % interval, all in percent; None where there is none.
+
+    prompts: it is over so many; None: of an evaluation by an earlier version.
+    """
 
     group: str
     name: str
-    rate: float
-    low: float
-    high: float
+    rate: float | None
+    low: float | None
+    high: float | None
     notes: tuple[str, ...] = ()
+    prompts: int | None = None
 
     @property
     def side(self) -> str:
+        if self.low is None or self.high is None:
+            return "both"
         return "above" if self.low > 50 else "below" if self.high < 50 else "both"
+
+    @property
+    def between(self) -> str:
+        return "no interval" if self.low is None else f"{self.low:.0f}–{self.high:.0f}"
+
+
+def percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def told(rate: float | None, low: float | None, high: float | None, prompts: int | None) -> str:
+    """A win-rate of 0..1 in percent: `62.0 (55.1 to 69.8; 128 prompts)`, `100.0 (1 prompt, no interval)`, `-`."""
+    if rate is None:
+        return "-"
+    count = "" if prompts is None else f"{prompts:,} prompt{'s' * (prompts != 1)}"
+    if low is None or high is None:
+        return f"{100 * rate:.1f} ({count + ', ' if count else ''}no interval)"
+    return f"{100 * rate:.1f} ({100 * low:.1f} to {100 * high:.1f}{'; ' + count if count else ''})"
 
 
 @dataclass(frozen=True)
@@ -41,36 +82,59 @@ class SanityCheck:
     name: str
     value: str
     meaning: str
-    ok: bool
+    ok: bool | None  # None: it cannot decide
 
 
 def verdict(result: dict) -> str:
     """The result in one sentence, with its numbers."""
-    rate, low, high = (100 * result[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
-    failed = [NAMES.get(name, name) for name, check in result["guards"].items() if not check["ok"]]
+    rate, low, high = (percent(result[key]) for key in RATE)
+    failed = checks_that(result, False)
+    if low is None or high is None:
+        return _too_few(result)
     if low > 50:
         word = f"The aligned model is better than its base{'' if not failed else ' for this judge'}"
     elif high < 50:
         word = "The aligned model is WORSE than its base"
     else:
         word = "No difference from the base can be shown"
-    checks = "all sanity checks hold" if not failed else "BUT these sanity checks fail: " + ", ".join(failed)
+    checks = checks_in_words(result)
     return (
         f"{word}: it wins {rate:.1f} % of paired comparisons (95 % interval {low:.1f} to {high:.1f}) on "
         f"{result['prompts']} prompts x {result['seeds']} pictures, judged by {result['judge']} "
-        f"[{result['variant']}]; {checks}."
+        f"[{result['variant']}]; {checks}.{_without_score(result)}"
     )
 
 
+def _too_few(result: dict) -> str:
+    count = result["total"].get("prompts", result["prompts"])
+    failed = [_with_reason(key, result, FAILS) for key in checks_that(result, False)]
+    checks = f" These sanity checks fail: {'; '.join(failed)}." if failed else ""
+    return (
+        f"Too few prompts for a verdict: it wins {100 * result['win_rate']:.1f} % of paired comparisons on {count} "
+        f"prompt{'s' * (count != 1)} x {result['seeds']} pictures, judged by {result['judge']} [{result['variant']}]; "
+        f"with fewer than {FEWEST} nothing can be told from chance.{checks}{_without_score(result)}"
+    )
+
+
+def _without_score(result: dict) -> str:
+    """What an unclear answer cost: said, as nobody knows on which pictures a judge keeps silent."""
+    count = sum(result.get("without_score", {}).values())
+    return f" {count:,} pictures got no clear score and are left out." if count else ""
+
+
 def headline(result: dict) -> Headline:
-    """A win is called good only when every sanity check holds too."""
+    """A win is called good only when no sanity check fails and a check that cannot decide is named with it."""
     text = verdict(result)
+    if result["win_rate_low"] is None:
+        return Headline("undecided", "Too few prompts for a verdict", text)
     if result["win_rate_high"] < 0.5:
         return Headline("bad", "Worse than its base", text)
     if not result["win_rate_low"] > 0.5:
         return Headline("undecided", "No difference shown", text)
-    if not all(check["ok"] for check in result["guards"].values()):
+    if checks_that(result, False):
         return Headline("undecided", "Better for the judge, but a sanity check fails", text)
+    if checks_that(result, None):
+        return Headline("good", "Better than its base, though a sanity check cannot decide", text)
     return Headline("good", "Better than its base", text)
 
 
@@ -94,8 +158,10 @@ def _interval(group: str, name: str, values: dict, *notes: str) -> Interval:
     for kind in ("mean", "median"):
         if kind in values and f"base_{kind}" in values:
             notes += (f"{kind} {values[f'base_{kind}']:.3g} → {values[kind]:.3g}",)
-    rate, low, high = (100 * values[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
-    return Interval(group, name, rate, low, high, notes)
+    prompts = values.get("prompts")
+    if prompts is not None:
+        notes += (f"{prompts:,} prompt{'s' * (prompts != 1)}",)
+    return Interval(group, name, *(percent(values[key]) for key in RATE), notes, prompts)
 
 
 def sanity_checks(result: dict) -> list[SanityCheck]:
@@ -106,9 +172,9 @@ def sanity_checks(result: dict) -> list[SanityCheck]:
 def _sanity_check(key: str, values: dict) -> SanityCheck:
     value, meaning = "", ""
     if "win_rate" in values:
-        rate, low, high = (100 * values[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
-        value = f"wins {rate:.1f} % ({low:.1f} to {high:.1f})"
-    elif "value" in values:
+        found = told(*(values[key] for key in RATE), values.get("prompts"))
+        value = f"wins {found.replace(' ', ' % ', 1)}"
+    elif values.get("value") is not None:
         value = f"{values['value']:.3g}"
     if key == "alignment":
         meaning = (
@@ -118,7 +184,8 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
     elif key == "diversity_ratio":
         meaning = (
             "How much pictures of one prompt differ from each other, against the base. "
-            f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again."
+            f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again. Where the base "
+            "itself draws only one, there is nothing to compare."
         )
     elif key == "outside":
         meaning = (
@@ -128,9 +195,13 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
         )
         if "control" in values:  # not in evaluations of earlier versions
             rate, low, high = values["control"]
-            meaning += f" Of the negative control it says {100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-            fooled = ": what it sees also moves with the size of the noise prediction."
-            meaning += "." if low <= 0.5 <= high else fooled
+            between = "no interval" if low is None else f"{100 * low:.0f} to {100 * high:.0f}"
+            meaning += f" Of the negative control it says {100 * (rate or 0):.0f} % ({between})"
+            fooled = (
+                ", which is no better and no worse than the base: what it sees also moves with the size of the noise "
+                "prediction, so it is unfit for this base and cannot decide, for the model or against it."
+            )
+            meaning += "." if low is None or low <= 0.5 <= high else fooled
     elif key == "seen":
         value = f"gap {100 * values['gap']:+.1f} points"
         meaning = (
@@ -142,4 +213,35 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
             f"The base with its noise prediction × {values['eps_scale']:g}. It is no better model, so it "
             "must not win; where it does, the judge measures grain rather than quality."
         )
-    return SanityCheck(NAMES.get(key, key.replace("_", " ")), value, meaning, bool(values["ok"]))
+    ok = None if values["ok"] is None else bool(values["ok"])
+    return SanityCheck(NAMES.get(key, key.replace("_", " ")), value, meaning, ok)
+
+
+def checks_that(result: dict, state: bool | None) -> list[str]:
+    """Keys of the sanity checks that hold (True), fail (False) or cannot decide (None)."""
+    return [key for key, check in result["guards"].items() if check["ok"] is state]
+
+
+def checks_in_words(result: dict) -> str:
+    """For people who have never heard of them: which fail or cannot decide, and what that means."""
+    failed, open_ = checks_that(result, False), checks_that(result, None)
+    if not result["guards"]:
+        return "no sanity check was made"
+    if not failed and not open_:
+        return "all sanity checks hold"
+    parts = []
+    if failed:
+        parts.append("BUT these sanity checks fail: " + "; ".join(_with_reason(key, result, FAILS) for key in failed))
+    if open_:
+        parts.append("cannot decide: " + "; ".join(_with_reason(key, result, CANNOT_DECIDE) for key in open_))
+    held = len(result["guards"]) - len(failed) - len(open_)
+    return "; ".join([*parts, *([f"the other {held} hold" if held > 1 else "the other one holds"] if held else [])])
+
+
+def _with_reason(key: str, result: dict, reasons: dict[str, str]) -> str:
+    check = result["guards"][key]
+    names = {"judge": result["judge"], "second": check.get("judge", ""), "scale": f"{check.get('eps_scale', 0):g}"}
+    reason = reasons.get(key, "").format_map(names)
+    if reasons is CANNOT_DECIDE and check.get("fit"):
+        reason = "too few prompts for an interval"
+    return f"{NAMES.get(key, key.replace('_', ' '))}{f' ({reason})' if reason else ''}"

@@ -9,6 +9,7 @@ from inpo_fast.report import curves, pictures, plots, reasons, results
 from inpo_fast.report.page import render
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_bytes, write_text
+from inpo_fast.runtime.masking import masked
 
 STRIP_BYTES = 600_000
 PICTURE_BYTES = 1_600_000  # of the whole page, before base64 adds a third
@@ -62,6 +63,7 @@ def page(folder: Path, evaluation: Evaluation | None) -> str:
         src=lambda picture: uris[id(picture)],
         win_rates=results.win_rates(result) if result else [],
         checks=results.sanity_checks(result) if result else [],
+        warnings=_tree(_text(folder / "warnings.json")).get("said", []),
         curves=[(curve, curve.latest(series), plots.draw(curve, series)) for curve in curves.chosen(series)],
         palette=plots.PALETTE,
         config=_text(folder / "config.yaml"),
@@ -86,7 +88,8 @@ def _subtitle(manifest: dict, series: curves.Series, result: dict | None) -> Ite
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+    """Masked: what an earlier version wrote may not be."""
+    return masked(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
 
 
 def _tree(text: str | None) -> dict:

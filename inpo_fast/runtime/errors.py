@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from inpo_fast.runtime.masking import mask_logs, masked
+from inpo_fast.runtime.signals import Signals, exit_status, say_and_leave
+
 VALUE = 200  # characters of a value that are quoted at most
 LINE = 1000  # characters of a whole message: what stands at its beginning (where, what) and at its end (the remedy)
 _BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
@@ -49,10 +52,10 @@ def _written(text: str) -> str:
 
 
 class UserError(ValueError):
-    """Says what is wrong, where, and how to mend it, in one line (`one_line`)."""
+    """Says what is wrong, where, and how to mend it, in one line (`one_line`); secrets in it are masked."""
 
     def __init__(self, message: object = ""):
-        super().__init__(one_line(message))
+        super().__init__(_shown(str(message)))
 
 
 class Hang(UserError):
@@ -79,34 +82,45 @@ def command_line(program: str, about: str | None, epilog: str | None = None) -> 
     return CommandLine(prog=program, description=about, epilog=epilog, formatter_class=kind, allow_abbrev=False)
 
 
-def run_command(program: str, main: Callable[[], None]) -> None:
+def run_command(program: str, main: Callable[[], None], again: str = "start it again") -> None:
     """Runs a command line; a UserError becomes one line on stderr and exit status 2, never a traceback. So do a GPU
     that is full where nobody knew a smaller batch, and a file or socket that the system refuses; what nobody foresaw is
-    one line too, with exit status 70 (unforeseen.py)."""
+    one line too, with exit status 70 (unforeseen.py). Asked to stop, it ends as signals.py says.
+
+    again: how to go on after that, for the line that says so.
+    """
+    mask_logs()
     shorten_when_quoted(part for word in sys.argv[1:] for part in (word, word.partition("=")[2]))
-    try:
-        _check_words(sys.argv[1:])
-        main()
-    except Hang as problem:
-        print(f"{program}: {problem}", file=sys.stderr, flush=True)
-        os._exit(2)  # threads and messages under way would wait for the other process
-    except UserError as problem:
-        _end(program, str(problem), 2)
-    except BrokenPipeError:
+    with Signals(program, again, stays=main.__module__ == "__main__") as signals:
+        try:
+            _check_words(sys.argv[1:])
+            main()
+        except BaseException as problem:
+            if signals.raised or isinstance(problem, KeyboardInterrupt):  # what a library makes of it is another thing
+                by = signals.asked or "SIGINT"
+                say_and_leave(signals.line(by), exit_status(by))
+            _tell(program, problem)
+
+
+def _tell(program: str, problem: BaseException) -> NoReturn:
+    if isinstance(problem, Hang):
+        say_and_leave(f"{program}: {problem}", 2)  # threads and messages under way would wait for the other process
+    if isinstance(problem, UserError):
+        _end(program, str(problem), getattr(problem, "status", 2))
+    if isinstance(problem, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
         sys.exit(2)
-    except OSError as problem:
+    if isinstance(problem, OSError):
         if not isinstance(problem.filename, str | bytes):
             _unforeseen(program, problem, problem.strerror or str(problem) or type(problem).__name__, 2)
-        _end(program, one_line(_refused_by_system(problem)), 2)
-    except Exception as problem:
-        if type(problem).__name__ == "OutOfMemoryError":  # torch's; importing it would slow down every error
-            said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
-            remedy = (
-                "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
-            )
-            _end(program, one_line(f"{said}; {remedy}"), 2)
+        _end(program, _shown(_refused_by_system(problem)), 2)
+    if type(problem).__name__ == "OutOfMemoryError":  # torch's; importing it would slow down every error
+        said = ". ".join(" ".join(str(problem).split()).split(". ")[:2]).rstrip(".")
+        remedy = "take a smaller model, resolution or batch; --dry-run of inpo_fast.train counts what needs how much"
+        _end(program, _shown(f"{said}; {remedy}"), 2)
+    if isinstance(problem, Exception):
         _unforeseen(program, problem, None, 70)
+    raise problem
 
 
 def _check_words(words: list[str]) -> None:
@@ -141,4 +155,8 @@ def _unforeseen(program: str, problem: Exception, line: str | None, status: int)
 
     if unforeseen.shown():
         raise problem
-    _end(program, one_line(unforeseen.line(program, problem, line)), status)
+    _end(program, _shown(unforeseen.line(program, problem, line)), status)
+
+
+def _shown(message: str) -> str:
+    return one_line(masked(message))

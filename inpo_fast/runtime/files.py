@@ -1,24 +1,75 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent; and files of a user's folder, which may hold anything."""
 
+import errno
+import io
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Written aside and renamed: nobody ever sees half of it, and a crash leaves the old one."""
     aside = path.with_name(f".tmp-{path.name}")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file of a user's folder, for reading. OSError of all that is no regular file: a named pipe, a socket or a
+    device would be waited for, perhaps for ever."""
+    return os.fdopen(regular_handle(path)[0], "rb")
+
+
+def regular_handle(path: str | Path) -> tuple[int, int]:
+    """The same as the number of an open file (the caller closes it), and its size in bytes."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode):
+        return handle, found.st_size
+    os.close(handle)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+    raise OSError(errno.EINVAL, "is no regular file (a named pipe, a socket or a device)", str(path))
+
+
+def read_regular(path: str | Path) -> bytes:
+    """All bytes of a file of a user's folder. OSError as of `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_text(path: str | Path, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """A text of a user's folder. OSError as of `open_regular`, ValueError (UnicodeDecodeError) of other bytes."""
+    with io.TextIOWrapper(open_regular(path), encoding, errors) as file:
+        return file.read()
+
+
+def inside(folder: Path, name: str, *, resolved: bool = False) -> Path:
+    """The file that a listing in `folder` names, symbolic links resolved. OSError where it would lie outside: a listing
+    of somebody else must not say which files of this machine are read (or shown). ValueError of a NUL in the name.
+
+    resolved: `folder` has no symbolic link any more.
+    """
+    root = str(folder) if resolved else os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, name))
+    if not path.startswith(os.path.join(root, "")):
+        raise PermissionError(errno.EACCES, f"outside {root}", name)
+    return Path(path)
 
 
 @contextmanager

@@ -1,22 +1,28 @@
-"""What a model or a source of pairs is, in 32 hexadecimal digits: so that a cache is never used for another one."""
+"""What a model is, in 32 hexadecimal digits: so that a cache is never used for another one."""
 
 import hashlib
 import json
 
-import fsspec
 import torch
 
-from inpo_fast.runtime.errors import UserError
-
-ENDS = 64 * 1024  # bytes of a file's beginning and end that are looked at; parquet's index stands at the end
+# of transformers' settings, what decides beside the weights: their others name versions, or come with a new version
+ENCODER_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "max_position_embeddings")
+# by their tokens two tokenizers of one vocabulary are told apart: merges, case, white space
+PROBES = (
+    "a photograph of an astronaut riding a horse",
+    "Größe  naïveté\t№42 ½ 東京, e.g. snake_case!",
+    "\U0001f600 é É",
+)
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Of a module's weights, and its settings where they are diffusers'; adapters left out: LoRA's reference is its
-    base."""
+    """Of a module's weights and settings; adapters left out: LoRA's reference is its base."""
     settings = getattr(module, "config", None)
-    # transformers' settings name their library's version, and its encoders differ in their weights if in anything
-    own = {k: v for k, v in settings.items() if not k.startswith("_")} if hasattr(settings, "items") else {}
+    if hasattr(settings, "items"):  # diffusers'
+        own = {k: v for k, v in settings.items() if not k.startswith("_")}
+    else:
+        parts = {"": settings} | {k: getattr(settings, k, None) for k in ("text_config", "vision_config")}
+        own = {f"{p}.{k}": getattr(s, k) for p, s in parts.items() for k in ENCODER_SETTINGS if hasattr(s, k)}
     out = hashlib.blake2b(json.dumps(own, sort_keys=True, default=str).encode(), digest_size=16)
     tensors = {name.replace(".base_layer", ""): x for name, x in module.state_dict().items() if ".lora_" not in name}
     for name, x in sorted(tensors.items()):
@@ -25,20 +31,18 @@ def fingerprint(module: torch.nn.Module) -> str:
     return out.hexdigest()
 
 
-def source_fingerprint(path: str) -> str:
-    """Of a file or folder of pairs, local or any fsspec URL: names, sizes, the listing, both ends of each data file."""
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Of a transformers tokenizer: what tokens prompts become. Its vocabulary, special tokens, length, and probes."""
     out = hashlib.blake2b(digest_size=16)
-    try:
-        system, root = fsspec.core.url_to_fs(path)
-        files = sorted(system.find(root)) if system.isdir(root) else [root]
-        for name in files:
-            size = system.size(name)
-            out.update(f"{name.removeprefix(root)} {size}\n".encode())
-            if name.endswith((".parquet", ".jsonl", ".json", ".tar")):
-                with system.open(name, "rb") as file:
-                    out.update(file.read(ENDS))
-                    file.seek(max(0, size - ENDS))
-                    out.update(file.read(ENDS))
-    except (OSError, ImportError, ValueError) as problem:
-        raise UserError(f"data.source: {path} cannot be read ({problem})") from problem
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    ids = [tokenizer(text, truncation=True)["input_ids"] for text in PROBES]
+    facts = [sorted(tokenizer.get_vocab().items()), special, tokenizer.model_max_length, ids]
+    out.update(json.dumps(facts, sort_keys=True).encode())
     return out.hexdigest()
+
+
+def tokenizer_fingerprints(pipeline) -> list[str]:
+    """Of a diffusers pipeline's tokenizers."""
+    names = sorted(name for name in pipeline.config if name.startswith("tokenizer"))
+    found = (getattr(pipeline, name) for name in names)
+    return [tokenizer_fingerprint(tokenizer) for tokenizer in found if tokenizer is not None]

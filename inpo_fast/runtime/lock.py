@@ -24,17 +24,18 @@ def is_restart_of(folder: Path) -> bool:
     return _read(folder / NAME).get("launch") == launch_id()
 
 
-def take(folder: Path) -> int:
+def take(folder: Path, name: str = NAME, *, of: Path | None = None) -> int:
     """Locks the folder for the life of this process (the number of an open file is returned: keep it).
 
-    UserError, naming the other, where another process holds it.
+    name: of the lock's file, where a folder has several; of: what it stands for then. UserError, naming the other,
+    where another process holds it.
     """
-    handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as problem:
         os.close(handle)
-        raise UserError(_taken(folder)) from problem
+        raise UserError(_taken(folder, name, of)) from problem
     except OSError:
         pass  # a file system without locks
     os.ftruncate(handle, 0)
@@ -59,12 +60,10 @@ def check(folder: Path) -> None:
         os.close(handle)
 
 
-def _taken(folder: Path) -> str:
-    other = _read(folder / NAME)
-    return (
-        f"{folder}: another run is writing there (pid {other.get('pid', '?')} on {other.get('host', '?')}); wait for "
-        "it, stop it, or choose another --output"
-    )
+def _taken(folder: Path, name: str = NAME, of: Path | None = None) -> str:
+    other = _read(folder / name)
+    who = f"pid {other.get('pid', '?')} on {other.get('host', '?')}"
+    return f"{of or folder}: another run is writing there ({who}); wait for it, stop it, or choose another --output"
 
 
 def _read(path: Path) -> dict:

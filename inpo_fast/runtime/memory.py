@@ -1,17 +1,29 @@
 """How much is computed at once: sizes from counted bytes, and less of it where memory does not suffice after all."""
 
+import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
 from inpo_fast.runtime.errors import UserError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 GIB = 2**30
 LIMIT = 3 * GIB
 MOST = {"cpu": 8, "cuda": 32}
+# sizes that are no setting of a run, or have another name in each command
+PICTURES, PROMPTS, JUDGED, HELD_OUT = "pictures", "prompts", "judged", "held_out"
+WORDS = {
+    PICTURES: "pictures to draw",
+    PROMPTS: "prompts to encode",
+    JUDGED: "pictures and prompts to judge",
+    HELD_OUT: "held-out pairs",
+}
+REMEDY = "models.gradient_checkpointing=true, models.lora.rank=16, optim.kind=adamw-8bit or a smaller data.resolution"
 
 
 def largest_batch(each: int, kind: str) -> int:
@@ -27,15 +39,46 @@ def largest_batch(each: int, kind: str) -> int:
     return max(size for size in (1, 2, 4, 8, 16, 32) if size == 1 or (size <= most and size * each <= LIMIT))
 
 
+class Sizes:
+    """The one owner of what memory made smaller, by key: a setting's name, or one of WORDS.
+
+    A run, all that draws with its pipeline, its VAE and its text encoders ask the same one (`sizes_of`); a judge, which
+    has weights of its own, has its own. In checkpoints, as sizes decide how results are rounded.
+    """
+
+    def __init__(self) -> None:
+        self.lowered: dict[str, int] = {}
+
+    def of(self, key: str, asked: int) -> int:
+        """How much to compute at once where so much is asked for."""
+        return min(asked, self.lowered.get(key, asked))
+
+    def fitting(self, work: Callable[[], T], say: Callable[[str], None] = log.warning) -> T:
+        """work(), which asks `of`: again with less where memory does not suffice. say: is told of each halving."""
+
+        def lower(key: str, size: int) -> None:
+            self.lowered[key] = size
+            what = f"{WORDS[key]} now come in batches of {size}" if key in WORDS else f"{key} is now {size}"
+            say(f"out of memory; {what} on this process")
+
+        return with_less(work, lower)
+
+
+def sizes_of(owner: object) -> Sizes:
+    """Those of whatever holds the weights, a pipeline for instance; they live as long as it does."""
+    return _SIZES.setdefault(owner, Sizes())
+
+
 class TooLarge(UserError):
-    """Out of memory; `key` is the setting to lower from `size`. Nothing was reduced over processes yet."""
+    """Out of memory; `key` is what to lower from `size`. Nothing was reduced over processes yet."""
 
     def __init__(self, key: str, size: int):
         less = f"{key}={size // 2}, " if size > 1 else ""
-        super().__init__(
-            f"out of memory at {key}={size}; take {less}models.gradient_checkpointing=true, models.lora.rank=16, "
-            "optim.kind=adamw-8bit or a smaller data.resolution"
-        )
+        where, remedy = f"at {key}={size}", f"take {less}{REMEDY}"
+        if key in WORDS:
+            where = f"with {size} of the {WORDS[key]}"
+            remedy = "take bf16 (models.precision, --precision) or a larger GPU"
+        super().__init__(f"out of memory {where}; {remedy}")
         self.key, self.size = key, size
 
 
@@ -69,3 +112,6 @@ def with_less(work: Callable[[], T], lower: Callable[[str, int], None]) -> T:
         if torch.cuda.is_available():  # only out here: until now the traceback kept all alive that did not fit
             torch.cuda.empty_cache()
         lower(key, size // 2)
+
+
+_SIZES: WeakKeyDictionary[object, Sizes] = WeakKeyDictionary()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import whole
+from inpo_fast.runtime.files import open_regular, read_text, whole
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -132,18 +132,20 @@ class RecordStore:
                 raise UserError(f"{self.folder} holds other things and no {MANIFEST}; name a new or an empty folder")
             return
         try:
-            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+            theirs = dict(json.loads(read_text(path)))
         except (OSError, ValueError, TypeError) as problem:
             raise UserError(
                 f"{path}: cannot be read ({problem}), so what this folder holds is unknown; name another folder"
             ) from problem
-        names = [name for name in (*self.identity, *theirs) if theirs.get(name) != self.identity.get(name)]
-        if names:
-            differ = [f"{n} is {theirs.get(n)} there, {self.identity.get(n)} here" for n in dict.fromkeys(names)]
-            raise UserError(f"{self.folder} was made for something else ({'; '.join(differ)}); name another folder")
+        if theirs != self.identity:
+            raise UserError(
+                f"{self.folder} was made for something else ({_differences(theirs, self.identity)}); name another "
+                "folder"
+            )
 
     def _index(self, path: Path) -> None:
         try:
+            open_regular(path).close()
             with safe_open(path, "pt") as shard:
                 keys = shard.metadata()["keys"].split()
                 for name in shard.keys():  # noqa: SIM118
@@ -159,6 +161,24 @@ class RecordStore:
         """say: what all processes find out while opening, one of them says."""
         self.places = {key: place for key, place in self.places.items() if place[0] != path}
         say(log, "%s is damaged (%s): its records are made again; remove this file", path, problem)
+
+
+def _differences(theirs: dict, ours: dict) -> str:
+    """Values where they say something, of digests only the name."""
+    names = [name for name in dict.fromkeys((*ours, *theirs)) if theirs.get(name) != ours.get(name)]
+    digests = [n for n in names if n in theirs and n in ours and _is_digest(theirs[n]) and _is_digest(ours[n])]
+    plain = [f"{n} is {_short(theirs.get(n))} there, {_short(ours.get(n))} here" for n in names if n not in digests]
+    return "; ".join([f"not the same: {', '.join(digests)}", *plain] if digests else plain)
+
+
+def _is_digest(value: object) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(v, str) and len(v) == 32 and set(v) <= set("0123456789abcdef") for v in values)
+
+
+def _short(value: object) -> str:
+    said = "unknown" if value is None else str(value)
+    return said if len(said) <= 200 else f"{said[:200]}…"
 
 
 def _crc32(entry: torch.Tensor) -> int:

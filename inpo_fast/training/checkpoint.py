@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import Hang, UserError
+from inpo_fast.runtime.watch import PeerLeft, exchange
 from inpo_fast.training.optim import Average
 
 # it notes each tensor and, where writing fails, a traceback over our one line
@@ -43,7 +44,7 @@ FILE_BYTES = 2**31
 class State:
     """step: optimizer steps done. seconds: spent training so far. dropped: unusable pairs met, by all processes.
     loss_scale: value and good steps of fp16's. numbers: the optimizer's state that is not a tensor, by parameter.
-    vae_batch: the smallest of all processes, where memory made one of them halve it: it decides the latents' last bits.
+    lowered: sizes that memory made a process halve, the smallest of all processes: they decide how results are rounded.
     """
 
     step: int
@@ -51,7 +52,7 @@ class State:
     dropped: list[str]
     loss_scale: tuple[float, int] | None = None
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
-    vae_batch: int | None = None
+    lowered: dict[str, int] = field(default_factory=dict)
 
 
 class Damaged(Exception):
@@ -69,7 +70,8 @@ class Checkpoints:
         self.rank, self.world = distributed.rank_and_world()
         # messages of the background thread must not meet those of the training
         several = dist.is_initialized() and self.world > 1
-        self.group = dist.new_group(backend="gloo") if several else None
+        with exchange("a group for checkpoints"):
+            self.group = dist.new_group(backend="gloo", timeout=distributed.NEVER) if several else None
         self._writing: Future | None = None
         self._path: Path | None = None
 
@@ -113,12 +115,15 @@ class Checkpoints:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
-                writing.result(self.patience)
+                with exchange("checkpoint"):
+                    writing.result(1.2 * self.patience + 1)  # until then watch.py has named a process that hangs
             except TimeoutError as problem:
                 raise Hang(
                     f"{self._path}: not written within {self.patience:.0f} s (train.patience_minutes): a process hangs "
                     "or the disk is too slow; earlier checkpoints are intact: continue with --resume"
                 ) from problem
+            except PeerLeft:
+                raise
             except (CheckpointException, OSError, RuntimeError) as problem:
                 self._refuse(problem)
 
@@ -219,14 +224,15 @@ def load(folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer,
     """
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state = State(**{key: value for key, value in content.items() if key != "files"})
+        state = State(**_of_today({key: value for key, value in content.items() if key != "files"}))
         reader = HuggingFaceStorageReader(str(folder))
         known = reader.read_metadata().state_dict_metadata
         shapes = {name: (tuple(x.size), x.properties.dtype) for name, x in known.items()}
         _check_fits(shapes, weights, average)
         # on the host first: a part is told as one of the whole only there, and a failure leaves the run as it was
         read = _targets(shapes, weights)
-        dcp.load(_parts(read, weights), storage_reader=reader, no_dist=not dist.is_initialized())
+        with exchange("checkpoint"):
+            dcp.load(_parts(read, weights), storage_reader=reader, no_dist=not dist.is_initialized())
         for number, (name, master) in enumerate(zip(weights.names, weights.masters, strict=True)):
             if not master.numel():
                 continue
@@ -238,6 +244,8 @@ def load(folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer,
             own = {key: _place(key, value, optimizer, master) for key, value in own.items()}
             optimizer.state[master] = dict(state.numbers.get(name, {})) | own
         weights.refresh()
+    except PeerLeft:
+        raise
     except (CheckpointException, Exception) as problem:  # what is forged or foreign makes the libraries raise anything
         raise UserError(
             f"{folder}: checkpoint cannot be loaded ({_reason(problem)}); remove this folder to continue from the one "
@@ -339,6 +347,12 @@ class _AlreadyOnHost:
         pass
 
 
+def _of_today(state: dict) -> dict:
+    """Until 0.1 only the VAE's size was kept."""
+    size = state.pop("vae_batch", None)
+    return state | ({"lowered": {"data.vae_batch": size}} if size else {})
+
+
 def _targets(shapes: dict[str, tuple], weights: MasterWeights) -> dict[str, torch.Tensor]:
     """Host memory for each saved tensor: of partitioned weights, this process's part of what has their shapes."""
     pairs = dict(zip(weights.names, zip(weights.masters, weights.working, strict=True), strict=True))
@@ -365,7 +379,7 @@ def _place(key: str, value: torch.Tensor, optimizer: torch.optim.Optimizer, mast
     """Where the optimizer keeps a piece of state: AdamW's step count is on the CPU unless it is fused."""
     if key == "step" and not optimizer.defaults.get("fused"):
         return value
-    if value.shape == master.shape:
+    if value.shape == master.shape and not getattr(optimizer, "state_in_order", False):
         return torch.empty_like(master, dtype=value.dtype).copy_(value)  # laid out as the parameter is
     return value.to(master.device)
 

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -18,10 +17,11 @@ from inpo_fast.handover.output_model import detach_policy, output_pipeline, whol
 from inpo_fast.models.models import Text
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.memory import with_less
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.progress import StepProgress
+from inpo_fast.runtime.watch import exchange
 from inpo_fast.training.checkpoint import State
+from inpo_fast.training.fine_inversion import affordable_images, fine_steps, noise_ratio
 from inpo_fast.training.health_checks import HealthChecks
 from inpo_fast.training.metrics import MetricAccumulator, MetricsFile
 from inpo_fast.training.optim import lr_at
@@ -39,41 +39,64 @@ def train(run: Run, console: Console) -> None:
     with contextlib.ExitStack() as closing:
         # ---- set-up ------------------------------------------------------------------------------
         output = closing.enter_context(_open_output(run, console))
-        preemption = closing.enter_context(Preemption(timedelta(minutes=config.train.patience_minutes)))
+        preemption = closing.enter_context(Preemption())
         empty = models.encode_empty()
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
-        health_checks = HealthChecks(expects_noise=config.objective.tau_norm == "none")
+        health_checks = HealthChecks.after(run.folder.metrics, run.done)
         begun = time.perf_counter()
         for step in range(run.done, steps):
             # ---- the single training step --------------------------------------------------------
             lr = _set_lr(run, step)
             try:
                 batch, online_values = batches.take(step)
+                compared = _compare_inversion(run, batch, empty, output) if step == 0 else {}
                 metrics, logits = _train_step(run, batch, step, preemption, output)
             except Preempted:
                 if run.saved != run.done:
                     _save(run, batches.dropped, preemption, wait=True)
                 raise
             batches.prepare(step + 1)  # sent to the device while it still computes this step
-            values = metrics.values()  # the step's one copy to the host: waits for the device
+            with exchange("its result"):
+                values = metrics.values()  # the step's one copy to the host: waits for the device
             _update(run, values, logits, batch, step)
             # ---- what it took, and what happens once in a while ----------------------------------
             now = time.perf_counter()
             taken, begun = now - begun, now
             run.done, run.seconds = step + 1, run.seconds + taken
-            values |= {"lr": lr, "pairs_per_second": config.train.pairs_per_step / taken, "seconds": taken}
+            values |= compared | {"lr": lr, "pairs_per_second": config.train.pairs_per_step / taken, "seconds": taken}
             if online_values:
                 values |= online_values
                 values["unet_evaluations"] += online_values["online_evaluations"]
             values |= _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config))
             output.write(run.done, values)
-            for warning in health_checks.step(values):
+            for warning in health_checks.step(run.done, values):
                 output.say(f"warning: {warning}")
             run.checkpoints.check()
             if run.done % config.train.checkpoint_every == 0 or run.done == steps:
                 _save(run, batches.dropped, preemption, wait=run.done == steps)
+        if run.rank == 0:
+            health_checks.write(run.folder.path / "warnings.json")
+        for line in health_checks.summary():
+            output.say(f"warning, at the end: {line}")
         preemption.agree(steps, preemption.asked)  # asked during the last save: everything is on the disk
+
+
+def _compare_inversion(run: Run, batch: StepBatch | None, empty: Text, output: "_Output") -> dict[str, float]:
+    """How much noise the run's inversion leaves, against a fine one of a few images: metrics of the first step."""
+    config, models = run.config, run.models
+    images = affordable_images(config, run.step_config, models, run.world)
+    if not images:
+        return {}
+    items = [] if batch is None else batch.items
+    found = _fitting(run, output, lambda: noise_ratio(items, images, config, run.step_config, models, empty))
+    if found:
+        output.say(
+            f"inversion: noise_ratio {found['noise_ratio']:.2f}, rms(tau) relative to n = "
+            f"{fine_steps(config, run.step_config, models)} on the exact path ({images * run.world} images, "
+            f"{found['noise_ratio_evaluations']:,.0f} UNet evaluations, once)"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -160,12 +183,7 @@ class _Batches:
 
 def _fitting(run: Run, output: _Output, work: Callable[[], T]) -> T:
     """work(), which asks for run.step_config: again with smaller sizes where memory does not suffice."""
-
-    def lower(key: str, size: int) -> None:
-        run.lowered[key] = size
-        output.say(f"warning: out of memory; {key} is now {size} on this process")
-
-    return with_less(work, lower)
+    return run.models.at_once.fitting(work, lambda text: output.say(f"warning: {text}"))
 
 
 def _set_lr(run: Run, step: int) -> float:
@@ -205,11 +223,12 @@ def _update(run: Run, values: dict[str, float], logits: torch.Tensor, batch: Ste
 def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool) -> None:
     """A checkpoint of the steps done, written while the training goes on. All processes call it."""
     preemption.meet(run.done)
-    found = distributed.gather((dropped, run.lowered.get("data.vae_batch")))
+    found = distributed.gather((dropped, run.models.at_once.lowered), "what was dropped")
     dropped = sorted({*run.dropped, *(d for part, _ in found for d in part)})
-    vae_batch = min((size for _, size in found if size), default=None)
+    keys = sorted({key for _, sizes in found for key in sizes})
+    lowered = {key: min(sizes[key] for _, sizes in found if key in sizes) for key in keys}
     scale = (run.loss_scale.value, run.loss_scale.good) if run.loss_scale else None
-    state = State(run.done, run.seconds, dropped, scale, vae_batch=vae_batch)
+    state = State(run.done, run.seconds, dropped, scale, lowered=lowered)
     run.checkpoints.save(state, run.models.weights, run.optimizer, run.average, wait=wait)
     run.saved = run.done
     if run.rank == 0:

@@ -75,7 +75,7 @@ class MetricAccumulator:
     def reduce(self) -> None:
         names = sorted(self.cells)
         flat = torch.stack([self.cells[name] for name in names])
-        distributed.sum_([flat])
+        distributed.sum_([flat], "metrics")
         self.cells = dict(zip(names, flat, strict=True))
 
     def values(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from inpo_fast.method.noise_path import noised
 from inpo_fast.models.denoiser import Conditioning
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
+from inpo_fast.runtime.memory import fits
 from inpo_fast.runtime.preemption import Preemption
 from inpo_fast.runtime.transfer import to_device
 from inpo_fast.training.metrics import MetricAccumulator
@@ -25,11 +26,14 @@ def noisy_latents(
     metrics: MetricAccumulator | None = None,
     preemption: Preemption | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """x_t of every image at each of its timesteps, (K, N, S, C, H, W) in fp32, and the UNet evaluations of images."""
+    """x_t of every image at each of its timesteps, (K, N, S, C, H, W) in fp32, and the UNet evaluations of images.
+
+    TooLarge where inversion.batch of them do not fit."""
     if not uses_inversion(config):
         return gaussian_latents(batch), 0
     check_inversion(config.inversion, models.noise_path)
-    with models.inverting(config.inversion.model, config.inversion.fp8):
+    size = min(config.inversion.batch, len(batch.eta_keys))
+    with fits("inversion.batch", size), models.inverting(config.inversion.model, config.inversion.fp8):
         if batch.cached is not None:
             return cached_latents(batch, models, config.inversion, preemption)
         return inverted_latents(batch, models, config.inversion, metrics, preemption)
@@ -102,6 +106,7 @@ def _schedule_of(models: Models, how: InversionConfig):
         grid=how.grid,
         evaluate_at=how.evaluate_at,
         eta=how.eta,
+        refine_at=how.refine_at,
     )
 
 
@@ -121,5 +126,5 @@ def _predictor(
 
 def _width(batch: StepBatch, models: Models, how: InversionConfig) -> int | None:
     """The size of every UNet call where it has to be one."""
-    images = len(batch.eta_keys)
+    images = batch.slots or len(batch.eta_keys)
     return min(how.batch, images) if models.denoiser.wants_fixed_batch(models.network(how.model)) else None

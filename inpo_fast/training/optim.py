@@ -1,7 +1,8 @@
 """The optimizers, the learning rate as a function of the step, the loss scale of fp16, and averaged weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +43,47 @@ def make_optimizer(
             raise UserError(
                 f"optim.kind=adamw-8bit needs bitsandbytes ({problem}); pip install 'inpo-fast[gpu]'"
             ) from problem
-        return AdamW8bit(parameters, **common, **adam)
+        return _in_order(AdamW8bit)(parameters, **common, **adam)
     from transformers.optimization import Adafactor
 
     return Adafactor(parameters, **common, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+def _in_order(optimizer: type) -> type:
+    """bitsandbytes' optimizer, for parameters however they lie in memory.
+
+    It walks through parameter, gradient and state in the order of memory and makes the first two contiguous for that,
+    for good: a channels_last model loses its layout, and masters no longer lie as the copies do. Here it is given
+    contiguous ones for the moment, and its state is contiguous too. So state and update do not depend on the layout: a
+    run can be continued with another models.fast.
+    """
+
+    class InOrder(optimizer):
+        state_in_order = True
+
+        def init_state(self, group, p, gindex, pindex) -> None:
+            with _contiguous(p):
+                super().init_state(group, p, gindex, pindex)
+
+        def update_step(self, group, p, gindex, pindex) -> None:
+            with _contiguous(p):
+                super().update_step(group, p, gindex, pindex)
+
+    return InOrder
+
+
+@contextmanager
+def _contiguous(p: torch.nn.Parameter) -> Iterator[None]:
+    data, gradient = p.data, p.grad
+    if data.is_contiguous() and gradient.is_contiguous():
+        yield
+        return
+    p.data, p.grad = data.contiguous(), gradient.contiguous()
+    try:
+        yield
+    finally:
+        data.copy_(p.data)
+        p.data, p.grad = data, gradient
 
 
 class AdamWBf16(torch.optim.Optimizer):

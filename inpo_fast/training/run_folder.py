@@ -1,6 +1,7 @@
 """The output folder of a run: fixed names, never two runs in one folder by accident.
 
 config.yaml  manifest.json  metrics.jsonl  checkpoints/  model/  evaluation.json  samples.png  report.html
+warnings.json
 """
 
 import hashlib
@@ -28,9 +29,18 @@ from inpo_fast.models.models import Models
 from inpo_fast.runtime import lock
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.masking import masked, masked_tree
 
-OURS = ("config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "samples.png", "report.html")
-OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb")
+OURS = (
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "evaluation.json",
+    "samples.png",
+    "report.html",
+    "warnings.json",
+)
+OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb", ".evaluation")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
 # keys that may differ between a run and its continuation: they do not touch what is computed
 FREE_ON_RESUME = (
@@ -103,7 +113,8 @@ class RunFolder:
                 f"{self.path / 'config.yaml'}: cannot be read ({problem}); the run cannot be continued"
             ) from problem
         new = flat(yaml.safe_load(to_yaml(self.config)))
-        old, new = ({key: shipped.from_home(value) for key, value in run.items()} for run in (old, new))
+        # masked: another key to the same place is the same place
+        old, new = ({key: masked_tree(shipped.from_home(value)) for key, value in run.items()} for run in (old, new))
         differ = [key for key in new if old.get(key) != new[key] and not key.startswith(FREE_ON_RESUME)]
         if differ:
             key = differ[0]
@@ -120,7 +131,8 @@ class RunFolder:
             if self.config.overwrite:
                 for name in (*OURS, *OUR_FOLDERS):
                     _remove(self.path / name)
-            write_text(self.path / "config.yaml", to_yaml(replace(self.config, resume=False, overwrite=False)))
+            own = masked_tree(to_dict(replace(self.config, resume=False, overwrite=False)))
+            write_text(self.path / "config.yaml", yaml.safe_dump(own, sort_keys=False))
             write_text(
                 self.path / "manifest.json", json.dumps(self._manifest(done, source, models, variant, world), indent=1)
             )
@@ -134,9 +146,11 @@ class RunFolder:
             self.lock = None
 
     def _manifest(self, done: int, source: Source, models: Models, variant: str, world: int) -> dict:
-        return {
+        found = {
             "variant": variant,
-            "config_sha256": hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode()).hexdigest(),
+            "config_sha256": hashlib.sha256(
+                masked(json.dumps(to_dict(self.config), sort_keys=True)).encode()
+            ).hexdigest(),
             "data": {
                 "source": self.config.data.source,
                 "pairs": len(source),
@@ -157,11 +171,12 @@ class RunFolder:
             "device": torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else "cpu",
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         }
+        return masked_tree(found)
 
     def record_dropped(self, dropped: list[str]) -> None:
         path = self.path / "manifest.json"
         manifest = json.loads(path.read_text())
-        manifest["data"]["dropped"] = dropped
+        manifest["data"]["dropped"] = masked_tree(dropped)
         write_text(path, json.dumps(manifest, indent=1))
 
     def save_model(self, pipeline: DiffusionPipeline) -> None:
@@ -186,6 +201,9 @@ class RunFolder:
                 f"{final} cannot be written ({why}); free some space and repeat with "
                 "--resume: the last checkpoint is complete"
             ) from problem
+        except BaseException:  # asked to stop
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def _remove(path: Path) -> None:

@@ -1,7 +1,7 @@
 """A run before its first step: everything is checked and opened, and the newest checkpoint put back."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from inpo_fast.config import RunConfig, split_batch, variant_of
 from inpo_fast.data.loader import open_data
 from inpo_fast.data.pair import Source
 from inpo_fast.method.inversion import check_inversion
+from inpo_fast.method.objectives import check_objective, objective_notes
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
@@ -49,7 +50,6 @@ class Run:
     saved: int = -1  # of them, how many the newest checkpoint of this start has
     seconds: float = 0.0
     dropped: tuple[str, ...] = ()
-    lowered: dict[str, int] = field(default_factory=dict)  # settings that memory made this process halve, by key
 
     @property
     def variant(self) -> str:
@@ -63,7 +63,7 @@ class Run:
     def step_config(self) -> StepConfig:
         """As configured, with the sizes that fit."""
         caches = {"trajectory_cache": self.trajectory_cache, "latent_cache": self.latent_cache}
-        return StepConfig.of(self.config, **caches).lowered(self.lowered)
+        return StepConfig.of(self.config, **caches).lowered(self.models.at_once.lowered)
 
 
 def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> Run:
@@ -81,7 +81,10 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     trajectory_cache, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), []
     if trajectory_cache is not None:
         notes += trajectory_cache.notes(config.train.steps, config.train.pairs_per_step, len(source), world)
-    latent_cache = open_latent_cache(models, config.data, config.data.resolution or models.resolution, config.seed)
+    latent_cache = open_latent_cache(
+        models, config.data, source, config.data.resolution or models.resolution, config.seed
+    )
+    notes += objective_notes(config.objective, models.noise_path)
     if blocks := models.denoiser.compiled_blocks(models.policy):
         notes.append(f"models.fast=compiled: the first step compiles {blocks} kinds of blocks and takes longer")
     masters, averages = models.weights.masters, config.optim.average != "none"
@@ -114,6 +117,7 @@ def _open_models(config: RunConfig, rank: int, world: int, device: torch.device)
     partition = Zero1Partition(rank, world) if config.train.shard_states and world > 1 else None
     models = Models(open_pipeline(config.models), device, config.models, partition)
     check_inversion(config.inversion, models.noise_path)
+    check_objective(config.objective, models.noise_path)
     models.training_side(config.data.resolution)
     return models
 
@@ -133,8 +137,8 @@ def _load_checkpoint(run: Run) -> None:
     if state is None:
         return
     run.done, run.saved, run.seconds, run.dropped = state.step, state.step, state.seconds, tuple(state.dropped)
-    if state.vae_batch is not None:
-        run.lowered["data.vae_batch"] = state.vae_batch
+    run.models.at_once.lowered |= state.lowered
+    run.notes += tuple(f"{key} is at most {size}, which fitted before" for key, size in state.lowered.items())
     if run.loss_scale is not None and state.loss_scale:
         run.loss_scale.value, run.loss_scale.good = state.loss_scale
 

@@ -5,6 +5,7 @@ What it works on, a batch of pairs, and everything random is made in step_batch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from inpo_kernels.inpo_loss import COLUMNS, Objective
@@ -67,7 +68,7 @@ def train_step(
 def _noisy_latents(
     batch: StepBatch, models: Models, config: StepConfig, metrics: MetricAccumulator, preemption: Preemption
 ) -> torch.Tensor:
-    with fits("inversion.batch", config.inversion.batch), phase("invert"):
+    with phase("invert"):
         x_t, evaluations = noisy_latents(batch, models, config, metrics, preemption)
     metrics.add("unet_evaluations", evaluations, total=True)
     if batch.cached is not None:
@@ -137,9 +138,9 @@ def micro_batches(batch: StepBatch, config: StepConfig) -> Iterator[tuple[int, s
 
 @dataclass(frozen=True)
 class MicroStep:
-    """B pairs at one timestep each. prediction: the policy's noise (S B, C, H, W), winners first, with its graph, in
-    whose space objective.dpred is. tau_rms: (S B,), before objective.tau_norm. bucket: (B,), of
-    the timesteps. evaluations: of images, by reference and policy.
+    """B pairs at one timestep each. prediction: the policy's (S B, C, H, W), winners first, with its graph, in whose
+    space objective.dpred is: noise, or v with objective.error_space. tau_rms: (S B,), before objective.tau_norm.
+    bucket: (B,), of the timesteps. evaluations: of images, by reference and policy.
     """
 
     prediction: torch.Tensor
@@ -178,6 +179,9 @@ def micro_step(
         amplitude = rms(tau)
         x_t = noised(x_0, normalise(tau, x_0 if norm == "orthogonal" else None), a_t, s_t)
 
+    as_noise = partial(models.noise_path.noise_from_output, x=x_t, a=a_t, s=s_t)
+    velocity = config.objective.error_space == "velocity"
+    in_space = (lambda output: output) if velocity else as_noise
     arguments = batch.conditional.arguments(images)
     with torch.no_grad(), phase("reference"):
         if batch.cached is None:
@@ -190,9 +194,9 @@ def micro_step(
                     "reference", x_t[part], time[part], batch.conditional.arguments(images[part])
                 ),
             )
-        reference = models.noise_path.noise_from_output(output, x_t, a_t, s_t)
+        reference = in_space(output)
     with phase("forward"):
-        prediction = models.noise_path.noise_from_output(models.predict("policy", x_t, time, arguments), x_t, a_t, s_t)
+        prediction = in_space(models.predict("policy", x_t, time, arguments))
 
     objective = obj.evaluate(
         config.method,
@@ -208,6 +212,11 @@ def micro_step(
         fused=config.fused_loss,
         point=point,
     )
+    if velocity:  # what is observed of the noise stays that of the noise
+        with torch.no_grad():
+            means = obj.noise_means(as_noise(prediction), as_noise(reference), x_t, x_0, a_t, s_t)
+        image = torch.cat([objective.image[:, :2], means, objective.image[:, 6:]], 1)
+        objective = objective._replace(image=image)
     if amplitude is None:
         amplitude = objective.image[:, COLUMNS.index("tau_square")].sqrt()
     return MicroStep(

@@ -89,6 +89,7 @@ class StepBatch:
     gaussian_keys: list[list[keyed_rng.Key]]  # (K, N): of the noise of x_t without inversion, one for both sides
     eta_keys: list[int]  # (N * S,): of the noise of the inversion's steps (inversion.eta)
     cached: CachedBatch | None = None  # what inversion.cache knows of the images
+    slots: int | None = None  # samples of an inversion's call where its size is fixed; None: all images, if they fit
     reference_point: torch.Tensor | None = None  # kto's, of all processes; kept where a step is repeated
 
 

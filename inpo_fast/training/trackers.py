@@ -1,5 +1,6 @@
 """TensorBoard, when it is installed, and Weights & Biases, when a project is named. metrics.jsonl is always written."""
 
+import sys
 import uuid
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.masking import masked, masked_tree
 
 AXES = {
     "loss": "loss",
@@ -75,8 +77,12 @@ def _start_wandb(folder: Path, done: int, project: str, config: dict):
     if not (done and place.exists()):
         write_text(place, uuid.uuid4().hex)
     known = place.read_text(encoding="utf-8").strip()
+    shown, words = masked_tree(config), sys.argv
     try:
-        return wandb.init(project=project, dir=str(folder), id=known, resume="allow", name=folder.name, config=config)
+        sys.argv = [masked(word) for word in words]  # it keeps the command line too
+        return wandb.init(project=project, dir=str(folder), id=known, resume="allow", name=folder.name, config=shown)
     except Exception as problem:  # its own kinds: no key, no network
         line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise UserError(f"observe.wandb={project}: {line}; WANDB_MODE=offline keeps everything here") from problem
+    finally:
+        sys.argv = words

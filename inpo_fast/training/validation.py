@@ -24,7 +24,7 @@ from inpo_fast.models.models import Models
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_bytes
-from inpo_fast.runtime.memory import fits
+from inpo_fast.runtime.memory import HELD_OUT, fits
 from inpo_fast.training.metrics import BUCKETS, MetricAccumulator
 from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step import add_metrics, micro_batches, micro_step
@@ -82,10 +82,11 @@ class Validation:
         )
         if self.items:
             batch = make_step_batch(self.items, models, config, self.empty)
-            with fits("inversion.batch", config.inversion.batch):
-                x_t, _ = noisy_latents(batch, models, config)
+            x_t, _ = noisy_latents(batch, models, config)
+            # without a graph more of them fit than of those that are trained on: a size of their own
+            config = replace(config, micro_batch=models.at_once.of(HELD_OUT, min(config.micro_batch, len(self.items))))
             for k, pairs in micro_batches(batch, config):
-                with fits("train.micro_batch", config.micro_batch):
+                with fits(HELD_OUT, config.micro_batch):
                     add_metrics(metrics, micro_step(batch, x_t, k, pairs, models, config), config)
         metrics.reduce()
         found = metrics.values()

@@ -22,7 +22,7 @@ from tiny_runs import run_command
 from tiny_world import one_level, pair_table, save_tiny_model, tiny_pipeline, tiny_xl
 
 from inpo_fast.caches import latent_cache, precompute
-from inpo_fast.caches.latent_cache import LatentCache, open_latent_cache
+from inpo_fast.caches.latent_cache import LatentCache
 from inpo_fast.config import RunConfig
 from inpo_fast.config import TrainConfig as Train
 from inpo_fast.config.rules import check
@@ -100,6 +100,10 @@ def trained(config: RunConfig, models: Models, store: LatentCache | None) -> tup
         optimizer.step()
         models.weights.refresh()
     return torch.cat([p.detach().reshape(-1) for p in models.parameters()]), [*seen, reader.dropped]
+
+
+def open_latent_cache(models, data, resolution, seed):
+    return latent_cache.open_latent_cache(models, data, open_data(data), resolution, seed)
 
 
 @lru_cache
@@ -253,7 +257,9 @@ def test_two_processes_share_the_work(source, tmp_path):
 
     models = Models(load_pipeline(model), torch.device("cpu"), ModelsConfig(base=model))
     one = fill(config, models)
-    two = LatentCache(tmp_path / "two", models, replace(config.data, cache=str(tmp_path / "two")), 32, 0)
+    two = LatentCache(
+        tmp_path / "two", models, replace(config.data, cache=str(tmp_path / "two")), open_data(config.data), 32, 0
+    )
     for kind in ("latent_store", "text_store"):
         assert getattr(two, kind).places.keys() == getattr(one, kind).places.keys()
     for position in (0, 255, 256, 599):
@@ -263,10 +269,7 @@ def test_two_processes_share_the_work(source, tmp_path):
 
 CHANGES = {
     "crop": "center",
-    "filters": FilterConfig(weights={"red": 2.0}),
     "flip": False,
-    "format": "parquet",
-    "images": "elsewhere",
     "max_pixels": 999,
     "prompt_dropout": 0.0,
     "shuffle": "blocks",
@@ -287,14 +290,19 @@ def test_another_configuration_is_refused(source, tmp_path):
     for name, resolution, seed in (("seed", 32, 4), ("resolution", 64, 3)):
         with pytest.raises(UserError, match=rf"made for something else \({name} is"):
             open_latent_cache(models, config.data, resolution, seed)
-    same = replace(config.data, workers=7, prefetch_mb=1, cache_mb=5, bad_pair_limit=0.5)  # about reading
+    with pytest.raises(UserError, match=r"what data\.filters keep or weigh is unknown there"):
+        open_latent_cache(models, replace(config.data, filters=FilterConfig(weights={"red": 2.0})), 32, 3)
+    same = replace(
+        config.data, format="parquet", workers=7, prefetch_mb=1, cache_mb=5, bad_pair_limit=0.5
+    )  # about reading
     assert open_latent_cache(models, same, 32, 3) is not None
 
 
 def test_prompts_are_kept_once_and_a_missing_half_is_made_again(source, tmp_path):
     """Twice in a list is once in the folder; where only one of SDXL's two parts can be read both are encoded."""
     models = same_models(tiny_xl)
-    store = LatentCache(tmp_path / "cache", models, configuration(source, tmp_path / "cache").data, 32, 3)
+    data = configuration(source, tmp_path / "cache").data
+    store = LatentCache(tmp_path / "cache", models, data, open_data(data), 32, 3)
     store.start()
     assert store.unknown_prompts(["a", "b", "a"]) == ["a", "b"]
     store.add_prompts(["a", "b"], models.encode_prompts(["a", "b"]))
@@ -317,14 +325,14 @@ def test_other_models_and_sources_are_refused(source, tmp_path):
         models = models_of()
         with torch.no_grad():
             next(getattr(models.pipeline, module).parameters()).add_(1e-3)
-        with pytest.raises(UserError, match=f"{what} is"):
+        with pytest.raises(UserError, match=rf"else \(not the same: {what}\); name"):
             open_latent_cache(models, config.data, 32, config.seed)
     copy = tmp_path / "other.parquet"
     copy.write_bytes(Path(source).read_bytes())
     models = same_models()
     assert open_latent_cache(models, replace(config.data, source=str(copy)), 32, 3) is not None  # moved, but the same
     write_pairs(pair_table(40), copy)
-    with pytest.raises(UserError, match="source is"):
+    with pytest.raises(UserError, match=r"not the same: the rows of data\.source"):
         open_latent_cache(models, replace(config.data, source=str(copy)), 32, 3)
 
 

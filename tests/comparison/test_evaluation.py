@@ -33,9 +33,10 @@ def test_interval_is_over_prompts_not_pictures():
     """Eight pictures of one prompt that agree are one observation: repeating them must not narrow the interval."""
     rng = np.random.default_rng(0)
     one = rng.choice([-1.0, 1.0], size=64)
-    rate, low, high = win_rate(one, np.zeros(64), 0.01, seeds=1)
+    found = win_rate(one, np.zeros(64), 0.01, seeds=1)
     repeated = win_rate(one.repeat(8), np.zeros(512), 0.01, seeds=8)
-    assert repeated == (rate, low, high)
+    assert repeated == found
+    _, low, high, _ = found
     # the known half-width of a fair coin at 64 prompts is 12 points (1.96 sqrt(0.25 / 64))
     assert 0.09 < (high - low) / 2 < 0.15
 
@@ -44,7 +45,7 @@ def test_interval_covers_a_fair_coin():
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(100):
-        _, low, high = win_rate(rng.standard_normal(64), np.zeros(64), 0.0, seeds=1)
+        _, low, high, _ = win_rate(rng.standard_normal(64), np.zeros(64), 0.0, seeds=1)
         covered += low <= 0.5 <= high
     assert covered >= 88  # 95 expected; binomial, 3 standard deviations
 
@@ -88,23 +89,31 @@ def test_summary_has_its_keys_and_sanity_checks_can_fail():
     scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
     config = replace(EvaluateConfig(), seeds=2)
     result = ev.summarise(galleries, scores, judge, Brightness(), config, "inpo-rms")
-    assert result["win_rate"] == result["win_rate_low"] == 1.0 and result["prompts"] == 6 and result["seeds"] == 2
+    assert result["win_rate"] == 1.0 and result["prompts"] == 6 and result["seeds"] == 2
+    assert result["win_rate_low"] == pytest.approx(0.025 ** (1 / 6)) and result["win_rate_high"] == 1
     assert set(result["parts"]) == {"alignment", "looks"} and result["parts"]["alignment"]["win_rate"] == 0
     assert not result["guards"]["alignment"]["ok"]  # looks were bought with alignment
     assert not result["guards"]["control"]["ok"]  # a judge that the control fools
-    assert result["guards"]["seen"]["ok"] and result["guards"]["outside"]["ok"]
+    assert result["guards"]["seen"]["ok"]
     assert result["guards"]["outside"]["shift"] > 0
-    assert result["guards"]["outside"]["control"] == [1.0, 1.0, 1.0]  # what it says of a model that is no better
-    fooled = "Of the negative control it says 100 % (100 to 100): what it sees also moves"
+    # what it says of a model that is no better
+    assert result["guards"]["outside"]["control"] == pytest.approx([1.0, 0.025 ** (1 / 6), 1.0])
+    assert not result["guards"]["outside"]["fit"] and result["guards"]["outside"]["ok"] is None
+    fooled = "what it sees also moves with the size of the noise prediction, so it is unfit for this base and cannot"
     assert any(fooled in check.meaning for check in sanity_checks(result))
     same = ev.summarise(galleries | {"control": gallery(50)}, scores, judge, Brightness(), config, "inpo-rms")
-    assert same["guards"]["outside"]["control"] == [0.5, 0.5, 0.5]
-    assert any("Of the negative control it says 50 % (50 to 50)." in check.meaning for check in sanity_checks(same))
-    worse = ev.summarise(galleries | {"aligned": gallery(40)}, scores, judge, Brightness(), config, "inpo-rms")
-    assert worse["guards"]["outside"]["shift"] < -0.5 and not worse["guards"]["outside"]["ok"]
+    half = (1 - 0.025 ** (1 / 6)) / 2
+    assert same["guards"]["outside"]["control"] == pytest.approx([0.5, 0.5 - half, 0.5 + half])
+    assert any("Of the negative control it says 50 % (27 to 73)." in check.meaning for check in sanity_checks(same))
+    assert same["guards"]["outside"]["ok"] is True
+    worse = ev.summarise(
+        galleries | {"aligned": gallery(40), "control": gallery(50)}, scores, judge, Brightness(), config, "inpo-rms"
+    )
+    assert worse["guards"]["outside"]["shift"] < -0.5 and worse["guards"]["outside"]["ok"] is False
     json.dumps(result)
     text = verdict(result)
-    assert "100.0 %" in text and "inpo-rms" in text and "alignment, negative control" in text
+    assert "100.0 %" in text and "inpo-rms" in text
+    assert "fail: alignment (its pictures show less" in text and "; negative control (brightness also prefers" in text
 
 
 def test_same_noise_for_both_models_whatever_the_batch():
@@ -136,7 +145,7 @@ def test_a_model_against_itself_ties_and_the_base_is_put_back(tmp_path):
     )
     same = tiny_unet()
     same.load_state_dict(own.state_dict())
-    evaluation = evaluate(pipeline, same, config, "itself")
+    evaluation = evaluate(pipeline, same, config, "itself", tmp_path)
     assert evaluation.result["win_rate"] == 0.5 and pipeline.unet is own
     base, aligned, control = (np.stack(evaluation.galleries[n].pictures) for n in ("base", "aligned", "control"))
     assert (base == aligned).all() and (base != control).any()

@@ -20,9 +20,9 @@ def test_hpd_has_styles_in_order(tmp_path):
     write_hpd(tmp_path)
     found = read_prompt_set(str(tmp_path))
     assert found.kind == "hpdv2" and len(found.prompts) == 12 and found.prompts[3] == "concept-art 0"
-    assert found.groups["style"][2:4] == ["anime", "concept-art"] and not found.published
+    assert found.groups["style"]["concept-art"] == [3, 4, 5] and not found.published
     some = read_prompt_set(str(tmp_path), limit=4)
-    assert some.groups["style"] == list(HPD_STYLES)  # spread evenly
+    assert some.groups["style"] == {style: [i] for i, style in enumerate(HPD_STYLES)}  # spread evenly
     write_hpd(tmp_path, 800)
     assert read_prompt_set(str(tmp_path)).published
     (tmp_path / "photo.json").unlink()
@@ -35,7 +35,10 @@ def test_parti_has_quotes_and_categories(tmp_path):
     (tmp_path / "P.tsv").write_text("\n".join(rows) + "\n")
     found = read_prompt_set(str(tmp_path / "P.tsv"))
     assert (found.kind, found.prompts) == ("parti", ['a "quoted" cat', "7"])
-    assert found.groups == {"category": ["Animals", "Numbers"], "challenge": ["Basic", "Simple Detail"]}
+    assert found.groups == {
+        "category": {"Animals": [0], "Numbers": [1]},
+        "challenge": {"Basic": [0], "Simple Detail": [1]},
+    }
 
 
 def test_captions_and_texts(tmp_path):

@@ -37,7 +37,7 @@ class Named:
 
 def comparison(tmp_path, seeds=2):
     """Three models on four prompts of two styles; scores written by hand."""
-    prompts = PromptSet("hpdv2", [f"p{i} {EVIL}" for i in range(4)], {"style": ["anime", "photo", "anime", "photo"]})
+    prompts = PromptSet("hpdv2", [f"p{i} {EVIL}" for i in range(4)], {"style": {"anime": [0, 2], "photo": [1, 3]}})
     out = ModelComparison(prompts, seeds, {"base": "B", "ours": "O", "other": "X"}, [Named("j|1"), Named("j2")])
     rng = np.random.default_rng(0)
     for name in (*out.models, "control"):
@@ -61,7 +61,7 @@ def test_table_holds_the_hand_counted_numbers(tmp_path):
     rates = {(r["model"], r["against"]): r for r in result["win_rates"]["j|1"]}
     assert rates.keys() == {("ours", "base"), ("other", "base"), ("control", "base"), ("other", "ours")}
     ours = rates["ours", "base"]
-    assert ours["win_rate"] == 0.5 and ours["low"] <= 0.5 <= ours["high"]
+    assert ours["win_rate"] == 0.5 and ours["low"] is ours["high"] is None  # four prompts tell nothing from chance
     assert ours["groups"]["style"]["anime"]["win_rate"] == 0.75 and ours["groups"]["style"]["photo"]["prompts"] == 2
     assert ours["groups"]["style"]["photo"]["win_rate"] == 0.25
     assert rates["other", "base"]["win_rate"] == 1 and rates["control", "base"]["win_rate"] == 0.5
@@ -71,8 +71,28 @@ def test_table_holds_the_hand_counted_numbers(tmp_path):
     assert scores["groups"]["style"]["anime"]["mean"] == pytest.approx((1 + 2 + 4.1 + 5) / 4)
     assert result["paper"] is None
     text = page.markdown(json.loads(json.dumps(result)))
-    assert "| ours against base | 50.0 (" in text and "by style" in text and "j\\|1" in text
-    assert "| anime | 75.0 (" in text
+    assert "| ours against base | 50.0 (4 prompts, no interval)" in text and "by style" in text and "j\\|1" in text
+    assert "| anime | 75.0 (2 prompts, no interval)" in text
+
+
+def test_judges_that_tell_the_control_from_the_base_are_named(tmp_path):
+    """Whichever of the two they prefer; a fit judge is not, nor one on too few prompts."""
+    prompts = PromptSet("text", [f"p{i}" for i in range(10)], {})
+    flat, picture = np.zeros(20), np.zeros((8, 8, 3), np.uint8)
+    controls = {"likes": flat + 1, "dislikes": flat - 1, "fit": flat, "torn": flat + np.tile([1.0, -1.0], 10)}
+    out = ModelComparison(prompts, 2, {"base": "B", "ours": "O"}, [Named(name) for name in controls])
+    out.pictures = dict.fromkeys(("base", "ours", "control"), [picture] * 20)
+    out.scores = {
+        judge: {name: Scores(t) for name, t in (("base", flat), ("ours", flat + 1), ("control", control))}
+        for judge, control in controls.items()
+    }
+    result = json.loads(json.dumps(summarise(out, EvaluateConfig())))
+    assert [line.split(" is unfit")[0] for line in page.unfit_judges(result)] == ["likes", "dislikes"]
+    text = page.markdown(result)
+    assert text.count("unfit for this base") == 2 and "- likes is unfit for this base: it tells even" in text
+    assert page.html(result, []).count("unfit for this base") == 2
+    few = json.loads(json.dumps(summarise(comparison(tmp_path), EvaluateConfig())))
+    assert page.unfit_judges(few) == []
 
 
 def test_disagreement_knows_no_scale():
@@ -104,6 +124,7 @@ def test_a_browser_shows_the_page(tmp_path):
         "const d = f.contentDocument; return { overflow: d.documentElement.scrollWidth - d.documentElement.clientWidth,"
         "broken: [...d.images].filter(i => !i.naturalWidth).length, images: d.images.length,"
         "bars: [...d.querySelectorAll('.span')].filter(b => b.getBoundingClientRect().width > 1).length,"
+        "dots: [...d.querySelectorAll('.dot')].filter(b => b.getBoundingClientRect().width > 1).length,"
         "cells: [...d.querySelectorAll('#scores tbody tr:first-child td')].map(c => c.firstChild.textContent.trim()) }"
         "})) }</script>"
     )
@@ -113,7 +134,9 @@ def test_a_browser_shows_the_page(tmp_path):
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     for seen in json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', dom, re.S)[1])):
         assert seen["overflow"] <= 0 and seen["broken"] == 0 and seen["images"] == 12
-        assert seen["bars"] == 2 * 4 + 3 * 2 * 2  # pairs by judge, and two styles of the three without the control
+        assert (
+            seen["bars"] == 0 and seen["dots"] == 2 * 4 + 3 * 2 * 2
+        )  # pairs by judge, two styles of the three; 4 prompts
         assert seen["cells"] == ["3.5", "3.55", "4.5", "3.5"]
 
 
@@ -154,7 +177,7 @@ def test_command_line_goes_on_where_it_stopped(models, monkeypatch, capsys):
     assert drawn[4:] == [2, 4, 2, 4, 2]  # the rest of `same`, then `new` and the control
     result = json.loads((models / "out/comparison.json").read_text())
     same = next(r for r in result["win_rates"]["pocket-rules"] if r["model"] == "same")
-    assert same["win_rate"] == same["low"] == same["high"] == 0.5  # the same noise: equal pictures
+    assert same["win_rate"] == 0.5 and same["low"] is None and same["prompts"] == 3  # the same noise: equal pictures
     files = [json.loads(line) for line in (models / "out/pictures.jsonl").read_text().splitlines()]
     assert len(files) == 24 and kept is distributed.gather
     pictures = {(f["model"], f["prompt"], f["seed"]): read_picture(models / "out" / f["file"]) for f in files}

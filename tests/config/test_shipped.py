@@ -19,7 +19,7 @@ POCKET = {
     "data.source": "pocket/assets/pairs.parquet",
     "evaluate.prompts": "pocket/assets/prompts-held-out.txt",
     "evaluate.seen_prompts": "pocket/assets/prompts-seen.txt",
-    "evaluate.outside_judge": "pocket/assets/clip",
+    "evaluate.outside_judge": "pocket/assets/reader",
 }
 
 
@@ -59,7 +59,7 @@ def test_every_spelling_means_the_same_recipe(name, monkeypatch):
 def test_elsewhere_the_recipes_paths_lead_into_the_package(spelling, elsewhere):
     found = settings("--config", spelling, "--train.steps=3")
     for key, path in POCKET.items():
-        kind = "clip:" if key == "evaluate.outside_judge" else ""
+        kind = "pocket-reader:" if key == "evaluate.outside_judge" else ""
         assert found[key] == f"{kind}{PACKAGE / path}"
         assert (PACKAGE / path).exists()
     assert (found["train.steps"], found["objective.tau_norm"], found["output"]) == (3, "rms", "runs/pocket")

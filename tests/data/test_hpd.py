@@ -77,14 +77,14 @@ REFUSALS = {
     "path of a number": ([{**V3, "path1": 3}], r"train\.json:1: image 3; expected the path of a file"),
     "empty path": ([{**V3, "path1": ""}], r"train\.json:1: image ''; expected the path"),
     "wrong way round": (
-        [V3, {**V3, "confidence": 0.2}],
-        r"train\.json:2: confidence 0\.2; expected 0\.5 \(a tie\) to 1",
+        [{**V3, "confidence": 0.2}],
+        r"no usable pair \(0 ties, 1 with labels that are no two shares .* such as confidence 0\.2 \(.*train\.json:1\)",
     ),
     "confidence in text": ([{**V3, "confidence": "0.9"}], r"train\.json:1: confidence '0\.9'; expected a number"),
     "three images": ([{**V2, "file_path": ["a", "b", "c"]}], r"train\.json:1: file_path and human_preference must be"),
     "both better": (
         [{**V2, "human_preference": [1, 1]}],
-        r"train\.json:1: label_0 1\.0 and label_1 1\.0; expected two",
+        r"such as human_preference \[1, 1\] \(.*train\.json:1\)",
     ),
     "truth": ([{**V2, "human_preference": [True, False]}], r"train\.json:1: label_0 True; expected a number"),
     "weight": ([{**V3, "weight": -1}], r"train\.json:1: weight -1; expected a finite number"),

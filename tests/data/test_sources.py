@@ -97,7 +97,8 @@ def test_single_parquet_file_and_other_number_types(tmp_path):
 )
 def test_undecided_labels_are_left_out_and_counted(tmp_path, label):
     source = open_source(str(write(tmp_path / "a.parquet", [FIRST, label, SECOND])))
-    assert (len(source), source.ties) == (2, 1)
+    found = source.undecided
+    assert len(source) == 2 and found.ties + found.unlabelled + found.unclear == 1
     assert [source.read(i).prompt for i in range(2)] == ["caption 0", "caption 2"]
 
 
@@ -200,14 +201,17 @@ REFUSALS = {
     ),
     "bad line": (lambda d: write_folder(d, [GOOD, "", '{"prompt": ']), r"metadata\.jsonl:3: not JSON"),
     "not an object": (lambda d: write_folder(d, [GOOD, "[1]"]), r"metadata\.jsonl:2: no text under `prompt`"),
-    "no prompt": (lambda d: write_folder(d, [{**GOOD, "prompt": 3}]), r"metadata\.jsonl:1: no text under `prompt`"),
+    "no prompt": (
+        lambda d: write_folder(d, [GOOD, {"chosen": "a", "rejected": "b"}]),
+        r"metadata\.jsonl:2: no text under `prompt`",
+    ),
     "label 7": (
-        lambda d: write_folder(d, [GOOD, {**SIDES, "label": 7}]),
-        r"metadata\.jsonl:2: label 7; expected 0 or 1 .* or 0\.5 \(tie\)",
+        lambda d: write_folder(d, [{**SIDES, "label": 7}]),
+        r"no usable pair \(0 ties, 1 with labels that are no two shares that add up to 1, such as label 7 \(.*:1\)\)",
     ),
     "shares beyond 0 and 1": (
         lambda d: write_folder(d, [{**SIDES, "label_0": 2, "label_1": -1}]),
-        r"metadata\.jsonl:1: label_0 2\.0 and label_1 -1\.0; expected two shares",
+        r"such as label_0 2, label_1 -1 \(.*metadata\.jsonl:1\)",
     ),
     "endless weight": (
         lambda d: write_folder(d, [GOOD, {**GOOD, "weight": float("inf")}]),

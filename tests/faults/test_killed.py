@@ -15,7 +15,7 @@ import pytest
 from faults.conftest import STEPS
 from tiny_runs import ENVIRONMENT, Forked, finished, metric, same_bits, start, torchrun, train_in
 
-from inpo_fast.runtime.preemption import EXIT_CODE
+from inpo_fast.runtime.signals import TRY_AGAIN
 
 AGENT = ("--standalone", "--max-restarts=2")
 
@@ -128,7 +128,7 @@ def test_asked_to_stop_it_saves_and_says_so(world, whole):
     process = start(world, "preempted", f"--train.steps={STEPS}", "--train.checkpoint_every=100")
     assert wait_for(lambda: steps_done(folder) >= 2, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == EXIT_CODE
+    assert process.wait(timeout=60) == TRY_AGAIN
     assert (
         process.complaints.read_text().strip().splitlines()[-1]
         == "inpo_fast.train: stopped by SIGTERM; continue with --resume"
@@ -148,6 +148,6 @@ def test_one_of_two_processes_is_asked_and_both_leave(world):
     subprocess.run(["kill", "-USR1", str(workers(agent)[1])], check=True)
     _, problems = agent.communicate(timeout=120)
     assert "stopped by SIGUSR1 to process 1; continue with --resume" in problems
-    assert f"exitcode  : {EXIT_CODE}" in problems
+    assert f"exitcode  : {TRY_AGAIN}" in problems
     (saved,) = (folder / "checkpoints").iterdir()
     assert saved.name == f"step-{steps_done(folder):04d}"

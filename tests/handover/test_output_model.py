@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import diffusers
@@ -25,8 +27,10 @@ from inpo_fast import export as export_command
 from inpo_fast import train as train_command
 from inpo_fast.config import parse
 from inpo_fast.handover import single_file_export
-from inpo_fast.handover.model_card import write_cards
+from inpo_fast.handover.model_card import _method, write_cards
 from inpo_fast.handover.output_model import KOHYA_NAME, output_pipeline
+from inpo_fast.method.config import InversionConfig, ObjectiveConfig
+from inpo_fast.method.methods import METHODS, variant_name
 from inpo_fast.models import unet as unet_family
 from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.families import denoiser_of
@@ -389,13 +393,14 @@ def test_the_trainer_writes_the_card_with_its_evaluation(world, monkeypatch):
     card, result = (out / "model" / "README.md").read_text(), json.loads((out / "evaluation.json").read_text())
     assert verdict(result) in card and "Diffusion-DPO" in card
     for key, check in result["guards"].items():
-        assert f"- {NAMES.get(key, key)}: {'holds' if check['ok'] else '**FAILS**'}" in card
+        state = {True: "holds", False: "**FAILS**", None: "**cannot decide**"}[check["ok"]]
+        assert f"- {NAMES.get(key, key)}: {state}" in card
 
 
 @pytest.mark.parametrize(
     ("change", "words", "never"),
     [
-        ({}, ["is better than its base: it wins 62.0 %", "55.0 to 70.0", "a-judge", "all sanity checks hold"], "FAILS"),
+        ({}, ["is better than its base: it wins 62.0 %", "55.0 to 70.0", "a-judge", "no sanity check was"], "FAILS"),
         (
             {"guards": {"control": CONTROL | {"ok": False}, "diversity_ratio": {"value": 0.9, "ok": True}}},
             [
@@ -424,6 +429,39 @@ def test_the_card_claims_what_the_evaluation_says(tmp_path, runs, change, words,
     assert "paired comparisons" in card.read_text()
 
 
+def test_the_sentence_on_the_method_is_made_of_the_settings():
+    """Every method with every option that it has: each part of the variant's name once, with its meaning."""
+    options = {
+        "inversion": [
+            {},
+            *({"estimator": e, "refinements": 3} for e in ("ddim", "renoise", "fixed-point", "gradient", "random")),
+            {"model": "reference", "frozen": True, "grid": "diffusers-0.22"},
+            {"estimator": "renoise", "refine_at": "source"},
+            {"evaluate_at": "target", "guidance": 7.5, "eta": 0.1, "fp8": True, "grid": "snap"},
+        ],
+        "objective": [
+            {},
+            {"error_space": "velocity", "tau_norm": "rms", "label_smoothing": 0.1},
+            {"tau_norm": "orthogonal", "winner_preserving": 0.5, "gamma": 2.0},
+        ],
+        "online": [{"every": 0}, {"every": 5}],
+    }
+    for method, inversion, objective, online in product(METHODS, *options.values()):
+        settings = InversionConfig(**inversion), ObjectiveConfig(**objective)
+        config = {"method": method, "inversion": asdict(settings[0]), "objective": asdict(settings[1])}
+        family, told = _method(config | {"online": online})
+        name = variant_name(method, settings[1], settings[0]) + "-online" * bool(online["every"])
+        assert name.startswith(family) and told.startswith(METHODS[family].title)
+        parts = re.findall(r" \((\w[\w.-]*)\)(?=;|$)", told)
+        assert "-".join([family, *parts]) == name, (name, told)
+        assert ("deviates" in told) == (name != family)
+    _, told = _method({"method": "inpo", "objective": {}, "inversion": {"estimator": "fixed-point", "refinements": 3}})
+    assert told.endswith(
+        ", a variant that deviates from the publication: steps of the inversion are refined by fixed-point iteration "
+        "(fixed-point); each step of the inversion is refined 3 times (k3)"
+    )
+
+
 def test_the_card_of_a_hub_model_names_it_and_a_variant_is_called_one(tmp_path, runs):
     run, _ = runs("sdxl", "full-bf16")
     (tmp_path / "model").mkdir()
@@ -438,7 +476,7 @@ def test_the_card_of_a_hub_model_names_it_and_a_variant_is_called_one(tmp_path, 
     card = ModelCard(write_cards(tmp_path)[0].read_text())
     assert card.data.base_model == "stabilityai/stable-diffusion-xl-base-1.0"
     assert "stable-diffusion-xl" in card.data.tags and "StableDiffusionXLPipeline" in card.text
-    assert "deviates from the publication: rms" in card.text
+    assert "Method: DDIM-InPO ([arXiv 2503.18454](https://arxiv.org/abs/2503.18454))." in card.text
     assert (
         "| dropped | 9: pair-0," in card.text and "pair-8" not in card.text and "| filters.min_votes | 3 |" in card.text
     )

@@ -43,6 +43,30 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
+def test_a_judge_takes_what_fits(folder, monkeypatch, caplog):
+    """As many pictures and prompts at once as its GPU holds: the same scores, and the next time tried at once."""
+    roomy, judge = (ClipJudge(str(folder), batch=4) for _ in range(2))
+    want, asked = roomy.score(pictures(), PROMPTS).total, []
+
+    def crowded(plain, name):
+        def forward(**inputs):
+            count = len(inputs[name])
+            asked.append(count)
+            if count > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(**inputs)
+
+        return forward
+
+    for method, name in (("get_image_features", "pixel_values"), ("get_text_features", "input_ids")):
+        monkeypatch.setattr(judge.model, method, crowded(getattr(judge.model, method), name))
+    np.testing.assert_allclose(judge.score(pictures(), PROMPTS).total, want, rtol=1e-4, atol=1e-4)
+    assert max(asked) == 4 and caplog.text.count("pictures and prompts to judge now come in batches of 2") == 1
+    asked.clear()
+    judge.score(pictures(), PROMPTS)
+    assert max(asked) == 2
+
+
 def shown_clip(image: np.ndarray, side: int = 28) -> torch.Tensor:
     """CLIP's published transform: short side to `side` (bicubic, 8 bits), centre cut out, normalised."""
     picture = Image.fromarray(image)

@@ -15,6 +15,7 @@ from inpo_fast import evaluate as evaluate_command
 from inpo_fast import relabel as relabel_command
 from inpo_fast import train as train_command
 from inpo_fast.data import relabelled
+from inpo_fast.data.identity import identity_of
 from inpo_fast.data.images import decode, png
 from inpo_fast.data.loader import DataConfig, open_data
 from inpo_fast.data.sources import open_source
@@ -60,7 +61,7 @@ def run(path, judges, output, temperatures=(1.0,), how="mean"):
     config = DataConfig(source=path)
     source = open_source(path)
     folder = relabelling.relabel(source, judges, output, config)
-    about = {"source": path, "source_identity": relabelled.source_identity(path), "judges": {}}
+    about = {"source": path, "source_identity": identity_of(source), "judges": {}}
     return relabelling.finish(folder, output, judges, temperatures, how, about)
 
 

@@ -37,26 +37,28 @@ def upstream(n):
     return torch.tensor([700.0, -300.0, 41.0, 5.0])[:n].to(DEVICE)
 
 
-def check(e, r, dpred, inputs, de):
+def check(e, r, dpred, inputs, de, velocity=False):
     """Against float64, within what rounding of the *operands* in fp32 explains."""
     pred, ref, x_t, x_0, a, s, e, r, got, de = (x.detach().cpu().double().numpy() for x in (*inputs, e, r, dpred, de))
     a, s, de = (v[:, None, None, None] for v in (a, s, de))
-    tau = (x_t - a * x_0) / s
+    of_x, of_image = (a, 1.0) if velocity else (1.0, a)
+    tau = (of_x * x_t - of_image * x_0) / s
+    of_tau = (np.abs(of_x * x_t) + np.abs(of_image * x_0)) / s
     for name, value, y in (("e", e, pred), ("r", r, ref)):
-        size = np.abs(y) + (np.abs(x_t) + np.abs(a * x_0)) / s
+        size = np.abs(y) + of_tau
         want = np.square(y - tau).mean((1, 2, 3))
         # 3 roundings and a division (2 ulp on a GPU) in the difference; 16 sums in sequence, 10 in the tree, 32 allowed
         bound = 2.0**-24 * (16 * (np.abs(y - tau) * size).mean((1, 2, 3)) + 32 * want)
         assert (np.abs(value - want) <= bound).all(), (name, value, want, bound)
     want = de * 2 * (pred - tau) / pred[0].size
-    size = np.abs(de) * 2 * (np.abs(pred) + (np.abs(x_t) + np.abs(a * x_0)) / s) / pred[0].size
+    size = np.abs(de) * 2 * (np.abs(pred) + of_tau) / pred[0].size
     bound = STORE[inputs[0].dtype] * np.abs(want) + 16 * 2.0**-24 * size + SUBNORMAL[inputs[0].dtype]
     assert (np.abs(got - want) <= bound).all(), np.abs(got - want).max()
 
 
-def run(inputs, de):
+def run(inputs, de, velocity=False):
     pred = inputs[0].clone().requires_grad_()
-    e, r = _errors(pred, *inputs[1:])
+    e, r = _errors(pred, *inputs[1:], velocity)
     # r is given a gradient too: none of it may reach pred
     torch.autograd.backward((e, r), (de, 1e3 * torch.ones_like(de)))
     return e, r, pred.grad
@@ -71,6 +73,20 @@ def test_value_and_gradient(shape, dtype):
     check(e, r, dpred, inputs, de)
     for first, again in zip((e, r, dpred), run(inputs, de), strict=True):
         assert torch.equal(first, again), "the same bits on every run"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_velocity(dtype):
+    """Of v-models: the target is (a x_t - x_0) / s, also where a is 0; value and gradient of kernel and definition."""
+    inputs, de = operands(SHAPES["odd tail"], dtype), upstream(3)
+    inputs[4][2], inputs[5][2] = 0.0, 1.0
+    got = run(inputs, de, True)
+    check(*got, inputs, de, True)
+    pred = inputs[0].clone().cpu().requires_grad_()
+    e, r = errors(pred, *(x.cpu() for x in inputs[1:]), True)
+    e.backward(de.cpu())
+    check(e, r, pred.grad, inputs, de, True)
+    assert not torch.equal(got[0], run(inputs, de)[0])
 
 
 # no shrinking: a failure would take minutes in the interpreter
@@ -135,6 +151,8 @@ def test_public_function_runs_the_kernel(as_if_on_cuda):
     e, r = errors(pred, *inputs[1:])
     e.backward(de)
     for got, want in zip((e, r, pred.grad), run(inputs, de), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(errors(*inputs, True), run(inputs, de, True), strict=False):
         assert torch.equal(got, want)
     for k in range(4):
         for uneven in (inputs[k].mT.contiguous().mT, inputs[k].contiguous(memory_format=torch.channels_last)):

@@ -57,14 +57,15 @@ def numbers(*tensors):
     return [x.detach().cpu().double().numpy() for x in tensors]
 
 
-def check(got, inputs, beta, mu=None):
+def check(got, inputs, beta, mu=None, velocity=False):
     """Image means from the operands, logit from the means, loss and gate from logit and means, dpred from all of them:
     each link in float64 from the fp32 numbers before it, within what rounding its operands in fp32 explains."""
     y, v, x_t, x_0, a, s, weight, label = numbers(*inputs)
     loss, logit, gate, image, dpred = numbers(*got)
     wide, pairs = (lambda c: c[:, None, None, None]), len(weight)
-    tau = (x_t - wide(a) * x_0) / wide(s)
-    of_tau = (np.abs(x_t) + np.abs(wide(a) * x_0)) / wide(s)
+    of_x, of_image = (wide(a), 1.0) if velocity else (1.0, wide(a))
+    tau = (of_x * x_t - of_image * x_0) / wide(s)
+    of_tau = (np.abs(of_x * x_t) + np.abs(of_image * x_0)) / wide(s)
     # operands with what their own rounding is relative to: differences cancel
     g, d, t, p, r = (y - tau, np.abs(y) + of_tau), (v - tau, np.abs(v) + of_tau), (tau, of_tau), (y, 0), (v, 0)
     other = tuple(np.roll(x, pairs, 0) for x in g)
@@ -98,8 +99,8 @@ def check(got, inputs, beta, mu=None):
     assert (np.abs(dpred - want) <= bound).all(), np.abs(dpred - want).max()
 
 
-def kernel(inputs, beta, mu=None):
-    return Objective(*_inpo_loss(*inputs, beta, mu))
+def kernel(inputs, beta, mu=None, velocity=False):
+    return Objective(*_inpo_loss(*inputs, beta, mu, velocity))
 
 
 def same(one, other):
@@ -200,6 +201,34 @@ def test_large_logits():
             assert not got.dpred[[2, 11]].any(), "nothing is left to learn at 2000"
 
 
+@pytest.mark.parametrize("mu", [None, 0.25], ids=["no gate", "gate"])
+def test_velocity(mu):
+    """Of v-models, at zero terminal SNR too: a is 0 in the last pair, where the noise has no error to speak of."""
+    inputs = operands(SHAPES["odd tail"], torch.float32)
+    a, s = (
+        torch.tensor([0.95, 0.3, 0.0]).repeat(2),
+        torch.tensor([0.95, 0.3, 0.0]).square().neg().add(1).sqrt().repeat(2),
+    )
+    inputs[4:6] = a.to(DEVICE), s.to(DEVICE)
+    got = kernel(inputs, 30.0, mu, True)
+    check(got, inputs, 30.0, mu, True)
+    check(inpo_loss_reference(*inputs, 30.0, mu, True), inputs, 30.0, mu, True)
+    assert same(kernel(inputs, 30.0, mu, True), got), "the same bits on every run"
+    assert got.dpred[2].abs().max() > 0
+    assert not same(kernel(inputs, 30.0, mu), got)
+    still = kernel([inputs[0], inputs[0], *inputs[2:]], 2000.0, mu, True)
+    assert torch.equal(still.logit, torch.zeros(3, device=DEVICE))
+    # beta / a^2 of each pair on the noise that these velocities mean, in float64
+    wide = [x.cpu().double() for x in operands((1, 2, 3, 5), torch.float32)]
+    a, s = torch.full((2,), 0.28, dtype=torch.float64), torch.full((2,), 0.96, dtype=torch.float64)
+    noise = [0.28 * v + 0.96 * wide[2] for v in wide[:2]]
+    one = inpo_loss_reference(*wide[:4], a, s, *wide[6:], 3.0, mu, True)
+    other = inpo_loss_reference(*noise, *wide[2:4], a, s, *wide[6:], 3.0 / 0.28**2, mu)
+    for x, y in ((one.loss, other.loss), (one.logit, other.logit), (one.gate, other.gate)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(one.dpred, 0.28 * other.dpred, rtol=1e-9, atol=1e-12)  # d noise / d v
+
+
 def test_gate():
     """Products of the residuals of every kind; the loser's gradient is scaled, value, logit and winner are not."""
     pred, _, x_t, x_0, a, s, _, _ = operands((4, 2, 3, 5), torch.float32)
@@ -251,6 +280,8 @@ def test_public_function_runs_the_kernel(as_if_on_cuda):
     options = {"beta": 30.0, "mu": 0.25, "weight": columns[2], "label": columns[3]}
     got = inpo_loss(inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:4], *columns[:2], **options)
     assert same(got, kernel([x.detach() for x in inputs], 30.0, 0.25)) and not got.loss.requires_grad
+    of_v = inpo_loss(*inputs[:4], *columns[:2], **options, velocity=True)
+    assert same(of_v, kernel([x.detach() for x in inputs], 30.0, 0.25, True))
     one = torch.ones_like(inputs[6])
     inputs = [x.detach() for x in inputs]
     assert same(inpo_loss(*inputs[:6], beta=30.0), kernel([*inputs[:6], one, one], 30.0))
@@ -296,8 +327,8 @@ def test_no_pair_is_no_work():
 def test_opcheck():
     inputs = operands((2, 1, 3, 5), torch.bfloat16)
     inputs[0] = LAYOUTS["channels_last"](inputs[0])
-    for mu in (None, 0.25):
-        torch.library.opcheck(_inpo_loss, (*inputs, 2.0, mu))
+    for mu, velocity in ((None, False), (0.25, True)):
+        torch.library.opcheck(_inpo_loss, (*inputs, 2.0, mu, velocity))
 
 
 def test_compiles_whole():

@@ -180,5 +180,5 @@ def test_variant_name_is_honest(name, method, objective, inversion):
 def test_defaults_are_the_papers():
     assert ObjectiveConfig() == ObjectiveConfig(2000.0, "none", None, Timesteps(0, 999))
     how = {"estimator": "ddim", "model": "policy", "grid": "exact", "evaluate_at": "source", "guidance": 0, "eta": 0}
-    paper = SimpleNamespace(**how, fp8=False)
+    paper = SimpleNamespace(**how, refine_at="target", fp8=False)
     assert variant_name("inpo", ObjectiveConfig(), paper) == "inpo"

@@ -237,13 +237,13 @@ def test_drawing_with_less(monkeypatch, caplog):
     got = draw(pipeline, prompts, KEYS, batch=5, advance=told.append, **HOW)
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)) and told == [2, 2, 1]
     assert [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()] == [
-        "out of memory: from here on 2 pictures are drawn at once"
+        "out of memory; pictures to draw now come in batches of 2 on this process"
     ]
     asked.clear()
     draw(pipeline, prompts, KEYS, batch=5, **HOW)
     assert max(asked) == 4
     monkeypatch.setattr(pipeline.unet, "forward", full)
-    with pytest.raises(UserError, match="out of memory while one picture was drawn; take bf16"):
+    with pytest.raises(UserError, match="out of memory with 1 of the pictures to draw; take bf16"):
         draw(pipeline, prompts, KEYS, **HOW)
 
 

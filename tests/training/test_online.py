@@ -4,7 +4,9 @@ where a run can stop, and what is refused."""
 import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ from inpo_fast.models.loading import load_pipeline
 from inpo_fast.pocket import ASSETS
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.preemption import EXIT_CODE
+from inpo_fast.runtime.signals import TRY_AGAIN
 from inpo_fast.training import online
 from inpo_fast.training.online import Online
 
@@ -182,20 +184,13 @@ def test_stopped_while_it_draws_it_keeps_what_it_has(world, monkeypatch):
         plain(self, table, path)
         written.append(path)
         if len(written) == len(list((whole / "online/000000").iterdir())) + 1:
-            stop.asked = "SIGTERM"
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def begin(self, step, models, prompt_of, preemption, show):
-        nonlocal stop
-        stop = preemption
-        return starts(self, step, models, prompt_of, preemption, show)
-
-    stop, starts = None, Online.begin
     with monkeypatch.context() as patch:
         patch.setattr(Online, "_write", asked)
-        patch.setattr(Online, "begin", begin)
         with pytest.raises(SystemExit) as left:
             train_in(world, "stopped", "--train.checkpoint_every=4")
-    assert left.value.code == EXIT_CODE
+    assert left.value.code == TRY_AGAIN
     out = world / "stopped"
     there = sorted((out / "online/000002").iterdir())
     assert [path.name for path in there] == names[:1]

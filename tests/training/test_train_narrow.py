@@ -98,7 +98,9 @@ def test_a_vae_that_does_not_fit_takes_fewer_images_and_keeps_to_that(run, world
     roomy = policy(plain, 4)
     for name, value in policy(whole, 4).items():
         torch.testing.assert_close(value, roomy[name], rtol=1e-3, atol=2e-5)
-    assert json.loads((whole / "checkpoints" / "step-0002" / "state.json").read_text())["vae_batch"] == 2
+    assert json.loads((whole / "checkpoints" / "step-0002" / "state.json").read_text())["lowered"] == {
+        "data.vae_batch": 2
+    }
     shutil.copytree(whole, world / "cut")
     shutil.rmtree(world / "cut" / "checkpoints" / "step-0004")
     with monkeypatch.context() as patch:
@@ -156,7 +158,9 @@ def test_held_out_pairs_are_looked_at_with_less(run, world, monkeypatch, capsys)
 
     monkeypatch.setattr(loop.Validation, "held_out_metrics", looking)
     looked = metrics(run("looks-crowded", *look))
-    assert found == [4, 2, 2] and capsys.readouterr().out.count("train.micro_batch is now 2") == 1
+    said = capsys.readouterr().out
+    assert found == [4, 4, 4] and said.count("held-out pairs now come in batches of 2") == 1
+    assert "train.micro_batch" not in said  # what is trained on needs more, and fitted
     for name in ("held_out_margin", "held_out_winner_delta"):
         assert looked[-1][name] == pytest.approx(plain[-1][name], rel=1e-2, abs=1e-4)
 
