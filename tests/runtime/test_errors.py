@@ -47,6 +47,17 @@ def test_a_message_keeps_its_beginning_and_its_remedy():
     assert len(str(UserError(f"x={'y' * 5000}: must be z"))) < 230
 
 
+def test_what_a_library_said_at_length_is_quoted_shortly():
+    with pytest.raises(UserError) as caught:
+        try:
+            raise RuntimeError("expected one of:\n * (Tensor start, int steps)\n" * 200)
+        except RuntimeError as problem:
+            raise UserError(f"models.base: x cannot be made ({problem}); take another") from problem
+    said = str(caught.value)
+    assert said.startswith("models.base: x cannot be made (expected") and said.endswith("); take another")
+    assert len(said) < 260 and "\n" not in said
+
+
 def test_a_message_is_one_line_whatever_a_library_said():
     assert one_line("first\n  second\r\n\tthird") == "first second third"
     assert one_line("\x1b[31mred\0") == r"\x1b[31mred\x00"
@@ -82,6 +93,10 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(tmp_path):
     assert str(kept) in done.stderr and "RuntimeError: first line second line" in done.stderr
     text = kept.read_text()
     assert "Traceback (most recent call last)" in text and "command: tried --place somewhere" in text
+    secret = ran(body, "--place", "https://me:hunter22@example.com/x", TMPDIR=str(tmp_path))
+    (hidden,) = set(tmp_path.glob("inpo-fast-*.txt")) - {kept}
+    assert "hunter22" not in hidden.read_text() + secret.stderr
+    hidden.unlink()
     assert re.search(r"^torch \d", text, re.MULTILINE) and re.search(r"^python \d", text, re.MULTILINE)
     shown = ran(body, TMPDIR=str(tmp_path), INPO_FAST_TRACEBACK="1")
     assert "Traceback (most recent call last)" in shown.stderr and len(list(tmp_path.iterdir())) == 1
