@@ -4,7 +4,7 @@
         --config configs/pocket.yaml
 
 Both models draw the same prompts from the same initial noise. A judge compares the two pictures; a win-rate
-is wins plus half the ties, its 95 % interval a bootstrap over prompts (all pictures of a prompt together).
+is wins plus half the ties, its 95 % interval over prompts (all pictures of a prompt together; six at least).
 
 Several models, or several judges, are compared in a table (comparison.md, .json and .html), which goes on where it was
 interrupted, also on several processes (torchrun):

@@ -10,8 +10,9 @@ Interrupted, it goes on where it stopped; on several processes with torchrun.
 """
 
 from pathlib import Path
+from typing import get_args
 
-from inpo_fast.data.config import DataConfig
+from inpo_fast.data.config import DataConfig, Format
 from inpo_fast.judges.registry import NAMES
 from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
@@ -22,7 +23,7 @@ from inpo_fast.runtime.writable import check_file
 def main() -> None:
     parser = command_line("python -m inpo_fast.relabel", __doc__)
     parser.add_argument("--source", required=True, help="as data.source of the trainer")
-    parser.add_argument("--format", default="auto", help="as data.format of the trainer")
+    parser.add_argument("--format", choices=get_args(Format), default="auto", help="as data.format of the trainer")
     parser.add_argument("--images", help="as data.images of the trainer")
     parser.add_argument("--judge", action="append", required=True, help=f"one of {'; '.join(NAMES)}; may be repeated")
     parser.add_argument("--output", required=True, type=Path, help="the sidecar to write (.parquet)")

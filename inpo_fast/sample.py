@@ -5,8 +5,10 @@ python -m inpo_fast.sample --base MODEL --model ALIGNED --prompts prompts.txt --
 
 from pathlib import Path
 
+from inpo_fast.data.text import unusable
 from inpo_fast.runtime.arguments import number, seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.files import read_text
 from inpo_fast.runtime.output_file import check_output
 from inpo_fast.runtime.writable import check_file
 
@@ -34,7 +36,7 @@ def main() -> None:
     prompts = list(own.prompt)
     if own.prompts:
         try:
-            lines = Path(own.prompts).read_text(encoding="utf-8").splitlines()
+            lines = read_text(own.prompts).splitlines()
         except OSError as problem:
             raise UserError(f"--prompts {own.prompts}: {problem.strerror}") from problem
         except UnicodeDecodeError as problem:
@@ -42,8 +44,6 @@ def main() -> None:
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("no prompts: give --prompts FILE or --prompt TEXT")
-    from inpo_fast.data.text import unusable
-
     for prompt in prompts:
         if wrong := unusable(prompt):
             raise UserError(f"--prompt {prompt!r}: {wrong}")

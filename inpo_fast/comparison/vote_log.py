@@ -15,6 +15,7 @@ from pathlib import Path
 from inpo_fast.runtime.files import read_text
 from inpo_fast.runtime.record_store import digest
 
+LATEST = 2**33  # seconds since 1970: the year 2242; parquet's times end in 2262
 CHOICES = ("left", "right", "tie", "skip")
 
 
@@ -98,9 +99,10 @@ class VoteLog:
                 return
             choice, winner = said["choice"], said["winner"]
             fits = winner in (left, right) if choice in ("left", "right") else winner is None and choice in CHOICES
-            if not fits:
-                raise ValueError("the winner is neither picture")
-            self._put(Vote(case, prompt, (left, right), choice, winner, float(said["time"])))
+            when = float(said["time"])
+            if not (fits and 0 <= when < LATEST):
+                raise ValueError("the winner is neither picture, or the time is none")
+            self._put(Vote(case, prompt, (left, right), choice, winner, when))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.unreadable += 1
 

@@ -34,7 +34,8 @@ class TrainConfig:
     """Several processes: each keeps only its part of the fp32 masters and of the optimizer's state (for SDXL). The
     same result, to rounding."""
     patience_minutes: float = 30.0
-    """How long a process waits for the others at the end of a step before it names the one that hangs and stops."""
+    """How long processes wait for one that makes no progress before they name it and stop, from set-up to report.
+    Longer than what makes none on the way: compiling, opening a model."""
     threads: int | None = None
     """CPU threads per process. None: torch's choice."""
 

@@ -71,7 +71,8 @@ class DataConfig:
     max_pixels: int = 50_000_000
     """A larger image is dropped with its pair (decompression bombs)."""
     bad_pair_limit: float = 0.001
-    """Stop when more than this share of the pairs read so far had to be dropped (never before the second)."""
+    """Stop when more than this share of the pairs read so far had to be dropped (never before the second), or of the
+    rows has labels that are none."""
     workers: int = 2
     """Threads that read and decode images."""
     filters: FilterConfig = field(default_factory=FilterConfig)

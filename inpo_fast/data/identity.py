@@ -5,8 +5,7 @@ By content, never by names of folders or times of files: a copy on a node's own 
 so that it can be said what changed:
 
 rows       prompts, labels, weights, their order and how they lie in files. Listings and the JSON of tar shards: every
-           byte. Parquet: every byte of the columns that a run reads beside the pictures, and of any other column whose
-           part of a row group is small; of larger ones samples.
+           byte. Parquet: all values of the columns that a run reads beside the pictures, and where row groups end.
 pictures   of each picture that a listing names or a tar shard holds its size and 4 KiB at both ends; of parquet the
            sizes of the picture columns in each row group, these whole where they are small, and 16 samples of 4 KiB
            where they are large. Behind an fsspec URL the sizes, and the checksum that the file system gives of a file.

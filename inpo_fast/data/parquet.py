@@ -140,7 +140,7 @@ class ParquetSource:
         return len(self._row)
 
     def identity(self) -> dict[str, str]:
-        return parquet_identity.identity(self.shards, _Shard)
+        return parquet_identity.identity(self.shards, _Shard, _read_group)
 
     def _load(self, block: int) -> pa.Table:
         shard, group = (int(v) for v in self._place[block])

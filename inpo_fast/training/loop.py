@@ -43,8 +43,9 @@ def train(run: Run, console: Console) -> None:
         empty = models.encode_empty()
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
-        _mend_last_looks(run, validation, output)
+        _mend_last_looks(run, validation, preemption, output)
         health_checks = HealthChecks.after(run.folder.metrics, run.done)
+        validation.draw(run.done, output.tracker, preemption)  # what it was stopped at
         begun = time.perf_counter()
         for step in range(run.done, steps):
             # ---- the single training step --------------------------------------------------------
@@ -69,7 +70,9 @@ def train(run: Run, console: Console) -> None:
             if online_values:
                 values |= online_values
                 values["unet_evaluations"] += online_values["online_evaluations"]
-            values |= _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config))
+            values |= _fitting(
+                run, output, lambda: validation.step(run.done, output.tracker, run.step_config, preemption)
+            )
             output.write(run.done, values)
             for warning in health_checks.step(run.done, values):
                 output.say(f"warning: {warning}")
@@ -83,7 +86,7 @@ def train(run: Run, console: Console) -> None:
         preemption.agree(steps, preemption.asked)  # asked during the last save: everything is on the disk
 
 
-def _mend_last_looks(run: Run, validation: Validation, output: "_Output") -> None:
+def _mend_last_looks(run: Run, validation: Validation, preemption: Preemption, output: "_Output") -> None:
     """Of a run that got another length: what is shown of the last step alone is undone at the one that was to be the
     last, and made up for at the one that is it now."""
     lacks = False
@@ -94,7 +97,7 @@ def _mend_last_looks(run: Run, validation: Validation, output: "_Output") -> Non
         if run.former_steps and run.done == run.config.train.steps:
             lacks = validation.lacks_last_look(run.done, output.file.values(run.done))
     if any(distributed.gather(lacks)):
-        values = _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config))
+        values = _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config, preemption))
         if run.rank == 0:
             output.file.rewrite(run.done, lambda old: old | values)
 

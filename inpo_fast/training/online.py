@@ -32,7 +32,7 @@ from inpo_fast.models.models import Models
 from inpo_fast.runtime import distributed, keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import whole
-from inpo_fast.runtime.preemption import Preemption
+from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.training.saved_checkpoint import found, step_of
 
 FOLDER = "online"  # of the run
@@ -128,7 +128,10 @@ class Online:
             for number in mine:
                 if preemption.asked:
                     break
-                table = self._chunk(chunks[number], models, prompt_of)
+                try:
+                    table = self._chunk(chunks[number], models, prompt_of, preemption)
+                except Preempted:
+                    break
                 self._write(table, _file(folder, number))
                 drawn += self.how.candidates * len(chunks[number])
                 show(drawn, wanted)
@@ -149,7 +152,9 @@ class Online:
             "online_evaluations": len(positions) * self.how.evaluations_a_pair,
         }
 
-    def _chunk(self, positions: Sequence[int], models: Models, prompt_of: Callable[[int], str]) -> pa.Table:
+    def _chunk(
+        self, positions: Sequence[int], models: Models, prompt_of: Callable[[int], str], preemption: Preemption
+    ) -> pa.Table:
         """Some pairs; fewer rows than positions where there is no prompt or no better picture."""
         how, prompts = self.how, {}
         for position in positions:
@@ -159,6 +164,7 @@ class Online:
         keys = [("online", self.seed, position, k) for position in prompts for k in range(how.candidates)]
         self.judge.check(captions)
         settings = {"steps": how.sampler_steps, "guidance": how.guidance, "batch": how.batch}
+        settings["advance"] = lambda _: preemption.check()
         pictures = draw(models.pipeline, captions, keys, **settings)
         scores = self.judge.score(pictures, captions).total.reshape(-1, how.candidates)
         rows = []

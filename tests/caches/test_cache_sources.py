@@ -191,7 +191,8 @@ def test_a_file_in_the_place_of_the_cache_is_one_line(tmp_path, capfd, below):
     with pytest.raises(SystemExit) as end:
         run_command("inpo_fast.cache", *words, f"--output={tmp_path}/run")
     problem = capfd.readouterr().err
-    assert end.value.code == 2 and problem.count("\n") == 1 and f"data.cache={tmp_path}/file{below}" in problem
+    assert end.value.code == 2 and problem.count("\n") == 1 and "data.cache" in problem
+    assert f"{tmp_path}/file{below}" in problem and "is no folder" in problem
     assert (tmp_path / "file").read_text() == "mine"
 
 

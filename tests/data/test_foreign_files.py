@@ -224,10 +224,12 @@ def test_prompts_that_are_no_text_are_broken_pairs(tmp_path, kind, what, capsys)
     assert sorted(item.prompt for item in items) == ["fine", "good \U0001f600"] and len(loader.dropped) == 1
     assert len(open_data(DataConfig(source=path, filters=FilterConfig(block_words=("fine",))))) == 2
     with pytest.raises(SystemExit) as end:
-        run_command("inpo_fast.validate", "--source", path, "--data.bad_pair_limit=0.4", "--json", str(tmp_path / "f"))
+        run_command(
+            "inpo_fast.validate", "--source", path, "--data.bad_pair_limit=0.4", "--json", str(tmp_path / "f.json")
+        )
     said = capsys.readouterr().out
     assert not end.value.code and f"broken: {loader.dropped[0]}" in said
-    assert len(json.loads((tmp_path / "f").read_text())["broken"]) == 1
+    assert len(json.loads((tmp_path / "f.json").read_text())["broken"]) == 1
     loader.dropped[0].encode("utf-8")  # it is written to the manifest
 
 
@@ -254,10 +256,14 @@ def test_lists_of_prompts_for_an_evaluation(tmp_path, name):
     str(error.value).encode("utf-8")
 
 
-def test_a_prompt_of_the_command_line(capfd):
-    with pytest.raises(SystemExit) as end:
-        run_command("inpo_fast.sample", "--base", "b", "--model", "m", "--prompt", "\udcff", "--output", "o.png")
-    assert end.value.code == 2 and "half a character" in capfd.readouterr().err
+def test_prompts_of_the_command_line(tmp_path, capfd):
+    (tmp_path / "p.txt").write_text("good\nbad \0\n")
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("p.txt", "NUL"), ("pipe", "no regular file")):
+        with pytest.raises(SystemExit) as end:
+            more = ("--prompts", str(tmp_path / name), "--output", str(tmp_path / "o.png"))
+            in_time(lambda more=more: run_command("inpo_fast.sample", "--base", "b", "--model", "m", *more))
+        assert end.value.code == 2 and words in capfd.readouterr().err
 
 
 def test_names_in_a_tar_that_are_no_utf8(tmp_path):
@@ -282,3 +288,25 @@ def test_an_empty_place_is_not_the_current_folder(tmp_path, monkeypatch, empty):
     for read in (open_source, read_prompt_set, lambda path: open_data(DataConfig(source=path))):
         with pytest.raises(UserError, match="is empty"):
             read(empty)
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("vote", "--pictures"),
+        ("vote", "--output"),
+        ("validate", "--source"),
+        ("relabel", "--judge"),
+        ("sample", "--vae"),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_option_that_is_given_empty_is_refused(tmp_path, monkeypatch, capfd, command, option, empty, joined):
+    monkeypatch.chdir(tmp_path)
+    words = [f"{option}={empty}"] if joined else [option, empty]
+    with pytest.raises(SystemExit) as end:
+        run_command(f"inpo_fast.{command}", *words)
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and f"argument {option}: is empty; give it a value or leave it out" in said
+    assert said.count("\n") == 1

@@ -24,8 +24,11 @@ import pyarrow.parquet as pq
 import torch
 from tiny_world import pair_table, save_pairs
 
+from inpo_fast.comparison.prompts import read_prompt_set
+from inpo_fast.comparison.votes import Votes, cases_of_evaluation
 from inpo_fast.config import parse
 from inpo_fast.config.run import OptimConfig
+from inpo_fast.data.identity import identity_of
 from inpo_fast.data.images import decode
 from inpo_fast.data.pair import BadPair
 from inpo_fast.data.relabelled import METADATA, read_sidecar
@@ -43,6 +46,7 @@ SECONDS = 20  # nor may one damaged file hold a reader for ever
 
 def read_source(path: Path) -> None:
     source = open_source(str(path))
+    identity_of(source)
     for index in range(len(source)):
         try:
             pair = source.read(index)
@@ -117,6 +121,45 @@ def scores(folder: Path) -> Path:
     return folder / "scores.jsonl"
 
 
+def pictures(folder: Path) -> Path:
+    """Of an evaluation: two models on three prompts, and votes on them."""
+    lines = []
+    for number, name in enumerate(images(folder)):
+        about = {
+            "model": "ab"[number % 2],
+            "prompt": f"p{number // 2}",
+            "seed": 0,
+            "file": name,
+            "image": f"{number:032x}",
+        }
+        lines.append(about)
+    (folder / "pictures.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    votes = Votes(cases_of_evaluation(folder, (), 0), folder / "v.parquet")
+    for number, choice in enumerate(("left", "right", "tie")):
+        votes.vote(number, choice)
+    votes.undo()
+    votes.close()
+    return folder / "pictures.jsonl"
+
+
+def vote_log(folder: Path) -> Path:
+    pictures(folder)
+    return folder / "v.parquet.votes.jsonl"
+
+
+def read_votes(path: Path) -> None:
+    votes = Votes(cases_of_evaluation(path.parent, (), 0), path.parent / "v.parquet")
+    try:
+        votes.save()
+    finally:
+        votes.close()
+
+
+def prompts(folder: Path) -> Path:
+    (folder / "prompts.json").write_text(json.dumps(["a red cube", "ein Würfel", "\U0001f600"], ensure_ascii=True))
+    return folder / "prompts.json"
+
+
 class Tiny:
     def __init__(self):
         torch.manual_seed(0)
@@ -172,6 +215,9 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "image": (image, read_image),
     "labels": (sidecar, lambda path: read_sidecar(str(path))),
     "scores": (scores, ScoreFileJudge),
+    "pictures": (pictures, read_votes),
+    "votes": (vote_log, read_votes),
+    "prompts": (prompts, lambda path: read_prompt_set(str(path))),
     "checkpoint": (lambda folder: saved(folder, "*.safetensors"), load_checked),
     "checkpoint-state": (lambda folder: saved(folder, "state.json"), load_checked),
     "checkpoint-forged": (lambda folder: saved(folder, "*.safetensors"), load_unchecked),

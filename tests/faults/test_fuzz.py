@@ -14,6 +14,6 @@ def test_damaged_files(reader, caplog):
     ends, findings = fuzz(reader, seconds=60, most=EXECUTIONS.get(reader, 150))
     assert not findings, "\n".join(findings[:3])
     assert ends.total() >= 15, ends
-    # some are refused and some read; but a sweep makes again what is damaged, hashes let nothing pass, and a few dozen
-    # configurations, each slow to parse, may all be wrong
-    assert len(ends) >= (1 if reader in ("shards", "checkpoint", "config") else 2), ends
+    # some are refused and some read; but a sweep makes again what is damaged, damaged votes do not count, hashes let
+    # nothing pass, and a few dozen configurations, each slow to parse, may all be wrong
+    assert len(ends) >= (1 if reader in ("shards", "checkpoint", "config", "votes") else 2), ends
