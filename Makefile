@@ -50,7 +50,7 @@ format: .venv/ready
 	$(BIN)/python -m ruff format .
 
 pocket: .venv/ready
-	OMP_NUM_THREADS=1 $(TORCHRUN) $(PROCESSES) -m inpo_fast.pocket.build
+	OMP_NUM_THREADS=1 $(TORCHRUN) $(PROCESSES) -m inpo_fast.pocket.build --overwrite
 
 kernels: .venv/ready
 	$(BIN)/python -m bench.kernels.compile $(ARGS)

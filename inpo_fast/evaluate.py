@@ -4,7 +4,7 @@
         --config configs/pocket.yaml
 
 Both models draw the same prompts from the same initial noise. A judge compares the two pictures; a win-rate
-is wins plus half the ties, its 95 % interval a bootstrap over prompts (all pictures of a prompt together).
+is wins plus half the ties, its 95 % interval over prompts (all pictures of a prompt together; six at least).
 
 Several models, or several judges, are compared in a table (comparison.md, .json and .html), which goes on where it was
 interrupted, also on several processes (torchrun):
@@ -18,7 +18,10 @@ from pathlib import Path
 from inpo_fast.config import parse
 from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.files import json_or_none
 from inpo_fast.runtime.writable import check_folder
+
+WRITTEN = ("evaluation.json", "samples.png", "report.html", *(f"comparison.{end}" for end in ("json", "md", "html")))
 
 
 def main() -> None:
@@ -43,6 +46,7 @@ def main() -> None:
     config = parse("python -m inpo_fast.evaluate", rest)
     if config.evaluate.prompts is None:
         raise UserError("evaluate.prompts is empty; give a text file with one prompt a line")
+    check_unlike_ours(Path(own.output))
     import torch
 
     from inpo_fast.comparison.drawing import open_base
@@ -86,6 +90,19 @@ def main() -> None:
             forget(folder)
     finally:
         distributed.stop()
+
+
+def check_unlike_ours(folder: Path) -> None:
+    """UserError where something of the names that are written lies in a folder that no run and no evaluation wrote."""
+    known = {"manifest.json": "config_sha256", "evaluation.json": "win_rate", "comparison.json": "sampler"}
+    if any(key in (json_or_none(folder / name) or {}) for name, key in known.items()):
+        return
+    there = [name for name in WRITTEN if (folder / name).exists()]
+    if there:
+        raise UserError(
+            f"--output {folder} holds {', '.join(there)}, which neither a run nor an evaluation left there; move it "
+            "away, or name another folder"
+        )
 
 
 if __name__ == "__main__":

@@ -10,18 +10,20 @@ Interrupted, it goes on where it stopped; on several processes with torchrun.
 """
 
 from pathlib import Path
+from typing import get_args
 
-from inpo_fast.data.config import DataConfig
+from inpo_fast.data.config import DataConfig, Format
 from inpo_fast.judges.registry import NAMES
 from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
+from inpo_fast.runtime.output_file import check_output
 from inpo_fast.runtime.writable import check_file
 
 
 def main() -> None:
     parser = command_line("python -m inpo_fast.relabel", __doc__)
     parser.add_argument("--source", required=True, help="as data.source of the trainer")
-    parser.add_argument("--format", default="auto", help="as data.format of the trainer")
+    parser.add_argument("--format", choices=get_args(Format), default="auto", help="as data.format of the trainer")
     parser.add_argument("--images", help="as data.images of the trainer")
     parser.add_argument("--judge", action="append", required=True, help=f"one of {'; '.join(NAMES)}; may be repeated")
     parser.add_argument("--output", required=True, type=Path, help="the sidecar to write (.parquet)")
@@ -34,18 +36,17 @@ def main() -> None:
     parser.add_argument("--vote", choices=("mean", "majority"), default="mean", help="of several judges (default mean)")
     parser.add_argument("--batch", type=whole(most=100_000), default=64, help="pictures at once (default 64)")
     parser.add_argument("--workers", type=whole(most=1024), default=DataConfig.workers, help="threads that decode")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace labels that are there")
     own = parser.parse_args()
     temperatures = own.temperature or [1.0]
     temperatures = temperatures * len(own.judge) if len(temperatures) == 1 else temperatures
     if len(temperatures) != len(own.judge):
         raise UserError(f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges")
     check_file("--output", own.output, (".parquet",))
-    if own.output.exists() and not own.overwrite:
-        raise UserError(f"--output {own.output} is there already; --overwrite replaces it")
+    check_output(own.output, own.overwrite, {"--source": own.source})
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
     from inpo_fast.data.identity import identity_of
-    from inpo_fast.data.relabelled import pair_ids
+    from inpo_fast.data.relabelled import check_replaceable, pair_ids
     from inpo_fast.data.sources import open_source
     from inpo_fast.judges import judge_id
     from inpo_fast.judges.registry import make_judges
@@ -55,6 +56,7 @@ def main() -> None:
     from inpo_fast.runtime.masking import masked
 
     quiet_libraries()
+    check_replaceable(own.output, own.source)
     rank, _, device = distributed.start()
     try:
         source = open_source(config.source, config.format, images=config.images)

@@ -9,6 +9,7 @@ from inpo_fast.data.text import unusable
 from inpo_fast.runtime.arguments import number, seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 from inpo_fast.runtime.files import read_text
+from inpo_fast.runtime.output_file import check_output
 from inpo_fast.runtime.writable import check_file
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--prompts", help="text file, one prompt a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given again")
     parser.add_argument("--output", required=True, help="the PNG to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace another file than an earlier sheet")
     parser.add_argument("--seeds", type=whole(most=10_000), default=1, help="pictures per prompt (default 1)")
     parser.add_argument("--steps", type=whole(most=999), default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance", type=number(least=0, most=1000), default=7.5, help="7.5 SD1.5 (default), 5 SDXL")
@@ -48,10 +50,12 @@ def main() -> None:
     from inpo_fast.comparison.drawing import draw_both, open_base
     from inpo_fast.models.loading import open_network, quiet_libraries
     from inpo_fast.models.models import DTYPES
-    from inpo_fast.report.pictures import Comparison, contact_sheet
+    from inpo_fast.report.pictures import Comparison, contact_sheet, is_sheet
     from inpo_fast.runtime import distributed
     from inpo_fast.runtime.files import write_bytes
 
+    inputs = {"--prompts": own.prompts, "--base": own.base, "--model": own.model, "--vae": own.vae}
+    check_output(Path(own.output), own.overwrite, inputs, is_sheet)
     quiet_libraries()
     _, _, device = distributed.start()
     pipeline = open_base("--base", own.base, DTYPES[own.precision], own.single_file_config, "--vae", own.vae).to(device)

@@ -13,8 +13,10 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 from inpo_fast.config import parse
+from inpo_fast.data.config import Format
 from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 from inpo_fast.runtime.writable import check_file
@@ -30,7 +32,7 @@ def main() -> None:
         epilog="All keys of the trainer's configuration may follow, data.filters too: python -m inpo_fast.train --help",
     )
     parser.add_argument("--source", help="as data.source of the trainer, and in its place")
-    parser.add_argument("--format", help="as data.format of the trainer")
+    parser.add_argument("--format", choices=get_args(Format), help="as data.format of the trainer")
     parser.add_argument("--images", help="as data.images of the trainer")
     parser.add_argument("--resolution", type=whole(most=16_384), help="default: data.resolution, or 512")
     parser.add_argument("--pairs-per-step", type=whole(most=1_000_000), help="default: train.pairs_per_step")

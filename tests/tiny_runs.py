@@ -19,7 +19,7 @@ from tiny_world import one_level, save_pairs, tiny_pipeline
 
 from inpo_fast import train as train_command
 from inpo_fast.report import plots
-from inpo_fast.training import checkpoint
+from inpo_fast.training import saved_checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -147,7 +147,7 @@ def free_port() -> int:
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint.read(run / "checkpoints" / f"step-{step:04d}")
+    return saved_checkpoint.read(run / "checkpoints" / f"step-{step:04d}")
 
 
 def same_bits(one: Path, other: Path, step: int) -> bool:
@@ -164,5 +164,5 @@ def metrics(run: Path) -> list[dict]:
 
 
 def policy(run: Path, step: int) -> dict[str, torch.Tensor]:
-    tensors = checkpoint.read(run / "checkpoints" / f"step-{step:04d}")
+    tensors = saved_checkpoint.read(run / "checkpoints" / f"step-{step:04d}")
     return {name.removeprefix("policy/"): x for name, x in tensors.items() if name.startswith("policy/")}

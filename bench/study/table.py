@@ -4,6 +4,8 @@ Two-level bootstrap: all cells draw the same prompts, so the values of a cell ar
 draws rows and columns with replacement, each on its own, and takes the mean of what they cross in; the interval is the
 middle 95 % of 2,000 such means. It is somewhat too narrow for few seeds: the spread of k resampled seeds is
 sqrt((k - 1) / k) of the true one on average, and with one seed none of it is in the interval, which the table says.
+Of win-rates that are nearly all equal it is made no narrower than what so many prompts can rule out, and of too few
+prompts it is left out (comparison/win_rates.py).
 """
 
 import functools
@@ -11,6 +13,7 @@ import functools
 import numpy as np
 
 from bench.study.measures import MEASURES
+from inpo_fast.comparison.win_rates import FEWEST, widened
 
 RESAMPLES = 2000
 
@@ -29,6 +32,12 @@ def two_level(values: np.ndarray) -> tuple[float, float, float]:
     means = values.take(drawn(*values.shape)).mean((1, 2))
     low, high = np.quantile(means, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
+
+
+def win_rates(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of values (seeds, prompts) from 0 to 1; None where so few prompts have no interval."""
+    mean, low, high = two_level(values)
+    return (mean, None, None) if values.shape[1] < FEWEST else (mean, *widened(values.mean(0), low, high))
 
 
 def matrix(results: list[dict], name: str) -> np.ndarray:
@@ -54,7 +63,9 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _span(values: tuple[float, float, float], digits: int = 3) -> str:
+def _span(values: tuple[float, float | None, float | None], digits: int = 3) -> str:
+    if values[1] is None:
+        return f"{values[0]:.{digits}f} [no interval]"
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*values, d=digits)
 
 
@@ -119,9 +130,9 @@ def _training(name: str, runs: list[dict]) -> list[str]:
         name,
         runs[0].get("variant", "-"),
         f"{len(runs)}" if len(runs) > 1 or not trained else "1 (interval over prompts only)",
-        _span(two_level(matrix(runs, "points"))),
+        _span(win_rates(matrix(runs, "points"))),
         _span(two_level(matrix(runs, "gain")), 4),
-        *(_span(two_level(matrix(runs, part))) for part in ("alignment", "looks", "outside")),
+        *(_span(win_rates(matrix(runs, part))) for part in ("alignment", "looks", "outside")),
         *(_span(two_level(matrix(runs, name)), 4) if name in runs[0]["measures"] else "-" for name in MEASURES),
         diversity,
         f"{scale:.3f}" if trained else "-",

@@ -9,7 +9,7 @@ class EvaluateConfig:
 
     prompts: str | None = None
     """Held-out prompts that decide: a text file, one a line; a folder with HPDv2's four lists; Parti's .tsv; .parquet
-    or hf://… with captions. None: no evaluation."""
+    or hf://… with captions; .json, .jsonl, .csv. One that is listed again counts once. None: no evaluation."""
     seen_prompts: str | None = None
     """Prompts from the training distribution, for the sanity check of seen against held-out prompts."""
     judge: str = "pocket-rules"

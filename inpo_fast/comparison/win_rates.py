@@ -1,10 +1,11 @@
 """Paired win-rates with intervals: wins plus half the ties, 95 % over prompts.
 
-An interval is the percentile bootstrap's (Efron 1979), made no narrower than what the prompts can rule out. A kind of
-prompt that none of N prompts was may be a share q of all prompts, where (1 - q)^N = 2.5 %: were all of those lost, the
-mean would be mean (1 - q), were all won, mean + q (1 - mean). A bootstrap knows none of them: of equal values it gives
-no width at all, for any N. Where all prompts were won this is Clopper and Pearson's exact bound (Biometrika 26, 1934),
-0.025^(1/N); with 5 % in place of 2.5 % and large N it is the "rule of three" (Hanley and Lippman-Hand, JAMA 249, 1983).
+An interval is the percentile bootstrap's (Efron 1979). Where fewer than FEWEST prompts differ from the commonest result
+(all won but two, all ties) there is nothing to draw from, and of equal values it has no width at all, for any N. Then
+it is made no narrower than what the prompts can rule out: a kind of prompt that none of N prompts was may be a share q
+of all, where (1 - q)^N = 2.5 %; were those all lost, the mean would be mean (1 - q), were all won, mean + q (1 - mean).
+Where all prompts were won this is Clopper and Pearson's exact bound (Biometrika 26, 1934), 0.025^(1/N); with 5 % in
+place of 2.5 % and large N it is the "rule of three" (Hanley and Lippman-Hand, JAMA 249, 1983).
 
 With fewer than FEWEST prompts there is no interval: not even a win of all would tell anything from 1/2 at 95 % (sign
 test: 2 / 2^5 > 0.05 > 2 / 2^6).
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 BOOTSTRAPS = 2000
-FEWEST = 6  # prompts of an interval
+FEWEST = 6  # prompts of an interval, and prompts unlike the others for a bootstrap alone
 MISSED = 0.025  # chance, on each side
 
 
@@ -68,12 +69,15 @@ def interval(values: np.ndarray) -> Rate:
         return Rate(mean, None, None, count)
     resampled = np.random.default_rng(0).integers(count, size=(BOOTSTRAPS, count))
     low, high = np.quantile(values[resampled].mean(1), [0.025, 0.975])
-    return Rate(mean, *widened(mean, float(low), float(high), count), count)
+    return Rate(mean, *widened(values, float(low), float(high)), count)
 
 
-def widened(mean: float, low: float, high: float, prompts: int) -> tuple[float, float]:
-    """low and high, from 0 to 1, no narrower than what so many prompts can rule out."""
-    unseen = 1 - MISSED ** (1 / prompts)
+def widened(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """A bootstrap's low and high of (N,) prompts' values from 0 to 1; where nearly all are equal, no narrower than what
+    N prompts can rule out."""
+    if len(values) - np.unique(values, return_counts=True)[1].max() >= FEWEST:
+        return low, high
+    mean, unseen = float(values.mean()), 1 - MISSED ** (1 / len(values))
     return min(low, mean * (1 - unseen)), max(high, mean + unseen * (1 - mean))
 
 

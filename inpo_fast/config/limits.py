@@ -63,7 +63,7 @@ LIMITS = {
     "objective.winner_preserving": Limits(0, 1, need="in 0..1, or null"),
     "objective.timesteps.min": Limits(0, 999, need="within 0..999"),
     "objective.timesteps.max": Limits(0, 999, need="within 0..999"),
-    "objective.timesteps.per_pair": Limits(1, 1000),
+    "objective.timesteps.per_pair": Limits(1, 1000, need="in 1..1000, the number of different ones"),
     "objective.label_smoothing": Limits(0, 0.5, below=True, need="in 0..0.5, 0.5 excluded"),
     "objective.gamma": POSITIVE,
     "online.every": COUNT_OR_NONE,

@@ -17,7 +17,12 @@ from inpo_fast.config.yaml_text import MOST, read_yaml
 from inpo_fast.runtime.errors import UserError, shorten_when_quoted, shortened
 from inpo_fast.runtime.masking import keep_secrets_of
 
-SWITCHES = {"--resume": "--resume", "--overwrite": "--overwrite", "--dry-run": "--dry_run"}  # may stand without a value
+SWITCHES = {  # may stand without a value
+    "--resume": "--resume",
+    "--overwrite": "--overwrite",
+    "--dry-run": "--dry_run",
+    "--accept-changed-inputs": "--accept_changed_inputs",
+}
 SHOW = "--print_config"
 
 

@@ -1,5 +1,6 @@
 """What a configuration may not be: everything that can be refused before a model is loaded."""
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -10,6 +11,7 @@ from inpo_fast.method.config import ObjectiveConfig
 from inpo_fast.method.methods import METHODS, method_of
 from inpo_fast.runtime.errors import UserError
 
+OUTPUTS = ("output", "inversion.cache", "data.cache")
 MAY_BE_EMPTY = ("models.base", "data.source")  # in the configuration; refused where they are needed
 
 
@@ -25,6 +27,7 @@ def check(config: RunConfig) -> None:
             f"objective.timesteps.per_pair={span.per_pair}: must be in 1..{most}, the number of different ones"
         )
     _check_words(flat(to_dict(config)))
+    _check_outputs(flat(to_dict(config)))
     if config.inversion.fp8 and config.models.fast == "off":
         raise UserError("inversion.fp8=true needs models.fast=fused or compiled")
     if config.models.cuda_graphs and config.models.fast != "compiled":
@@ -55,6 +58,16 @@ def _check_nulls(config, prefix: str = "") -> None:
             _check_nulls(value, f"{prefix}{f.name}.")
         elif value is None and type(None) not in get_args(kinds[f.name]):
             raise UserError(f"{prefix}{f.name} is null; give it a value, or leave the line out for the default")
+
+
+def _check_outputs(settings: dict[str, object]) -> None:
+    """What a run writes lies on this machine: as a path `s3://bucket/run` would be a folder `s3:` here."""
+    for key in OUTPUTS:
+        value = settings[key]
+        if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]+:/", value):
+            raise UserError(
+                f"{key}={value} is an address, and what is written lies on this machine; name a folder here"
+            )
 
 
 def _check_words(settings: dict[str, object]) -> None:

@@ -34,7 +34,8 @@ class TrainConfig:
     """Several processes: each keeps only its part of the fp32 masters and of the optimizer's state (for SDXL). The
     same result, to rounding."""
     patience_minutes: float = 30.0
-    """How long a process waits for the others at the end of a step before it names the one that hangs and stops."""
+    """How long processes wait for one that makes no progress before they name it and stop, from set-up to report.
+    Longer than what makes none on the way: compiling, opening a model."""
     threads: int | None = None
     """CPU threads per process. None: torch's choice."""
 
@@ -139,9 +140,14 @@ class RunConfig:
     output: str | None = None
     """Folder of the run. Default: runs/<name of the config file>."""
     resume: bool = False
-    """Continue from the newest checkpoint in the output folder."""
+    """Continue from the newest checkpoint in the output folder; where there is none, from step 0. A run can be made
+    longer (train.steps) where that changes nothing of the steps done."""
     overwrite: bool = False
-    """Delete what an earlier run left in the output folder."""
+    """Replace the run in the output folder. It is kept aside there until the new one has its first checkpoint, so there
+    must be room for both."""
+    accept_changed_inputs: bool = False
+    """With --resume: go on although pairs, labels or the model's files are not those that the run began with.
+    manifest.json keeps what they were and what they are."""
     dry_run: bool = False
     """Print what the run needs (memory, work, the step batch's arithmetic) and stop. Loads no weights."""
     models: ModelsConfig = field(default_factory=ModelsConfig)

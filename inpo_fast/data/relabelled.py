@@ -5,6 +5,7 @@ A sidecar is parquet: `id`; `soft`, how probable it is that the image which the 
 made for.
 """
 
+import glob
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from inpo_fast.data import labels
 from inpo_fast.data.config import LabelsAs
 from inpo_fast.data.identity import differences, identity_of
 from inpo_fast.data.pair import Pair, Source
+from inpo_fast.data.places import is_url
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import open_regular, read_regular
@@ -103,6 +105,23 @@ class RelabelledSource:
     def facts(self, fields: Sequence[str]) -> Iterator[dict]:
         kept = set(self.kept.tolist())
         return (record for index, record in enumerate(self.source.facts(fields)) if index in kept)
+
+
+def check_replaceable(output: Path, source: str) -> None:
+    """UserError where a sidecar at `output` would take the place of something else, or become a part of the source."""
+    if output.exists():
+        try:
+            read_sidecar(str(output))
+        except UserError as problem:
+            raise UserError(
+                f"--output {output} holds no labels of python -m inpo_fast.relabel, so it is not replaced; name another"
+            ) from problem
+    here = output.resolve()
+    if not is_url(source) and output.suffix == ".parquet":
+        place = Path(source.removeprefix("file://")).expanduser()
+        is_inside = place.is_dir() and here.is_relative_to(place.resolve())
+        if is_inside or (glob.has_magic(source) and Path(output.absolute()).match(str(place.absolute()))):
+            raise UserError(f"--output {output} would be read as a part of --source {source}; name a place outside it")
 
 
 def read_sidecar(path: str) -> tuple[pa.Table, dict]:

@@ -34,6 +34,8 @@ def open_source(
     """
     if not path.strip():  # as a path it would be the current folder, and all parquet below it
         raise UserError("data.source is empty; name a file, a folder or an fsspec URL (of the current folder: .)")
+    if not is_url(path) and Path(path).expanduser().resolve() == Path("/"):  # looked through for hours, other disks too
+        raise UserError(f"data.source: {path} is the root of all folders; name the one with the pairs")
     keep_secrets_of(path)
     source = _open(path, format, images, None if cache_mb is None else int(cache_mb * 2**20))
     if len(source) == 0:

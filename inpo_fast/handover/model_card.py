@@ -105,7 +105,8 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
             f"# {architecture} aligned with preference pairs: {variant}{', LoRA' * is_lora}",
             f"Method: {method}.",
-            f"Base model: {_base(base, hub_id(base), random)}{_start(init)}. Licence: {_licence_in_words(front)}.",
+            f"Base model: {_base(base, hub_id(base), random)}{_start(init)}. {_reference(manifest)}"
+            f"Licence: {_licence_in_words(front)}.",
             "## How to load",
             LOAD.format(kind=kind, source=source, lora=lora),
             *([READERS.format(kohya=KOHYA_NAME)] if is_lora else []),
@@ -132,7 +133,23 @@ def _start(init: str) -> str:
     if not init:
         return ""
     own_id = hub_id(init)
-    return f", trained further from {f'[{own_id}](https://huggingface.co/{own_id})' if own_id else Path(init).name}"
+    kind = "the LoRA " if lora_file(init) else ""
+    name = f"[{own_id}](https://huggingface.co/{own_id})" if own_id else _name(Path(init))
+    return f", trained further from {kind}{name}"
+
+
+def _name(path: Path) -> str:
+    """sft/lora rather than lora, which every run has."""
+    return "/".join(path.absolute().parts[-2:]) if path.name in ("model", "lora", "unet") else path.name
+
+
+def _reference(manifest: dict) -> str:
+    """What the policy was held against, where that is not the base itself."""
+    words = {
+        "models.init": "The frozen reference of the loss is that start, not the base. ",
+        "models.base with the LoRA of models.init": "The frozen reference of the loss is the base with that LoRA. ",
+    }
+    return words.get(manifest["model"].get("reference"), "")
 
 
 def _method(config: dict) -> tuple[str, str]:

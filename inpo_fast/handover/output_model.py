@@ -13,6 +13,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.families import PARTS
 from inpo_fast.models.files.hub import base_folder, hub_id
+from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, write_tensors
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.lora import Lora, add_adapter, kohya_tensors, tensors
@@ -35,6 +36,18 @@ def whole_masters(models: Models, keep: bool = True) -> dict[str, torch.Tensor]:
     return kept
 
 
+def reopens_base(config: ModelsConfig) -> bool:
+    """Whether `output_pipeline` reads the base's files again: memory has them rounded, or with an adapter."""
+    return config.precision != "fp32" or config.lora.rank > 0
+
+
+def reference_in_words(config: ModelsConfig) -> str:
+    """What the frozen reference is; the policy starts as the same."""
+    if not config.init:
+        return "models.base"
+    return "models.base with the LoRA of models.init" if lora_file(config.init) else "models.init"
+
+
 @torch.no_grad()
 def output_pipeline(models: Models, masters: dict[str, torch.Tensor] | None = None) -> DiffusionPipeline:
     """The pipeline to save: the base's parts as they were loaded, the network from the fp32 masters; adapters merged.
@@ -42,7 +55,7 @@ def output_pipeline(models: Models, masters: dict[str, torch.Tensor] | None = No
     masters: what `whole_masters` gave, needed where the weights are partitioned over processes.
     """
     config, denoiser = models.config, models.denoiser
-    if config.precision == "fp32" and not models.adapters:
+    if not reopens_base(config):
         pipeline = copy.copy(models.pipeline)
         denoiser.put(pipeline, models.policy)
         return pipeline

@@ -134,6 +134,8 @@ def _start(folder: Path, about: dict, output: Path) -> None:
     notes = folder / "about.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not notes.exists() and any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
+            raise UserError(f"{folder} holds other things than a relabelling's; move it away, or name another --output")
         if notes.exists() and json.loads(read_text(notes)) != about:
             raise UserError(
                 f"{folder} holds the beginning of another relabelling (other pairs or judges); remove it, or name "

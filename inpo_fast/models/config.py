@@ -34,7 +34,9 @@ class ModelsConfig:
     """Instead of base: the exact architecture with seeded random weights, for timings, tests and dry runs."""
     init: str | None = None
     """A model whose UNet policy and reference start from, e.g. one fine-tuned on the winners; the rest is base's. Or a
-    LoRA of base (file or folder), which is merged into both; with models.lora a new one is trained on top of it."""
+    LoRA of base (file or folder, any program's names), which is merged into both; with models.lora a new one is trained
+    on top of it. The reference is this start, not base, so the loss begins at ln 2. To train an earlier run further
+    against its own reference: --resume with more train.steps."""
     vae: str | None = None
     """Another VAE: a folder, a hub id (e.g. the fp16-safe one of SDXL) or a single .safetensors file, which has the
     base's configuration and scaling factor."""

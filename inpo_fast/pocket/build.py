@@ -1,9 +1,10 @@
 """Builds everything in assets/ from nothing: `make pocket` (about an hour on two cores).
 
-    torchrun --standalone --nproc-per-node 2 -m inpo_fast.pocket.build [--only STAGE] [--output DIR]
+    torchrun --standalone --nproc-per-node 2 -m inpo_fast.pocket.build --overwrite [--only STAGE] [--output DIR]
 
-Stages read what the stages before them wrote, so one can be repeated alone. Seeds are pinned; the files are the
-same on the same machine and versions, and equal in quality elsewhere. manifest.json holds their hashes.
+Stages read what the stages before them wrote, so one can be repeated alone. Everything is written beside the folder,
+which it takes the place of when all of it is there. Seeds are pinned; the files are the same on the same machine and
+versions, and equal in quality elsewhere. manifest.json holds their hashes.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from inpo_fast.models.loading import quiet_libraries
 from inpo_fast.pocket import ASSETS, base_model, clip_model, pairs, reader
 from inpo_fast.pocket.scenes import all_scenes, split_scenes
 from inpo_fast.runtime import distributed
-from inpo_fast.runtime.errors import run_command
-from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.errors import UserError, run_command
+from inpo_fast.runtime.files import json_or_none, write_text
 
 SEED = 0  # of weights, batches, samples and labels
 RENDER_SEED = 1
@@ -142,14 +143,18 @@ SHARED = ("denoiser",)  # split over processes; the first one does the other sta
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m inpo_fast.pocket.build", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=STAGES, action="append", help="repeat this stage (may be given again)")
-    parser.add_argument("--output", type=Path, default=ASSETS)
+    parser.add_argument("--output", type=Path, default=ASSETS, help="default: the assets of the package")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier build left there")
     arguments = parser.parse_args()
+    output = arguments.output.resolve()
+    check(output, arguments.overwrite)
     quiet_libraries()
     rank, _, _ = distributed.start(patience_minutes=600)  # the first process does most stages alone
+    aside = output.with_name(f".tmp-{output.name}")
     if rank == 0:
-        if not arguments.only:
-            shutil.rmtree(arguments.output, ignore_errors=True)
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        start(output, aside, bool(arguments.only))
+        again = f"--output {aside} --overwrite --only STAGE"
+        print(f"== into {aside}, which takes the place of {output}; to go on after a crash: {again}", flush=True)
     distributed.barrier()
     for name, stage in STAGES.items():
         if not arguments.only or name in arguments.only:
@@ -157,9 +162,44 @@ def main() -> None:
                 print(f"== {name}", flush=True)
             torch.set_num_threads(os.cpu_count() or 1)
             if rank == 0 or name in SHARED:
-                stage(arguments.output)
+                stage(aside)
             distributed.barrier()
+    if rank == 0:
+        swap(aside, output)
     distributed.stop()
+
+
+def check(output: Path, overwrite: bool) -> None:
+    """UserError where something lies there that no build wrote, or that is not to be replaced."""
+    if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"--output {output} is there already; --overwrite replaces it once all of it is built anew")
+    if output.is_dir() and (output.name.startswith(".tmp-") or _is_build(output / "manifest.json")):
+        return
+    raise UserError(f"--output {output} was not written by inpo_fast.pocket.build; name another folder")
+
+
+def _is_build(manifest: Path) -> bool:
+    return (json_or_none(manifest) or {}).keys() == {"settings", "sha256"}
+
+
+def start(output: Path, aside: Path, keep: bool) -> None:
+    """An empty folder to build in; keep: with what is there, so that a stage can be repeated."""
+    shutil.rmtree(aside, ignore_errors=True)
+    if keep and output.is_dir():
+        shutil.copytree(output, aside)
+    aside.mkdir(parents=True, exist_ok=True)
+
+
+def swap(aside: Path, output: Path) -> None:
+    """What was built takes the place of what is there, which goes then."""
+    old = output.with_name(f".tmp-old-{output.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    aside.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""A CLIP in miniature for the pocket world: the judge that no reward was made from.
+"""A CLIP in miniature for the pocket world: a judge that no reward was made from, for the path that PickScore takes.
 
+It also sees the size of the base's noise prediction, so it does not decide there (docs/judges.md); reader.py does.
 Trained contrastively on rendered scenes of every finish, so it knows what a caption means and cares little
 about looks. Same classes and file layout as CLIP-H or PickScore; read by inpo_fast.judges.clip. It sees all
 combinations, the held-out ones too: it judges, it does not draw.

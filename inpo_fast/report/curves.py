@@ -56,7 +56,9 @@ def read_series(path: Path) -> Series:
             try:
                 row = json.loads(text)
                 step = row.pop("step")
-            except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                continue
+            if type(step) not in (int, float) or not math.isfinite(step):
                 continue
             for name, value in row.items():
                 if isinstance(value, int | float) and math.isfinite(value):

@@ -10,11 +10,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from inpo_fast.comparison.evaluation import Gallery
 from inpo_fast.comparison.picture_store import read_picture
 from inpo_fast.runtime.errors import UserError
 
+MARK = ("Software", "inpo-fast")  # a PNG's own word for what wrote it
 SHEET = 12  # comparisons on a contact sheet
 SHEET_COLUMNS = 6
 SHEET_BYTES = 1_900_000
@@ -153,6 +155,16 @@ def _encoded(picture: np.ndarray, side: int) -> tuple[str, bytes]:
 
 
 def _png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
+    out, about = io.BytesIO(), PngInfo()
+    about.add_text(*MARK)
+    image.save(out, "PNG", pnginfo=about)
     return out.getvalue()
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a picture that this project wrote."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get(MARK[0]) == MARK[1]
+    except (OSError, SyntaxError, ValueError):
+        return False

@@ -37,10 +37,11 @@ def shorten_when_quoted(values: Iterable[str]) -> None:
     _given[:] = sorted({*_given, *long}, key=len, reverse=True)
 
 
-def one_line(message: object) -> str:
-    """A message on one line: line breaks are spaces, control characters are written out, long values shortened."""
+def one_line(message: object, quoted: Iterable[str] = ()) -> str:
+    """A message on one line: line breaks are spaces, control characters are written out, long values shortened.
+    quoted: what is in it of others, which may be long and have spaces."""
     text = _written(str(message))
-    for value in _given:
+    for value in (*(_written(value) for value in quoted if len(value) > VALUE), *_given):
         text = text.replace(value, shortened(value))
     for long in (_LONG_QUOTE, _LONG_WORD):
         text = long.sub(lambda found: shortened(found[0]), text)
@@ -52,10 +53,15 @@ def _written(text: str) -> str:
 
 
 class UserError(ValueError):
-    """Says what is wrong, where, and how to mend it, in one line (`one_line`); secrets in it are masked."""
+    """Says what is wrong, where, and how to mend it, in one line (`one_line`); secrets in it are masked. Raised from
+    another exception, it quotes its words shortly."""
 
     def __init__(self, message: object = ""):
-        super().__init__(_shown(str(message)))
+        super().__init__(masked(str(message)))
+
+    def __str__(self) -> str:
+        cause = self.__cause__
+        return one_line(self.args[0], [] if cause is None or isinstance(cause, UserError) else [masked(str(cause))])
 
 
 class Hang(UserError):

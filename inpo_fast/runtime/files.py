@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import stat
 import uuid
@@ -27,6 +28,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
+
+
+def json_or_none(path: Path) -> dict | None:
+    """A file's JSON object; None where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def open_regular(path: str | Path) -> BinaryIO:

@@ -38,10 +38,18 @@ def take(folder: Path, name: str = NAME, *, of: Path | None = None) -> int:
         raise UserError(_taken(folder, name, of)) from problem
     except OSError:
         pass  # a file system without locks
-    os.ftruncate(handle, 0)
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "launch": launch_id()}
-    os.pwrite(handle, json.dumps(owner).encode(), 0)
+    _write(handle, {})
     return handle
+
+
+def note_launch(handle: int) -> None:
+    """From here on the folder's run is that of this launch, for `is_restart_of`."""
+    _write(handle, {"launch": launch_id()})
+
+
+def _write(handle: int, more: dict) -> None:
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **more}).encode(), 0)
 
 
 def check(folder: Path) -> None:

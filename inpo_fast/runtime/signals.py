@@ -101,7 +101,7 @@ class Signals:
             self._polite = outer
             if self.asked:
                 self.since = time.monotonic()
-        if self.asked and not failed and not outer:
+        if self.asked and not failed and not outer and not self.raised:
             self._raise()
 
     def _answer(self, number: int, _frame) -> None:

@@ -1,4 +1,4 @@
-"""What nobody foresaw: its traceback goes to a file, with the command and the versions, and one line says where.
+"""What nobody foresaw: its traceback goes to a file, with command and versions, secrets masked; one line says where.
 
 A traceback on the screen helps nobody who only uses the trainer, and one that is lost helps nobody who mends it.
 INPO_FAST_TRACEBACK=1 shows it as Python does.
@@ -12,6 +12,8 @@ import tempfile
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from inpo_fast.runtime.masking import masked
 
 VARIABLE = "INPO_FAST_TRACEBACK"
 PACKAGES = ("inpo-fast", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "pyarrow")
@@ -41,15 +43,14 @@ def _write(program: str, problem: BaseException) -> Path | None:
     """The file, or None where none can be written."""
     head = [
         f"command: {shlex.join([program, *sys.argv[1:]])}",
-        f"folder: {os.getcwd()}",
         f"python {platform.python_version()}, {platform.platform()}",
         *(f"{name} {_version(name)}" for name in PACKAGES),
     ]
-    text = "\n".join([*head, "", *traceback.format_exception(problem)])
+    text = masked("\n".join([*head, "", *traceback.format_exception(problem)]))
     try:
         handle, name = tempfile.mkstemp(prefix="inpo-fast-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+            file.write(masked(text))
     except OSError:
         return None
     return Path(name)

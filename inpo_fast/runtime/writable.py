@@ -45,6 +45,8 @@ def _check_place(option: str, path: Path, folder: Path) -> None:
     """The nearest folder above that exists must be one, and take a file; the names below it must be possible."""
     try:
         nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+        if len(os.fsencode(path.absolute())) > 4000:  # 4,095 with what is put behind
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         for name in path.absolute().relative_to(nearest).parts:
             if len(os.fsencode(name)) > 240:  # 255 with what is put before and behind while it is written
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))

@@ -8,30 +8,37 @@ no RNG state: everything random is a function of seed and position.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from inpo_fast.models.master_weights import MasterWeights
-from inpo_fast.runtime import distributed
+from inpo_fast.runtime import distributed, sealed_json
 from inpo_fast.runtime.errors import Hang, UserError
 from inpo_fast.runtime.watch import PeerLeft, exchange
 from inpo_fast.training.optim import Average
+from inpo_fast.training.saved_checkpoint import (
+    Damaged,
+    State,
+    found,
+    load,
+    parts_of,
+    reason_of,
+    sha256_of,
+    step_of,
+    verify,
+)
 
 # it notes each tensor and, where writing fails, a traceback over our one line
 logging.getLogger("c10d-NullHandler-dcp_logger").disabled = True
@@ -40,32 +47,21 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", module="torch
 FILE_BYTES = 2**31
 
 
-@dataclass(frozen=True)
-class State:
-    """step: optimizer steps done. seconds: spent training so far. dropped: unusable pairs met, by all processes.
-    loss_scale: value and good steps of fp16's. numbers: the optimizer's state that is not a tensor, by parameter.
-    lowered: sizes that memory made a process halve, the smallest of all processes: they decide how results are rounded.
-    """
-
-    step: int
-    seconds: float
-    dropped: list[str]
-    loss_scale: tuple[float, int] | None = None
-    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
-    lowered: dict[str, int] = field(default_factory=dict)
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what was written."""
-
-
 class Checkpoints:
     """The checkpoints of a run. One is written at a time, while the training goes on."""
 
-    def __init__(self, folder: Path, *, keep: int, milestones: int = 0, patience: float = 1800):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        milestones: int = 0,
+        patience: float = 1800,
+        written: Callable[[], None] = lambda: None,
+    ):
         """keep: how many of the newest stay. milestones: those of every so many steps stay as well; 0: none.
-        patience: seconds that the writing of one may take."""
-        self.patience = patience
+        patience: seconds that the writing of one may take. written: called on process 0 when one is on the disk."""
+        self.patience, self.written = patience, written
         self.folder, self.keep, self.milestones = folder, keep, milestones
         self.rank, self.world = distributed.rank_and_world()
         # messages of the background thread must not meet those of the training
@@ -100,7 +96,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
         distributed.barrier()
         self._writing = dcp.async_save(
-            _parts(_to_host(tensors), weights),
+            parts_of(_to_host(tensors), weights),
             storage_writer=_Writer(str(aside), files, lambda: self._commit(aside, final, state)),
             process_group=self.group,
             async_stager=_AlreadyOnHost(),
@@ -142,15 +138,15 @@ class Checkpoints:
         if self.rank == 0:
             shutil.rmtree(self.folder / f".tmp-{self._path.name}", ignore_errors=True)
         raise UserError(
-            f"{self._path}: checkpoint could not be written ({_reason(problem)}); earlier checkpoints are intact: free "
-            "some space and continue with --resume"
+            f"{self._path}: checkpoint could not be written ({reason_of(problem)}); earlier checkpoints are intact: "
+            "free some space and continue with --resume"
         ) from problem
 
     def _commit(self, aside: Path, final: Path, state: State) -> None:
         """On process 0, when the shards of all processes are on the disk."""
-        files = {path.name: _sha256(path) for path in sorted(aside.glob("*.safetensors"))}
+        files = {path.name: sha256_of(path) for path in sorted(aside.glob("*.safetensors"))}
         content = asdict(state) | {"files": files}
-        (aside / "state.json").write_text(json.dumps(content, indent=1))
+        (aside / "state.json").write_text(sealed_json.dumps(content))
         _sync(aside / "state.json")
         _sync(aside)
         if final.exists():
@@ -164,6 +160,7 @@ class Checkpoints:
         for old in saved[: -self.keep]:
             if not (self.milestones and step_of(old) % self.milestones == 0):
                 shutil.rmtree(old)
+        self.written()
 
     def load_newest(
         self,
@@ -174,8 +171,8 @@ class Checkpoints:
     ) -> State | None:
         """Puts the newest whole checkpoint back, in place; None where there is none at all. All processes call it.
 
-        A damaged one is left where it is, with a warning, and the one before it is taken. UserError when all are
-        damaged, or one does not fit the run.
+        One that is damaged, or cannot be put back, is left where it is, with a warning, and the one before it is taken.
+        UserError when none is left, and Misfit when a whole one is of other settings: an older one is no remedy there.
         """
         problems = []
         for folder in reversed(found(self.folder)):
@@ -185,82 +182,18 @@ class Checkpoints:
             except Damaged as damage:
                 problem = str(damage)
             told = [p for p in distributed.gather(problem) if p]
-            if not told:
-                for each in problems:
-                    warn(f"{each}; continuing from {folder.name}")
-                return load(folder, weights, optimizer, average)
+            try:
+                if not told:
+                    state = load(folder, weights, optimizer, average)
+                    for each in problems:
+                        warn(f"{each}; continuing from {folder.name}")
+                    return state
+            except Damaged as damage:
+                told = [str(damage)]
             problems.append(told[0])
         if problems:
             raise UserError(f"no checkpoint can be loaded: {'; '.join(problems)}. Start again with --overwrite")
         return None
-
-
-def found(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    complete = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]  # not a user's step-0050-kept
-    return sorted(complete, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name[5:])
-
-
-def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
-    """Damaged, with the file's name, unless every file is what was written. Of several processes each reads a part."""
-    try:
-        files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["files"]
-        for name in sorted(files)[rank::world]:
-            if _sha256(folder / name) != files[name]:
-                raise Damaged(f"{folder / name} is damaged (its SHA-256 is not the one in state.json)")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise Damaged(f"{folder} is damaged ({type(problem).__name__}: {problem})") from problem
-
-
-@torch.no_grad()
-def load(folder: Path, weights: MasterWeights, optimizer: torch.optim.Optimizer, average: Average | None) -> State:
-    """Puts one checkpoint back, in place; all processes call it.
-
-    UserError when it does not fit the run or is damaged.
-    """
-    try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state = State(**_of_today({key: value for key, value in content.items() if key != "files"}))
-        reader = HuggingFaceStorageReader(str(folder))
-        known = reader.read_metadata().state_dict_metadata
-        shapes = {name: (tuple(x.size), x.properties.dtype) for name, x in known.items()}
-        _check_fits(shapes, weights, average)
-        # on the host first: a part is told as one of the whole only there, and a failure leaves the run as it was
-        read = _targets(shapes, weights)
-        with exchange("checkpoint"):
-            dcp.load(_parts(read, weights), storage_reader=reader, no_dist=not dist.is_initialized())
-        for number, (name, master) in enumerate(zip(weights.names, weights.masters, strict=True)):
-            if not master.numel():
-                continue
-            master.copy_(read[f"policy/{name}"])
-            if average is not None:
-                average.mean[number].copy_(read[f"average/{name}"])
-            prefix = f"optimizer/{name}/"
-            own = {key.removeprefix(prefix): value for key, value in read.items() if key.startswith(prefix)}
-            own = {key: _place(key, value, optimizer, master) for key, value in own.items()}
-            optimizer.state[master] = dict(state.numbers.get(name, {})) | own
-        weights.refresh()
-    except PeerLeft:
-        raise
-    except (CheckpointException, Exception) as problem:  # what is forged or foreign makes the libraries raise anything
-        raise UserError(
-            f"{folder}: checkpoint cannot be loaded ({_reason(problem)}); remove this folder to continue from the one "
-            "before it"
-        ) from problem
-    return state
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, on the CPU: policy/NAME, average/NAME, optimizer/NAME/PART."""
-    reader = HuggingFaceStorageReader(str(folder))
-    known = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(tuple(x.size), dtype=x.properties.dtype) for name, x in known.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
 
 
 def _collect(
@@ -303,26 +236,6 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.empty(x.shape, dtype=x.dtype).copy_(x) for name, x in tensors.items()}
 
 
-def _parts(tensors: dict[str, torch.Tensor], weights: MasterWeights) -> dict[str, torch.Tensor]:
-    """Of partitioned weights: what is a part of a parameter told as that, so that others can cut it otherwise."""
-    if weights.partition is None:
-        return tensors
-    mesh = init_device_mesh("cpu", (weights.partition.world,))
-    triples = zip(weights.names, weights.masters, weights.working, strict=True)
-    of = {name: (master, working) for name, master, working in triples}
-    out = {}
-    for key, tensor in tensors.items():
-        name = key.split("/")[1]
-        master, working = of[name]
-        if tensor.ndim and tensor.shape == master.shape:
-            if not len(tensor):
-                continue  # this process has no row of it
-            stride = torch.empty(working.shape, device="meta").stride()
-            tensor = DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False, shape=working.shape, stride=stride)
-        out[key] = tensor
-    return out
-
-
 class _Writer(HuggingFaceStorageWriter):
     """Calls `commit` on the first process when the shards of all of them are on the disk."""
 
@@ -347,61 +260,9 @@ class _AlreadyOnHost:
         pass
 
 
-def _of_today(state: dict) -> dict:
-    """Until 0.1 only the VAE's size was kept."""
-    size = state.pop("vae_batch", None)
-    return state | ({"lowered": {"data.vae_batch": size}} if size else {})
-
-
-def _targets(shapes: dict[str, tuple], weights: MasterWeights) -> dict[str, torch.Tensor]:
-    """Host memory for each saved tensor: of partitioned weights, this process's part of what has their shapes."""
-    pairs = dict(zip(weights.names, zip(weights.masters, weights.working, strict=True), strict=True))
-    out = {}
-    for key, (shape, dtype) in shapes.items():
-        master, working = pairs[key.split("/")[1]]
-        out[key] = torch.empty(master.shape if shape == tuple(working.shape) else shape, dtype=dtype)
-    return out
-
-
-def _check_fits(shapes: dict[str, tuple], weights: MasterWeights, average: Average | None) -> None:
-    for kind in ("policy",) if average is None else ("policy", "average"):
-        want = {f"{kind}/{name}": tuple(p.shape) for name, p in zip(weights.names, weights.working, strict=True)}
-        saved = {key: shape for key, (shape, _) in shapes.items() if key.startswith(f"{kind}/")}
-        for key in sorted({**want, **saved}):
-            if want.get(key) != saved.get(key):
-                raise KeyError(
-                    f"it was saved with other trained parameters: {key} is {saved.get(key)} there and "
-                    f"{want.get(key)} in this run"
-                )
-
-
-def _place(key: str, value: torch.Tensor, optimizer: torch.optim.Optimizer, master: torch.Tensor) -> torch.Tensor:
-    """Where the optimizer keeps a piece of state: AdamW's step count is on the CPU unless it is fused."""
-    if key == "step" and not optimizer.defaults.get("fused"):
-        return value
-    if value.shape == master.shape and not getattr(optimizer, "state_in_order", False):
-        return torch.empty_like(master, dtype=value.dtype).copy_(value)  # laid out as the parameter is
-    return value.to(master.device)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(problem: BaseException) -> str:
-    """One line: what went wrong on the process where it did."""
-    if isinstance(problem, CheckpointException):
-        rank, (cause, _) = next(iter(problem.failures.items()))
-        more = f" on process {rank}" if distributed.rank_and_world()[1] > 1 else ""
-        return f"{_reason(cause)}{more}"
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__

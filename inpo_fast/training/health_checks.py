@@ -20,9 +20,11 @@ WATCHED = ("winner_delta", "winner_error")
 
 @dataclass
 class Sign:
-    """condition: under which it holds, in words. spans: first and last step of each time that it held."""
+    """condition: under which it holds, in words. spans: first and last step of each time that it held. once: it was
+    measured once, and is not looked at again."""
 
     condition: str
+    once: bool = False
     spans: list[list[int]] = field(default_factory=list)
 
 
@@ -56,9 +58,10 @@ class HealthChecks:
                 self.recent.setdefault(name, deque(maxlen=WINDOW)).append(value)
         self.last, due = done, []
         for name, (condition, text) in (self._winner() | self._noise(values)).items():
-            sign = self.signs.setdefault(name, Sign(condition))
+            sign = self.signs.setdefault(name, Sign(condition, once=name == "noise"))
             if not sign.spans:
-                due.append(f"{text} (step {done}; the end of the run says whether it still holds)")
+                later = "measured once" if sign.once else "the end of the run says whether it still holds"
+                due.append(f"{text} (step {done}; {later})")
             if sign.spans and sign.spans[-1][1] >= done - 1:
                 sign.spans[-1][1] = done
             else:
@@ -127,6 +130,8 @@ def _holds(sign: Sign, last: int) -> bool:
 
 
 def _history(sign: Sign, last: int) -> str:
+    if sign.once:
+        return "measured once"
     first, end = sign.spans[0][0], sign.spans[-1][1]
     gaps = "" if len(sign.spans) == 1 else f", with {len(sign.spans) - 1} breaks between"
     gaps = gaps.replace("1 breaks", "1 break") if len(sign.spans) == 2 else gaps

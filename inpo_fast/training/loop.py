@@ -20,11 +20,11 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.progress import StepProgress
 from inpo_fast.runtime.watch import exchange
-from inpo_fast.training.checkpoint import State
 from inpo_fast.training.fine_inversion import affordable_images, fine_steps, noise_ratio
 from inpo_fast.training.health_checks import HealthChecks
 from inpo_fast.training.metrics import MetricAccumulator, MetricsFile
 from inpo_fast.training.optim import lr_at
+from inpo_fast.training.saved_checkpoint import State
 from inpo_fast.training.set_up import Run
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepBatch, inversion_costs, make_step_batch, uses_inversion
@@ -43,7 +43,9 @@ def train(run: Run, console: Console) -> None:
         empty = models.encode_empty()
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
+        _mend_last_looks(run, validation, preemption, output)
         health_checks = HealthChecks.after(run.folder.metrics, run.done)
+        validation.draw(run.done, output.tracker, preemption)  # what it was stopped at
         begun = time.perf_counter()
         for step in range(run.done, steps):
             # ---- the single training step --------------------------------------------------------
@@ -68,7 +70,9 @@ def train(run: Run, console: Console) -> None:
             if online_values:
                 values |= online_values
                 values["unet_evaluations"] += online_values["online_evaluations"]
-            values |= _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config))
+            values |= _fitting(
+                run, output, lambda: validation.step(run.done, output.tracker, run.step_config, preemption)
+            )
             output.write(run.done, values)
             for warning in health_checks.step(run.done, values):
                 output.say(f"warning: {warning}")
@@ -80,6 +84,22 @@ def train(run: Run, console: Console) -> None:
         for line in health_checks.summary():
             output.say(f"warning, at the end: {line}")
         preemption.agree(steps, preemption.asked)  # asked during the last save: everything is on the disk
+
+
+def _mend_last_looks(run: Run, validation: Validation, preemption: Preemption, output: "_Output") -> None:
+    """Of a run that got another length: what is shown of the last step alone is undone at the one that was to be the
+    last, and made up for at the one that is it now."""
+    lacks = False
+    if run.rank == 0:
+        for step in run.former_steps:
+            if step <= run.done and step != run.config.train.steps:
+                output.file.rewrite(step, partial(validation.forget_last_look, step))
+        if run.former_steps and run.done == run.config.train.steps:
+            lacks = validation.lacks_last_look(run.done, output.file.values(run.done))
+    if any(distributed.gather(lacks)):
+        values = _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config, preemption))
+        if run.rank == 0:
+            output.file.rewrite(run.done, lambda old: old | values)
 
 
 def _compare_inversion(run: Run, batch: StepBatch | None, empty: Text, output: "_Output") -> dict[str, float]:
@@ -129,6 +149,8 @@ def _open_output(run: Run, console: Console) -> Iterator[_Output]:
         progress = closing.enter_context(StepProgress(console, steps, run.done, run.variant, shown=shown))
         for note in run.notes:
             progress.say(note)
+        if file is not None and file.foreign:
+            progress.say(f"warning: {run.folder.metrics}: {file.foreign} lines that no run wrote were dropped")
         yield _Output(progress, file, tracker)
 
 
@@ -260,7 +282,8 @@ def finish(run: Run) -> torch.nn.Module:
         weights.refresh()
     masters = whole_masters(models, keep=run.rank == 0)
     if run.rank == 0:
-        run.folder.save_model(output_pipeline(models, masters))
+        untouched = run.folder.unchanged_parts()
+        run.folder.save_model(output_pipeline(models, masters), untouched, step=run.done)
         if models.adapters:
             run.folder.save_adapter(models, masters)
     return detach_policy(models)

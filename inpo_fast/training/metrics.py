@@ -1,12 +1,15 @@
 """Sums of what a step observes, kept on the device; one reduction and one copy to the host per step."""
 
+import codecs
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from inpo_fast.runtime import distributed
+from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
 
 BUCKETS = 5  # of timesteps, equal in width
@@ -116,25 +119,72 @@ NAMES = (
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a step. A resumed run drops the lines past its checkpoint."""
+    """metrics.jsonl: one object a step. A resumed run drops the lines past its checkpoint.
+
+    foreign: lines that no run wrote, which are dropped too; the last one, cut short by a crash, is not counted.
+    """
 
     def __init__(self, path: Path, keep_steps: int = 0):
-        kept, before = [], path.read_text(encoding="utf-8") if path.exists() else ""
-        if before:
-            for line in before.splitlines():
-                try:
-                    if json.loads(line)["step"] <= keep_steps:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
-                    pass  # a line cut short by a crash
-        if "".join(kept) != before:
-            write_text(path, "".join(kept))  # in one go: a kill in between must not lose the lines of earlier steps
+        """UserError where something else than a file is in its place."""
+        try:
+            before = path.read_bytes() if path.exists() else b""
+        except OSError as problem:
+            raise UserError(f"{path} cannot be read ({problem.strerror}); move it away and repeat") from problem
+        kept, self.foreign = _own_lines(before, keep_steps)
+        self.path, content = path, "".join(f"{line}\n" for line in kept)
+        if content.encode() != before:
+            write_text(path, content)  # in one go: a kill in between must not lose the lines of earlier steps
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.write(json.dumps({"step": step, **_finite(values)}) + "\n")
         self.file.flush()
+
+    def rewrite(self, step: int, change: Callable[[dict], dict]) -> None:
+        """Another line in the place of that step's, if there is one: change(values of the old one)."""
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        changed = [self._changed(line, step, change) for line in lines]
+        if changed != lines:
+            self.file.close()
+            write_text(self.path, "\n".join(changed))
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def values(self, step: int) -> dict:
+        """What was written of a step before this start; empty where nothing was."""
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line]
+        return next((row for row in rows if row["step"] == step), {})
+
+    @staticmethod
+    def _changed(line: str, step: int, change: Callable[[dict], dict]) -> str:
+        values = json.loads(line) if line else {}
+        if values.pop("step", None) != step:
+            return line
+        return json.dumps({"step": step, **_finite(change(values))})
 
     def close(self) -> None:
         self.file.close()
+
+
+def _finite(values: dict) -> dict:
+    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+
+
+def _own_lines(content: bytes, last: int) -> tuple[list[str], int]:
+    """Of a metrics.jsonl, whatever was done to it: the lines of steps 1 to `last`, and how many lines no run wrote."""
+    kept, foreign = [], 0
+    if content[:4] in (codecs.BOM_UTF16_LE + b"{\0", codecs.BOM_UTF16_BE + b"\0{"):  # saved by an editor or a shell
+        content = content.decode("utf-16", errors="replace").encode()
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, raw in enumerate(lines):
+        line, is_cut = raw.strip(), False
+        try:
+            row = json.loads(line.decode("utf-8"))
+            step = row.get("step") if isinstance(row, dict) else None
+        except (ValueError, RecursionError):
+            step, is_cut = None, number == len(lines) - 1
+        if type(step) is int and step >= 1:
+            if step <= last:
+                kept.append(line.decode("utf-8"))
+        elif line and not is_cut:
+            foreign += 1
+    return kept, foreign

@@ -32,8 +32,8 @@ from inpo_fast.models.models import Models
 from inpo_fast.runtime import distributed, keyed_rng
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import whole
-from inpo_fast.runtime.preemption import Preemption
-from inpo_fast.training.checkpoint import found, step_of
+from inpo_fast.runtime.preemption import Preempted, Preemption
+from inpo_fast.training.saved_checkpoint import found, step_of
 
 FOLDER = "online"  # of the run
 CHUNK = 64  # pairs of a file: what an interruption costs at most
@@ -88,9 +88,9 @@ class Online:
         return None if index is None else self._source.read(index)
 
     def forget_after(self, done: int) -> None:
-        """What steps past the checkpoint left behind: other weights will draw it again."""
+        """What steps past the checkpoint left behind: other weights will draw it again. What else is there stays."""
         for path in self.folder.glob("*"):
-            if not path.name.isdigit() or int(path.name) > done:
+            if path.name.startswith(".tmp-") or (path.name.isdigit() and int(path.name) > done):
                 shutil.rmtree(path, ignore_errors=True)
 
     def begin(
@@ -128,7 +128,10 @@ class Online:
             for number in mine:
                 if preemption.asked:
                     break
-                table = self._chunk(chunks[number], models, prompt_of)
+                try:
+                    table = self._chunk(chunks[number], models, prompt_of, preemption)
+                except Preempted:
+                    break
                 self._write(table, _file(folder, number))
                 drawn += self.how.candidates * len(chunks[number])
                 show(drawn, wanted)
@@ -149,7 +152,9 @@ class Online:
             "online_evaluations": len(positions) * self.how.evaluations_a_pair,
         }
 
-    def _chunk(self, positions: Sequence[int], models: Models, prompt_of: Callable[[int], str]) -> pa.Table:
+    def _chunk(
+        self, positions: Sequence[int], models: Models, prompt_of: Callable[[int], str], preemption: Preemption
+    ) -> pa.Table:
         """Some pairs; fewer rows than positions where there is no prompt or no better picture."""
         how, prompts = self.how, {}
         for position in positions:
@@ -159,6 +164,7 @@ class Online:
         keys = [("online", self.seed, position, k) for position in prompts for k in range(how.candidates)]
         self.judge.check(captions)
         settings = {"steps": how.sampler_steps, "guidance": how.guidance, "batch": how.batch}
+        settings["advance"] = lambda _: preemption.check()
         pictures = draw(models.pipeline, captions, keys, **settings)
         scores = self.judge.score(pictures, captions).total.reshape(-1, how.candidates)
         rows = []

@@ -138,12 +138,19 @@ class Average:
         self.parameters, self.config, self.steps = parameters, config, steps
         self.mean = [p.detach().float().clone() for p in parameters]
 
+    def weight(self, step: int) -> float:
+        """Of the weights after step 0, 1, … in the average; 1: it is nothing but these."""
+        return average_weight(step, self.steps, self.config)
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After step 0, 1, …: a function of the step alone, so a resumed run continues exactly."""
-        if self.config.average == "ema":
-            weight = 1 - min(self.config.ema_decay, (step + 1) / (step + 10))
-        else:
-            taken = step - self.steps // 2  # iterates already in the mean
-            weight = 1.0 if taken <= 0 else 1 / (taken + 1)
-        torch._foreach_lerp_(self.mean, [p.detach().float() for p in self.parameters], weight)
+        torch._foreach_lerp_(self.mean, [p.detach().float() for p in self.parameters], self.weight(step))
+
+
+def average_weight(step: int, steps: int, config: OptimConfig) -> float:
+    """The share of the weights after step 0, 1, … in the average of a run of `steps`."""
+    if config.average == "ema":
+        return 1 - min(config.ema_decay, (step + 1) / (step + 10))
+    taken = step - steps // 2  # iterates already in the mean
+    return 1.0 if taken <= 0 else 1 / (taken + 1)

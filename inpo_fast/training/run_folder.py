@@ -4,14 +4,16 @@ config.yaml  manifest.json  metrics.jsonl  checkpoints/  model/  evaluation.json
 warnings.json
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,24 +25,16 @@ from safetensors import SafetensorError
 from inpo_fast.config import RunConfig, flat, shipped, to_dict, to_yaml
 from inpo_fast.data.order import describe, make_order
 from inpo_fast.data.pair import Source
-from inpo_fast.handover.output_model import save_adapter, untouched_parts
+from inpo_fast.handover.output_model import reference_in_words, reopens_base, save_adapter, untouched_parts
 from inpo_fast.models.files.diffusers_folder import write_folder
 from inpo_fast.models.models import Models
-from inpo_fast.runtime import lock
+from inpo_fast.runtime import lock, sealed_json
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
 from inpo_fast.runtime.masking import masked, masked_tree
+from inpo_fast.training import replaced_run, run_inputs, run_length
+from inpo_fast.training.saved_checkpoint import found, step_of
 
-OURS = (
-    "config.yaml",
-    "manifest.json",
-    "metrics.jsonl",
-    "evaluation.json",
-    "samples.png",
-    "report.html",
-    "warnings.json",
-)
-OUR_FOLDERS = ("checkpoints", "model", "lora", "tensorboard", "images", "online", "wandb", ".evaluation")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
 # keys that may differ between a run and its continuation: they do not touch what is computed
 FREE_ON_RESUME = (
@@ -49,6 +43,7 @@ FREE_ON_RESUME = (
     "dry_run",
     "plan.",
     "overwrite",
+    "accept_changed_inputs",
     "evaluate",
     "observe.",
     "train.checkpoint_every",
@@ -70,29 +65,87 @@ FREE_ON_RESUME = (
 )
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a run that goes on began with. config: its settings, keys joined by dots. inputs: see run_inputs; None: a
+    run of an earlier version, whose manifest has none."""
+
+    config: dict
+    manifest: dict
+    inputs: dict[str, dict] | None
+
+
 class RunFolder:
     def __init__(self, path: Path, config: RunConfig):
         self.path, self.config = path, config
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.lock: int | None = None  # held as long as this process lives
+        self.notes: list[str] = []  # to be said before the first step
+        self.inputs: dict[str, dict] = {}  # what this run began with
+        self._before: Before | None = None
+        self._model_step: int | None = None  # of what lies in model/, where that is known
+        self._changed: list[dict] = []  # of the inputs, what was accepted, for the manifest
 
     def check(self) -> None:
-        """Refuses a folder that holds another run, unless told what to do with it."""
-        if self.config.resume and self.config.overwrite:
+        """Refuses a folder that holds another run, unless told what to do with it. Brings a run back that was to be
+        replaced, where its successor never had a checkpoint and is not asked for."""
+        resume, overwrite = self.config.resume, self.config.overwrite
+        if resume and overwrite:
             raise UserError("--resume and --overwrite contradict each other; give one")
+        if self.config.accept_changed_inputs and not resume:
+            raise UserError(f"{run_inputs.ACCEPT} is of --resume: a new run takes its inputs as they are")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output {self.path} is a file; name a folder")
         lock.check(self.path)
         self._check_writable()
-        taken = [name for name in (*OURS, *OUR_FOLDERS) if (self.path / name).exists()]
-        if taken and not (self.config.resume or self.config.overwrite):
+        restored = "" if overwrite else self._restore()
+        taken = replaced_run.there(self.path)
+        if taken and not (resume or overwrite):
             raise UserError(
-                f"{self.path} already holds a run ({', '.join(taken)}); continue it with --resume, replace "
-                "it with --overwrite, or choose another --output"
+                f"{self.path} already holds a run ({', '.join(taken[:3])}){restored}; continue it with --resume, "
+                "replace it with --overwrite, or choose another --output"
             )
-        if self.config.resume and taken:
-            self._check_same_recipe()
+        if overwrite:
+            replaced_run.check(self.path, self.config)
+        if resume:
+            self._check_continuation(taken)
+
+    def _restore(self) -> str:
+        """Words for a refusal where an earlier run came back."""
+        if not replaced_run.is_kept(self.path) or found(self.checkpoints):
+            return ""
+        if self.config.resume and replaced_run.successor_began(self.path):
+            self.notes.append(
+                f"{self.path / replaced_run.ASIDE} has the run that this one replaces, until it has a checkpoint"
+            )
+            return ""
+        self._writing(lambda: replaced_run.restore(self.path))
+        self.notes.append(f"{self.path}: the run that was to be replaced is back, as the new one had no checkpoint")
+        return ": the one that was to be replaced is back, as the new one had no checkpoint"
+
+    def _writing(self, work: Callable[[], None]) -> None:
+        handle = lock.take(self.path)
+        try:
+            work()
+        except OSError as problem:
+            raise UserError(f"--output {self.path} cannot be written ({problem.strerror})") from problem
+        finally:
+            os.close(handle)
+
+    def _check_continuation(self, taken: list[str]) -> None:
+        newest = found(self.checkpoints)
+        if taken:
+            old = self._check_same_recipe()
+            run_length.check_length(self.config, old, step_of(newest[-1]) if newest else 0, self.path)
+            self._before = self._read_before(old)
+        if not newest and "model" in taken:
+            raise UserError(
+                f"--resume: the run in {self.path} is finished and its checkpoints are gone; replace it with "
+                "--overwrite, or choose another --output"
+            )
+        if not newest:
+            self.notes.insert(0, f"--resume: {self.path} has no checkpoint to continue from; starting at step 0")
 
     def _check_writable(self) -> None:
         """Before a model is loaded: the nearest folder that exists must take a file."""
@@ -105,39 +158,108 @@ class RunFolder:
                 f"--output {self.path} cannot be written ({problem.strerror}); choose another folder or mend its rights"
             ) from problem
 
-    def _check_same_recipe(self) -> None:
+    def _check_same_recipe(self) -> dict:
+        """The run's settings before, keys joined by dots."""
         try:
-            old = flat(yaml.safe_load((self.path / "config.yaml").read_text()))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as problem:  # AttributeError: not a mapping
+            old = flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as problem:
+            why = " ".join(str(problem).split())[:200]  # AttributeError: not a mapping
             raise UserError(
-                f"{self.path / 'config.yaml'}: cannot be read ({problem}); the run cannot be continued"
+                f"{self.path / 'config.yaml'}: cannot be read ({why}); the run cannot be continued"
             ) from problem
         new = flat(yaml.safe_load(to_yaml(self.config)))
         # masked: another key to the same place is the same place
         old, new = ({key: masked_tree(shipped.from_home(value)) for key, value in run.items()} for run in (old, new))
-        differ = [key for key in new if old.get(key) != new[key] and not key.startswith(FREE_ON_RESUME)]
+        free = (*FREE_ON_RESUME, *run_length.KEYS)
+        differ = [key for key in new if old.get(key) != new[key] and not key.startswith(free)]
         if differ:
             key = differ[0]
             raise UserError(
                 f"--resume: {key} is {new[key]!r} but the run in {self.path} has {old.get(key)!r}; give the "
                 "same value, or start a new run with another --output"
             )
+        return old
 
-    def start(self, done: int, source: Source, models: Models, variant: str, world: int) -> None:
-        """Writes config.yaml and manifest.json; clears what a continued or replaced run must not keep."""
+    def _read_before(self, old: dict) -> Before:
+        path = self.path / replaced_run.MANIFEST
+        try:
+            manifest, is_sealed = sealed_json.loads(path.read_bytes()) if path.exists() else ({}, False)
+            inputs = manifest.get("inputs")
+            if is_sealed != (inputs is not None):
+                raise ValueError("its SHA-256 is gone")
+        except (OSError, ValueError) as problem:
+            if not self.config.accept_changed_inputs:
+                raise UserError(
+                    f"--resume: {path} is damaged ({problem}), so what the run began with is not known; "
+                    f"{run_inputs.ACCEPT} goes on with what there is now"
+                ) from problem
+            manifest, inputs = {}, None
+        return Before(old, manifest, inputs)
+
+    def accept_inputs(self, inputs: dict[str, dict], done: int) -> None:
+        """Holds what the run begins with now against what it began with. UserError by name, unless it is accepted."""
+        self.inputs, before = inputs, self._before
+        if before is None:
+            return
+        self._changed = before.manifest.get("changed_inputs", [])
+        self._model_step = before.manifest.get("model_of_step")
+        if before.inputs is None:
+            self.notes.append(
+                f"warning: {self.path / replaced_run.MANIFEST} does not say what the run began with; whether "
+                "pairs and base are still the same was not checked"
+            )
+            return
+        same_key = {key for key in ("observe.held_out",) if before.config.get(key) == self._setting(key)}
+        changed = run_inputs.changes(before.inputs, inputs, leave_out={"observe.held_out"} - same_key)
+        if not changed:
+            return
+        if not self.config.accept_changed_inputs:
+            raise UserError(
+                f"--resume: {run_inputs.refusal(changed)}; put back what the run began with, or accept it with "
+                f"{run_inputs.ACCEPT} (manifest.json keeps both)"
+            )
+        self._changed = [*self._changed, {"step": done, **changed}]
+        self.notes.append(f"{run_inputs.ACCEPT}: {run_inputs.refusal(changed)}")
+
+    @property
+    def former_steps(self) -> tuple[int, ...]:
+        """What train.steps was before, of a run that got another length."""
+        if self._before is None:
+            return ()
+        known = [*self._before.manifest.get("former_steps", []), self._before.config["train.steps"]]
+        return tuple(step for step in dict.fromkeys(known) if step != self.config.train.steps)
+
+    def _setting(self, key: str) -> object:
+        return shipped.from_home(flat(to_dict(self.config))[key])
+
+    def start(self, done: int, dropped: list[str], source: Source, models: Models, variant: str, world: int) -> None:
+        """Writes manifest.json and config.yaml; a run that is to be replaced is put aside.
+
+        After `accept_inputs`. dropped: unusable pairs met before.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock.take(self.path)
             if self.config.overwrite:
-                for name in (*OURS, *OUR_FOLDERS):
-                    _remove(self.path / name)
-            own = masked_tree(to_dict(replace(self.config, resume=False, overwrite=False)))
-            write_text(self.path / "config.yaml", yaml.safe_dump(own, sort_keys=False))
-            write_text(
-                self.path / "manifest.json", json.dumps(self._manifest(done, source, models, variant, world), indent=1)
-            )
+                replaced_run.set_aside(self.path)
+            elif done:
+                replaced_run.forget(self.path)
+            manifest = self._manifest(done, source, models, variant, world)
+            manifest["data"]["dropped"] = masked_tree(dropped)
+            self._write_manifest(manifest)
+            config = replace(self.config, resume=False, overwrite=False, accept_changed_inputs=False)
+            write_text(self.path / "config.yaml", yaml.safe_dump(masked_tree(to_dict(config)), sort_keys=False))
+            lock.note_launch(self.lock)
         except OSError as problem:
             raise UserError(f"--output {self.path} cannot be written ({problem.strerror})") from problem
+
+    def has_checkpoint(self) -> None:
+        """The run that was replaced is not needed any more."""
+        with contextlib.suppress(OSError):  # what is left of it goes with the next start
+            replaced_run.forget(self.path)
+
+    def _write_manifest(self, manifest: dict) -> None:
+        write_text(self.path / replaced_run.MANIFEST, sealed_json.dumps(manifest))
 
     def release(self) -> None:
         """Gives the folder back."""
@@ -163,10 +285,16 @@ class RunFolder:
             },
             "model": {
                 "base": self.config.models.base,
+                "init": self.config.models.init,
+                "reference": reference_in_words(self.config.models),
                 "unet_parameters": sum(p.numel() for p in models.policy.parameters()),
                 "trained_parameters": sum(p.numel() for p in models.weights.working),
             },
+            **({"former_steps": list(self.former_steps)} if self.former_steps else {}),
+            "inputs": self.inputs,
+            **({"changed_inputs": self._changed} if self._changed else {}),
             "continued_from_step": done,
+            **({"model_of_step": self._model_step} if self._model_step is not None else {}),
             "processes": world,
             "device": torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else "cpu",
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -174,26 +302,58 @@ class RunFolder:
         return masked_tree(found)
 
     def record_dropped(self, dropped: list[str]) -> None:
-        path = self.path / "manifest.json"
-        manifest = json.loads(path.read_text())
-        manifest["data"]["dropped"] = masked_tree(dropped)
-        write_text(path, json.dumps(manifest, indent=1))
+        dropped = masked_tree(dropped)
+        self._change_manifest(lambda manifest: manifest | {"data": manifest["data"] | {"dropped": dropped}})
 
-    def save_model(self, pipeline: DiffusionPipeline) -> None:
-        """model/: a diffusers folder. Written aside and renamed."""
-        self._save("model", lambda folder: write_folder(pipeline, folder, untouched_parts(self.config.models)))
+    def _change_manifest(self, change: Callable[[dict], dict]) -> None:
+        try:
+            manifest, _ = sealed_json.loads((self.path / replaced_run.MANIFEST).read_bytes())
+        except ValueError:  # somebody wrote into it while the run trained
+            return
+        self._write_manifest(change(manifest))
+
+    def unchanged_parts(self) -> dict[str, Path]:
+        """At the end: the parts that were not trained and may be copied, as they are what the run began with; what is
+        not is written from memory. UserError where memory has it in rounded numbers: the result would be of two models.
+        """
+        replaced = run_inputs.replaced_since(self.config.models, self.inputs)
+        if replaced and reopens_base(self.config.models):
+            raise UserError(
+                f"{replaced[0]} was replaced while the run trained, so its model cannot be written; every checkpoint "
+                "is whole: put back what the run began with and repeat with --resume"
+            )
+        gone = {re.search(r"\((\w+)\)", name)[1] for name in replaced if "(" in name}
+        return {name: path for name, path in untouched_parts(self.config.models).items() if name not in gone}
+
+    def save_model(self, pipeline: DiffusionPipeline, untouched: dict[str, Path], step: int) -> None:
+        """model/: a diffusers folder. Written aside and renamed; what is there stays until then.
+
+        untouched: see `unchanged_parts`. step: an evaluation of a model of another step goes with that model.
+        """
+        known = self._model_step
+        self._save("model", lambda folder: write_folder(pipeline, folder, untouched), known not in (None, step))
+        self._model_step = step
+        self._change_manifest(lambda manifest: manifest | {"model_of_step": step})
 
     def save_adapter(self, models: Models, masters: dict[str, torch.Tensor]) -> None:
         """lora/: what `pipeline.load_lora_weights(folder)` reads, and beside it the same in kohya's names."""
         self._save("lora", lambda folder: save_adapter(models, folder, masters))
 
-    def _save(self, name: str, write: Callable[[Path], None]) -> None:
-        final, aside = self.path / name, self.path / f".tmp-{name}"
+    def _save(self, name: str, write: Callable[[Path], None], is_new: bool = False) -> None:
+        final, aside, old = self.path / name, self.path / f".tmp-{name}", self.path / f".tmp-old-{name}"
         shutil.rmtree(aside, ignore_errors=True)
         try:
             write(aside)
-            _remove(final)
+            if is_new:
+                for left in ("evaluation.json", "samples.png", "report.html", ".evaluation"):
+                    replaced_run.remove(self.path / left)
+            if os.path.lexists(final):
+                replaced_run.remove(old)
+                final.rename(old)
             aside.rename(final)
+            if old.is_dir():
+                replaced_run.carry(name, old, final)
+            replaced_run.remove(old)
         except (OSError, SafetensorError) as problem:
             shutil.rmtree(aside, ignore_errors=True)
             why = getattr(problem, "strerror", None) or problem
@@ -204,13 +364,6 @@ class RunFolder:
         except BaseException:  # asked to stop
             shutil.rmtree(aside, ignore_errors=True)
             raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str | None:

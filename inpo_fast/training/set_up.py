@@ -18,12 +18,14 @@ from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
 from inpo_fast.runtime import distributed
+from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.checkpoint import Checkpoints
 from inpo_fast.training.online import Online, open_online
 from inpo_fast.training.optim import Average, LossScale, make_optimizer
 from inpo_fast.training.run_folder import RunFolder
+from inpo_fast.training.run_inputs import fingerprints
 from inpo_fast.training.step_batch import StepConfig
-from inpo_fast.training.validation import check_validation
+from inpo_fast.training.validation import check_validation, open_held_out
 
 log = logging.getLogger("inpo_fast")
 
@@ -47,6 +49,7 @@ class Run:
     latent_cache: LatentCache | None = None
     notes: tuple[str, ...] = ()  # to be said before the first step
     done: int = 0  # optimizer steps
+    former_steps: tuple[int, ...] = ()  # what train.steps was before, of a run that got another length
     saved: int = -1  # of them, how many the newest checkpoint of this start has
     seconds: float = 0.0
     dropped: tuple[str, ...] = ()
@@ -107,6 +110,7 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     distributed.barrier()
     if config.resume:
         _load_checkpoint(run)
+    _check_inputs(run)
     _start_folders(run)
     distributed.barrier()
     return run
@@ -128,6 +132,7 @@ def _open_checkpoints(folder: RunFolder, config: RunConfig) -> Checkpoints:
         keep=config.train.keep_checkpoints,
         milestones=config.train.milestone_every,
         patience=60 * config.train.patience_minutes,
+        written=folder.has_checkpoint,
     )
 
 
@@ -136,17 +141,36 @@ def _load_checkpoint(run: Run) -> None:
     state = run.checkpoints.load_newest(run.models.weights, run.optimizer, run.average, warn)
     if state is None:
         return
-    run.done, run.saved, run.seconds, run.dropped = state.step, state.step, state.seconds, tuple(state.dropped)
+    run.done = run.saved = state.step
+    run.seconds, run.dropped = state.seconds, tuple(state.dropped)
     run.models.at_once.lowered |= state.lowered
     run.notes += tuple(f"{key} is at most {size}, which fitted before" for key, size in state.lowered.items())
     if run.loss_scale is not None and state.loss_scale:
         run.loss_scale.value, run.loss_scale.good = state.loss_scale
 
 
+def _check_inputs(run: Run) -> None:
+    """One process looks; all of them refuse."""
+    problem = None
+    if run.rank == 0:
+        judge = run.online.judge if run.online is not None else None
+        try:
+            held_out = None if run.config.observe.held_out is None else open_held_out(run.config)
+            run.folder.accept_inputs(fingerprints(run.config, run.source, held_out, judge), run.done)
+            run.notes = (*run.folder.notes, *run.notes)
+        except UserError as raised:
+            problem = raised
+        except OSError as raised:
+            problem = UserError(f"data.source: {raised.filename or ''} cannot be read ({raised.strerror or raised})")
+    told, run.former_steps = distributed.gather((problem and str(problem), run.folder.former_steps))[0]
+    if told:
+        raise UserError(told) from problem
+
+
 def _start_folders(run: Run) -> None:
     if run.trajectory_cache is not None:
         run.trajectory_cache.store.start()
     if run.rank == 0:  # takes the lock: only now may anything be removed
-        run.folder.start(run.done, run.source, run.models, run.variant, run.world)
+        run.folder.start(run.done, list(run.dropped), run.source, run.models, run.variant, run.world)
         if run.online is not None:
             run.online.forget_after(run.done)

@@ -4,7 +4,7 @@ Both are functions of the weights alone: the same prompts from the same noise, t
 the same noise, so that values of different steps can be compared. Nothing of the training is touched by looking.
 """
 
-import shutil
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_bytes
 from inpo_fast.runtime.memory import HELD_OUT, fits
+from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.training.metrics import BUCKETS, MetricAccumulator
 from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step import add_metrics, micro_batches, micro_step
@@ -37,7 +38,8 @@ SEEN += tuple(f"{name}_t{b}" for name in ("margin", "winner_delta", "loser_delta
 
 
 class Validation:
-    """`step(done, tracker, step_config)` after each optimizer step, on every process; gives more metrics of that step.
+    """`step(done, tracker, step_config, preemption)` after each optimizer step, on every process; gives more metrics of
+    that step.
 
     TooLarge where the batches of step_config do not fit: nothing was shown yet."""
 
@@ -46,28 +48,62 @@ class Validation:
         self.rank, self.world = distributed.rank_and_world()
         how = config.observe
         self.prompts = prompts_of(config)
-        # what others may have written before: an earlier run that this one replaces, or steps past the checkpoint
-        if self.rank == 0:
+        if self.rank == 0:  # pictures of steps past the checkpoint; others are not ours
             for path in self.folder.glob("*.png"):
-                if not path.stem.isdigit() or int(path.stem) > done:
-                    path.unlink()
-            if self.folder.is_dir() and not any(self.folder.iterdir()):
-                shutil.rmtree(self.folder)
+                if path.stem.isdigit() and int(path.stem) > done:
+                    self._remove_picture(int(path.stem))
         self.items = [] if how.held_out is None else self._held_out(open_held_out(config))
 
-    def step(self, done: int, tracker: Tracker | None, step_config: StepConfig) -> dict[str, float]:
-        how, last = self.config.observe, done == self.config.train.steps
+    def step(
+        self, done: int, tracker: Tracker | None, step_config: StepConfig, preemption: Preemption
+    ) -> dict[str, float]:
+        last = done == self.config.train.steps
+        at_pairs, _ = self._regular(done)
         values: dict[str, float] = {}
-        if how.held_out is not None and (done % how.held_out_every == 0 or done == 1 or last):
+        if self.config.observe.held_out is not None and (at_pairs or last):
             values = self.held_out_metrics(step_config)
-        if self.prompts and (done % how.images_every == 0 or last):
-            strip = self.draw_strip()
-            if self.rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_bytes(self.folder / f"{done:06d}.png", png(strip))
-                if tracker is not None:
-                    tracker.picture(done, strip)
+        self.draw(done, tracker, preemption)
         return values
+
+    def draw(self, done: int, tracker: Tracker | None, preemption: Preemption) -> None:
+        """The pictures after so many steps, where they are due and not there: a run that was asked to stop meanwhile
+        draws them when it is continued."""
+        due = self.prompts and done and (self._regular(done)[1] or done == self.config.train.steps)
+        path = self._picture(done)
+        if not due or any(distributed.gather(path.exists(), "pictures")):
+            return
+        strip = self.draw_strip(preemption)
+        if strip is not None and self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, png(strip))
+            if tracker is not None:
+                tracker.picture(done, strip)
+
+    def _regular(self, done: int) -> tuple[bool, bool]:
+        """Whether held-out pairs and pictures are looked at after this step, be it the last one or not."""
+        how = self.config.observe
+        at_pairs = how.held_out is not None and (done % how.held_out_every == 0 or done == 1)
+        return at_pairs, bool(how.images_every) and done % how.images_every == 0
+
+    def forget_last_look(self, done: int, values: dict) -> dict:
+        """What a step's metrics are where it is not the last one any more; its picture goes too."""
+        at_pairs, at_pictures = self._regular(done)
+        if not at_pictures:
+            self._remove_picture(done)
+        return values if at_pairs else {k: v for k, v in values.items() if not k.startswith("held_out_")}
+
+    def lacks_last_look(self, done: int, values: dict) -> bool:
+        """Whether a step that was not meant to be the last one was not looked at."""
+        lacks_pairs = self.config.observe.held_out is not None and not any(k.startswith("held_out_") for k in values)
+        return lacks_pairs or (bool(self.prompts) and not self._picture(done).exists())
+
+    def _picture(self, done: int) -> Path:
+        return self.folder / f"{done:06d}.png"
+
+    def _remove_picture(self, done: int) -> None:
+        self._picture(done).unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     @torch.no_grad()
     def held_out_metrics(self, step_config: StepConfig) -> dict[str, float]:
@@ -93,15 +129,21 @@ class Validation:
         return {f"held_out_{name}": found[name] for name in SEEN if name in found}
 
     @torch.no_grad()
-    def draw_strip(self) -> np.ndarray:
-        """(H, images * W, 3) uint8 by the policy as it is; every process draws its share."""
+    def draw_strip(self, preemption: Preemption) -> np.ndarray | None:
+        """(H, images * W, 3) uint8 by the policy as it is; every process draws its share. None where one of them is
+        asked to stop on the way."""
         how, pipeline = self.config.evaluate, self.models.pipeline
         mine = self.prompts[self.rank :: self.world]
         settings = {"steps": how.sampler_steps, "guidance": how.guidance, "batch": how.batch}
-        with drawing_with(pipeline, self.models.policy):
+        settings["advance"] = lambda _: preemption.check()
+        pictures = None
+        with contextlib.suppress(Preempted), drawing_with(pipeline, self.models.policy):
             pictures = draw(pipeline, mine, [("evaluate", how.seed, prompt, 0) for prompt in mine], **settings)
         strip: list = [None] * len(self.prompts)
-        for other, part in enumerate(distributed.gather(pictures)):
+        parts = distributed.gather(pictures, "pictures")
+        if any(part is None for part in parts):
+            return None
+        for other, part in enumerate(parts):
             strip[other :: self.world] = part
         return np.concatenate(strip, axis=1)
 

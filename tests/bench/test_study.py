@@ -224,6 +224,17 @@ def test_two_level_interval_against_the_crossed_bootstraps_variance():
     assert (one[2] - one[1]) / 2 == pytest.approx(1.96 * values[0].std() / 40**0.5, rel=0.08)
 
 
+def test_win_rates_that_are_nearly_equal_have_a_width_and_a_few_prompts_no_interval():
+    values = np.tile([0.0] + [0.5] * 47, (3, 1))
+    unseen = 1 - 0.025 ** (1 / 48)
+    mean, low, high = table.win_rates(values)
+    assert low == pytest.approx(mean * (1 - unseen)) and high == pytest.approx(mean + unseen * (1 - mean))
+    spread = np.random.default_rng(0).uniform(0, 1, (3, 48))
+    assert table.win_rates(spread) == table.two_level(spread)
+    assert table.win_rates(spread[:, :5])[1:] == (None, None)
+    assert table._span(table.win_rates(np.ones((3, 5)))) == "1.000 [no interval]"
+
+
 def test_differences_from_a_cell_leave_out_what_they_share():
     """Two cells whose prompts are equally hard: the interval of each is wide, that of their difference is not."""
     rng = np.random.default_rng(0)

@@ -376,7 +376,8 @@ def sweep(
     cases: list[Case], world: Path, seconds: float = 1e9
 ) -> tuple[Counter, list[tuple[Case, str, str]], list[Case]]:
     """Ends by kind, the findings, and the odd values that were taken."""
-    _import_all()
+    if len(cases) > 200:
+        _import_all()
     ends, findings, taken = Counter(), [], []
     deadline = time.monotonic() + seconds
     for case in cases:
@@ -402,6 +403,18 @@ def sweep(
     return ends, findings, taken
 
 
+def in_a_world(cases: list[Case]) -> tuple[Counter, list[tuple[Case, str, str]], list[Case]]:
+    """As `sweep`, in a temporary world of its own with a finished run."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        world, here = Path(name) / "world", os.getcwd()
+        world.mkdir()
+        make_world(world)
+        end, said = execute(Case("train", "", "", ("--config", "tiny.yaml", "--output", "run")), world)
+        assert end == "taken", said
+        assert os.getcwd() == here
+        return sweep(cases, world)
+
+
 def _import_all() -> None:
     """What a command imports, once and not in every process."""
     for module in pkgutil.walk_packages(inpo_fast.__path__, "inpo_fast."):
@@ -423,18 +436,7 @@ def main() -> None:
     cases = all_cases(own.commands or list(COMMANDS))
     cases = [case for case in cases if own.only is None or own.only in str(case)]
     part, parts = map(int, own.part.split("/"))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        world = Path(name) / "world"
-        world.mkdir()
-        make_world(world)
-        here = os.getcwd()
-        os.chdir(world)
-        end, said = execute(Case("train", "", "", ("--config", "tiny.yaml", "--output", "run")), world)
-        assert end == "taken", said
-        for command in own.commands or COMMANDS:
-            (Path(name) / command).mkdir()
-        os.chdir(here)
-        ends, findings, taken = sweep(cases[part - 1 :: parts], world)
+    ends, findings, taken = in_a_world(cases[part - 1 :: parts])
     if own.accepted:
         for case in taken:
             print(f"taken: {case}")

@@ -37,7 +37,7 @@ from inpo_fast.judges.score_file import ScoreFileJudge
 from inpo_fast.models.master_weights import MasterWeights
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.record_store import RecordStore
-from inpo_fast.training import checkpoint
+from inpo_fast.training import checkpoint, saved_checkpoint
 from inpo_fast.training.optim import make_optimizer
 
 MEMORY = 8 * 2**30  # a length field that was believed would take more
@@ -171,7 +171,7 @@ class Tiny:
 
 
 def saved(folder: Path, pattern: str) -> Path:
-    tiny, state = Tiny(), checkpoint.State(3, 1.0, ["x"])
+    tiny, state = Tiny(), saved_checkpoint.State(3, 1.0, ["x"])
     path = checkpoint.Checkpoints(folder / "c", keep=1).save(state, tiny.weights, tiny.optimizer, None, wait=True)
     return next(path.glob(pattern))
 
@@ -185,7 +185,7 @@ def load_checked(path: Path) -> None:
 def load_unchecked(path: Path) -> None:
     """Past the hashes: what somebody wrote who knows how to make them."""
     tiny = Tiny()
-    checkpoint.load(path.parent, tiny.weights, tiny.optimizer, None)
+    saved_checkpoint.load(path.parent, tiny.weights, tiny.optimizer, None)
 
 
 def shard(folder: Path) -> Path:
@@ -267,7 +267,7 @@ def fuzz(reader: str, seconds: float, seed: int = 0, most: int | None = None) ->
             try:
                 read(path)
                 ends["read"] += 1
-            except (UserError, BadPair, checkpoint.Damaged) as problem:
+            except (UserError, BadPair, saved_checkpoint.Damaged) as problem:
                 ends[type(problem).__name__] += 1
                 if "\n" in str(problem):
                     findings.append(f"execution {number}: more than a line: {problem}")

@@ -76,6 +76,13 @@ def test_the_lock_of_one_start(tmp_path, monkeypatch):
     os.close(lock.take(tmp_path))
     assert not lock.is_restart_of(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not lock.is_restart_of(tmp_path)  # it ended before it had begun: what is there is another run
+    handle = lock.take(tmp_path)
+    lock.note_launch(handle)
+    os.close(handle)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not lock.is_restart_of(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert lock.is_restart_of(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b")
     assert not lock.is_restart_of(tmp_path)
@@ -107,3 +114,44 @@ def test_metrics_are_not_lost_by_a_kill_while_a_resumed_run_cuts_them(tmp_path, 
     assert path.read_text() == lines
     MetricsFile(path, keep_steps=2).close()
     assert path.read_text() == lines[: lines.index('{"step": 3')]
+
+
+FOREIGN = [b"3", b"null", b'"a string"', b"[1, 2]", b"true", b"{}", b'{"loss": 1}', b'{"step": NaN}', b'{"step": "3"}']
+FOREIGN += [b'{"step": 1.5}', b'{"step": true}', b'{"step": null}', b'{"step": -1}', b"[" * 100_000, b"9" * 10_000]
+FOREIGN += [
+    b"\xff\xfe\xfa",
+    b'{"step": 1, "note": "\xe9"}',
+    b"caf\xc3\xa9",
+    b"\x00" * 64,
+    b"# a comment",
+    b'{"step": 1',
+]
+
+
+def test_foreign_lines_of_metrics_are_dropped_and_counted(tmp_path):
+    """Anything may have been added to metrics.jsonl; our own lines stay, to the byte."""
+    path = tmp_path / "metrics.jsonl"
+    own = [f'{{"step": {step}, "loss": {step / 7}, "note": null}}'.encode() for step in (1, 2, 3)]
+    for number, line in enumerate(FOREIGN):
+        path.write_bytes(b"\n".join([line, own[0], line, own[1], own[2], line]))
+        file = MetricsFile(path, keep_steps=2)
+        file.close()
+        assert path.read_bytes() == own[0] + b"\n" + own[1] + b"\n", line
+        assert file.foreign == (3 if number < 13 else 2), line  # what is no JSON may be our own last line, cut short
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "crlf"])
+def test_metrics_that_an_editor_saved_again(tmp_path, encoding):
+    path, lines = tmp_path / "metrics.jsonl", ['{"step": 1, "loss": 1}', '{"step": 2, "loss": 2}', '{"step": 3}']
+    text = "\n".join([*lines, ""])
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path.write_bytes(text.replace("\n", "\r\n").encode() if encoding == "crlf" else (mark + text).encode(encoding))
+    file = MetricsFile(path, keep_steps=2)
+    file.close()
+    assert path.read_text() == "\n".join([*lines[:2], ""]) and file.foreign == 0
+
+
+def test_metrics_that_are_a_folder_are_refused_in_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(Is a directory\)"):
+        MetricsFile(tmp_path / "metrics.jsonl")

@@ -32,6 +32,7 @@ def world(tmp_path_factory):
         folder,
         train={"micro_batch": 1, "steps": 3, "checkpoint_every": 2},
         evaluate={"prompts": str(folder / "prompts.txt"), "seeds": 1, "sampler_steps": 2, "batch": 2},
+        observe={"images_every": 1, "images": 2},
     )
     return folder
 
@@ -117,12 +118,13 @@ def test_every_command_ends_in_one_line(world, whole, tmp_path, command, number)
 
 
 STAGES = {
+    "pictures of a step": ("inpo_fast.training.validation:Validation.draw_strip", 2),
     "set-up": ("inpo_fast.training.set_up:_open_models", 1),
     "a step": ("inpo_fast.training.step:add_metrics", 6),
     "while it saves": ("inpo_fast.training.checkpoint:_collect", 1),
     "the last save": ("inpo_fast.training.checkpoint:_collect", 2),
     "the model": ("inpo_fast.training.run_folder:write_folder", 1),
-    "evaluation": ("inpo_fast.comparison.drawing:_decoding", 4),
+    "evaluation": ("inpo_fast.comparison.drawing:_decoding", 7),
     "judging": ("inpo_fast.judges.cache:ScoreCache.score", 2),
     "report": ("inpo_fast.report.write:page", 1),
 }
@@ -144,11 +146,19 @@ def test_a_run_is_stopped_and_continued(world, whole, stage):
     )
     assert left_behind(out) == []
     kept = {path: path.stat().st_mtime_ns for path in out.rglob(".evaluation/pictures/*/*.png")}
+    if stage == "pictures of a step":
+        assert [path.name for path in out.glob("images/*")] == ["000001.png"]
     assert len(kept) == {"evaluation": 5, "judging": 9, "report": 9}.get(stage, 0)  # drawn two at a time, of three
     seen = Forked(out, watching_pictures, *words, "--resume")
     assert seen.wait() == 0, seen.complaints.read_text()
     assert int(seen.said.read_text().split("drawn:")[1].split()[0]) == 9 - len(kept)
-    for name in ("evaluation.json", "model/unet/diffusion_pytorch_model.safetensors"):
+    for name in (
+        "images/000001.png",
+        "images/000002.png",
+        "images/000003.png",
+        "evaluation.json",
+        "model/unet/diffusion_pytorch_model.safetensors",
+    ):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not (out / ".evaluation").exists()
 
@@ -242,7 +252,7 @@ def test_one_of_two_is_stopped_where_nothing_waits_to_be_saved(world, stage):
     out = world / f"one-of-two-{stage}"
     words = ["--config", str(world / "tiny.yaml"), "--output", str(out)]
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
-    place = STAGES[stage] if stage == "set-up" else (STAGES[stage][0], 2)
+    place = STAGES[stage] if stage == "set-up" else (STAGES[stage][0], 5)
     other = Forked(world / f"{out.name}-0", run_training, *words, RANK="0", **meeting)
     one = Forked(world / f"{out.name}-1", signalled, signal.SIGTERM, *place, run_training, *words, RANK="1", **meeting)
     assert [one.wait(timeout=60), other.wait(timeout=60)] == [TRY_AGAIN, TRY_AGAIN], other.complaints.read_text()

@@ -6,6 +6,7 @@ is forked from one that has the imports done; what torchrun starts begins anew.
 
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,8 +14,21 @@ from pathlib import Path
 
 import pytest
 from faults.conftest import STEPS
-from tiny_runs import ENVIRONMENT, Forked, finished, metric, same_bits, start, torchrun, train_in
+from tiny_runs import (
+    ENVIRONMENT,
+    Forked,
+    finished,
+    free_port,
+    metric,
+    run_training,
+    same_bits,
+    save_recipe,
+    start,
+    torchrun,
+    train_in,
+)
 
+from inpo_fast.pocket.scenes import split_scenes
 from inpo_fast.runtime.signals import TRY_AGAIN
 
 AGENT = ("--standalone", "--max-restarts=2")
@@ -98,29 +112,72 @@ def test_one_of_two_processes_is_killed_and_torchrun_continues_by_itself(world, 
     assert metric(folder, "step") == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
-def test_a_process_that_hangs_is_named(world):
-    folder = world / "hung"
-    agent = start_agent(
-        torchrun(
-            2, world, "hung", "--train.steps=500", "--train.patience_minutes=0.05", "--train.checkpoint_every=1000"
-        )
-    )
-    assert wait_for(lambda: steps_done(folder) >= 1, agent)
-    hung = workers(agent)[1]
-    subprocess.run(["kill", "-STOP", str(hung)], check=True)
-    try:
-        for line in agent.stderr:
-            if "did not finish" in line:
-                break
-        else:
-            raise AssertionError("nobody was named")
-    finally:
-        subprocess.run(["kill", "-9", str(hung)], check=True)
-    assert re.search(rf"step \d+: process 1 \(\S+, pid {hung}\) did not finish within \d+ s of process 0", line), line
-    assert "--resume" in line
-    agent.communicate(timeout=60)
-    assert agent.returncode != 0
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    """A recipe with a whole life: set-up, steps with pictures, saves, the model, an evaluation, a report."""
+    folder = tmp_path_factory.mktemp("lives")
+    (folder / "prompts.txt").write_text("\n".join(scene.caption for scene in split_scenes()[1][:3]))
+    evaluate = {"prompts": str(folder / "prompts.txt"), "seeds": 1, "sampler_steps": 2, "batch": 1}
+    train = {"micro_batch": 1, "checkpoint_every": 1, "keep_checkpoints": 2, "steps": 5, "patience_minutes": 0.2}
+    save_recipe(folder, train=train, evaluate=evaluate, observe={"images_every": 2, "images": 2})
+    return folder
+
+
+def begin(world: Path, name: str, number: int, processes: int) -> list[Forked]:
+    """All processes of one start, which goes on with what is there."""
+    words = ["--config", str(world / "tiny.yaml"), "--output", str(world / name), "--resume"]
+    if processes == 1:
+        return [Forked(world / f"{name}-{number}", run_training, *words)]
+    meeting = {"WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Forked(world / f"{name}-{number}-{rank}", run_training, *words, RANK=f"{rank}", LOCAL_RANK="0", **meeting)
+        for rank in range(processes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("processes", "kills"),
+    [(1, 3), pytest.param(1, 30, marks=pytest.mark.slow), pytest.param(2, 20, marks=pytest.mark.slow)],
+)
+def test_killed_anywhere_in_a_life(lives, processes, kills):
+    """kill -9 at moments drawn over a whole life; of two processes one or both, and the other ends by itself in one
+    line. What comes in the end is what a run that was left alone has."""
+    draw, name = random.Random(10 * kills + processes), f"killed-{processes}-{kills}"
+    began = time.monotonic()
+    for process in begin(lives, f"alone-{name}", 0, processes):
+        assert process.wait() == 0, process.complaints.read_text()
+    life, out, alone = time.monotonic() - began, lives / name, lives / f"alone-{name}"
+    killed = number = 0
+    while killed < kills:
+        number += 1
+        running = begin(lives, name, number, processes)
+        time.sleep(draw.uniform(0.05, life))
+        victims = [draw.choice(running)] if processes > 1 and draw.random() < 0.5 else running
+        before = [process.poll() for process in victims]
+        for process in victims:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+        for process in running:
+            assert process.wait(timeout=60) in ((-signal.SIGKILL, 0) if process in victims else (0, 2))
+            said = process.complaints.read_text()
+            assert "Traceback" not in said and sum("inpo_fast" in line for line in said.splitlines()) <= 1, said
+        killed += before != [0] * len(victims)
+        if (out / "report.html").exists():  # a life is over: what it left is compared, and the next one begins
+            same_life(out, alone, lives, name, number, processes)
+            shutil.rmtree(out)
+    same_life(out, alone, lives, name, number, processes)
+
+
+def same_life(out: Path, alone: Path, world: Path, name: str, number: int, processes: int) -> None:
+    for process in begin(world, name, number + 1000, processes):
+        assert process.wait() == 0, process.complaints.read_text()
+    assert same_bits(out, alone, 5) and metric(out, "step") == [1, 2, 3, 4, 5]
+    assert metric(out, "loss") == metric(alone, "loss")
+    files = [path.relative_to(alone) for path in alone.rglob("*") if path.suffix in (".safetensors", ".png")]
+    for path in (path for path in files if path.parts[0] != "checkpoints"):  # compared above
+        assert (out / path).read_bytes() == (alone / path).read_bytes(), path
+    assert (out / "evaluation.json").read_text() == (alone / "evaluation.json").read_text()
+    assert (out / "report.html").exists() and not list(out.rglob(".tmp*")) and not (out / ".evaluation").exists()
 
 
 def test_asked_to_stop_it_saves_and_says_so(world, whole):

@@ -6,6 +6,7 @@ Two processes of one start, forked with the imports done; one of them stops itse
 import os
 import re
 import signal
+import socket
 import sys
 import time
 
@@ -121,3 +122,45 @@ def test_a_stopped_process_is_named(world, moment, victim):
         line,
     ), said
     assert status == 2 and seconds < 3 * PATIENCE + 3
+
+
+def run_and_wait(seconds: float, moves: bool, *words: str) -> None:
+    """The trainer; before its second meeting this process is busy for so long, and perhaps gets somewhere."""
+    from inpo_fast.runtime import watch
+    from inpo_fast.runtime.preemption import Preemption
+
+    plain, calls = Preemption.meet, []
+
+    def waiting(self, *args):
+        calls.append(1)
+        end = time.monotonic() + (seconds if len(calls) == 2 else 0)
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            if moves:
+                watch.progress()
+        return plain(self, *args)
+
+    Preemption.meet = waiting
+    run_training(*words)
+
+
+@pytest.mark.parametrize("moves", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_long_work_is_told_from_a_hang(world, moves):
+    """A process that works for three times the patience is waited for as long as it gets somewhere; one that hangs,
+    though its threads live, is named."""
+    name = f"long-{moves}"
+    words = ["--config", str(world / "tiny.yaml"), "--output", str(world / name), "--observe.images_every=0"]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    first = Forked(world / f"{name}-0", run_and_stop, "", *words, RANK="0", **meeting)
+    busy = Forked(world / f"{name}-1", run_and_wait, 3 * PATIENCE if moves else 600, moves, *words, RANK="1", **meeting)
+    try:
+        status = first.wait(timeout=90)
+        said = first.complaints.read_text()
+        if moves:
+            assert status == busy.wait(timeout=60) == 0, said
+        else:
+            assert status == 2 and f"process 1 ({socket.gethostname()}, pid {busy.pid}) did not come" in said, said
+    finally:
+        if busy.poll() is None:
+            busy.send_signal(signal.SIGKILL)
+            busy.wait()

@@ -304,7 +304,7 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, monkeypatch):
         (["--output", out], "nothing to export"),
         (["--model", tmp_path / "no", "--output", out], r"--model: no such folder: .*no"),
         (["--model", tmp_path / "empty", "--output", out], r"--model: .*holds no model_index\.json"),
-        (["--model", model, "--output", tmp_path / "taken.safetensors"], r"exists; replace it with --overwrite"),
+        (["--model", model, "--output", tmp_path / "taken.safetensors"], r"is there already; --overwrite replaces it"),
         (["--model", model, "--output", tmp_path / "x.ckpt"], r"x\.ckpt: must end with \.safetensors"),
         (["--lora", tmp_path / "none", "--output", out], r"--lora: no such file or folder: .*none"),
         (["--lora", tmp_path / "empty", "--output", out], r"--lora: .* holds no LoRA: neither pytorch_lora_weights"),

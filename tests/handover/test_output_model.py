@@ -41,7 +41,7 @@ from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.report import plots
 from inpo_fast.report.results import NAMES, verdict
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training import checkpoint, loop
+from inpo_fast.training import loop, saved_checkpoint
 from inpo_fast.training.set_up import prepare
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "hand-over.md"
@@ -119,7 +119,7 @@ def test_the_folders_of_a_run(bases, runs, kind, mode):
         if hasattr(base, name):
             same(getattr(model, name).state_dict(), getattr(base, name).state_dict())
     saved = run.folder.checkpoints / "step-0002"
-    tensors = checkpoint.read(saved)
+    tensors = saved_checkpoint.read(saved)
     policy, average = (
         {name.removeprefix(kind): x for name, x in tensors.items() if name.startswith(kind)}
         for kind in ("policy/", "average/")
@@ -161,16 +161,17 @@ def test_the_folders_of_a_run(bases, runs, kind, mode):
 
 
 def test_a_run_that_starts_from_a_lora(world, bases, runs):
-    """Policy and reference begin at base + LoRA; both files of the end are for the base itself."""
+    """Policy and reference begin at base + LoRA, ours or kohya's, and say so; both files of the end are the base's."""
     first, _ = runs("sd15", "lora-fp32")
     base = bases["sd15"].unet
     start = with_lora(base, read_lora("test", first.folder.path / "lora", base))
-    for number, extra in enumerate(([], ["--models.lora.rank=3"])):
+    lora = first.folder.path / "lora"
+    for number, (init, extra) in enumerate([(lora, []), (lora / KOHYA_NAME, ["--models.lora.rank=3"])]):
         config = parse(
             "test",
             [
                 f"--models.base={world / 'sd15'}",
-                f"--models.init={first.folder.path / 'lora'}",
+                f"--models.init={init}",
                 f"--data.source={world / 'pairs.parquet'}",
                 f"--output={world / 'runs' / f'further-{number}'}",
                 *(["--train.steps=1", "--train.pairs_per_step=4", "--train.micro_batch=4", "--inversion.steps=2"]),
@@ -186,6 +187,13 @@ def test_a_run_that_starts_from_a_lora(world, bases, runs):
         loop.finish(run)
         line = json.loads((run.folder.path / "metrics.jsonl").read_text().splitlines()[0])
         assert line["loss"] == pytest.approx(np.log(2), abs=1e-6)
+        manifest = json.loads((run.folder.path / "manifest.json").read_text())
+        assert manifest["model"]["init"] == str(init)
+        assert manifest["model"]["reference"] == "models.base with the LoRA of models.init"
+        for path in write_cards(run.folder.path):
+            named, text = f"{first.folder.path.name}/lora" if init == lora else KOHYA_NAME, path.read_text()
+            assert f"trained further from the LoRA {named}. The frozen" in text
+            assert "The frozen reference of the loss is the base with that LoRA." in text
         model = load_pipeline(str(run.folder.path / "model")).unet
         assert (predict(model) - predict(start)).abs().max() > 1e-3
         if extra:

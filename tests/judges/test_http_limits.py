@@ -323,6 +323,19 @@ def test_an_address_may_say_who_asks(tmp_path, serve):
     assert not any(secret in str(refused.value) for secret in ("pass", "k-123456"))
 
 
+def test_a_proxy_of_the_environment_is_used_and_its_password_not_told(tmp_path, serve, monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    port, asked = serve(replying(saying("7")))
+    monkeypatch.setenv("http_proxy", f"http://me:hunter2hunter2@127.0.0.1:{port}")
+    assert score(judge(tmp_path, port, url="http://judge.example/v1")).tolist() == [7.0]
+    assert asked[0].startswith("POST http://judge.example/v1 HTTP/1.1") and "Proxy-Authorization: Basic" in asked[0]
+    for place in ("127.0.0.1:1", "127.0.0.1:port", "[::1"):
+        monkeypatch.setenv("http_proxy", f"http://me:hunter2hunter2@{place}")
+        with pytest.raises(UserError, match="no score for") as refused:
+            score(judge(tmp_path, port, url="http://judge.example/v1"))
+        assert "hunter2" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -4,6 +4,8 @@ The numbers are of diffusers 0.20.0, which both scripts pin, and 0.22.3: their s
 (every time below t; SmPO's answer is the mean of two at the same time) with the network below, in float64.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from inpo_fast.method.inversion import invert
 from inpo_fast.method.inversion_schedule import inversion_schedule
 from inpo_fast.method.methods import variant_name
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.training import noisy_latents
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PATH = DDPMPath.of(DDIMScheduler(**SD15, clip_sample=False, set_alpha_to_one=False, steps_offset=1))
@@ -74,6 +77,16 @@ def test_where_the_pinned_grid_lands():
     assert int(off.max()) <= 0 and int(off.min()) == -100  # t = 101 stays at 1
     # t = 0 and 1 are not inverted at all
     assert found.evaluations[:2].tolist() == [0, 0]
+
+
+def test_a_run_takes_the_configured_level():
+    """From the configuration to what conditions the network when a step is refined."""
+    models, t = SimpleNamespace(noise_path=PATH), torch.tensor([700])
+    times = {}
+    for at in ("source", "target"):
+        how = InversionConfig(steps=5, grid="diffusers-0.20", estimator="renoise", refine_at=at)
+        times[at] = noisy_latents._schedule_of(models, how)(t).target_times[0].tolist()
+    assert times["source"] == [-199, 1, 201, 401, 601] and times["target"] == [1, 201, 401, 601, 801]
 
 
 def test_names_and_refusals():

@@ -14,7 +14,7 @@ from tiny_runs import save_recipe, train_in
 
 from inpo_fast import relabel as relabel_command
 from inpo_fast import validate as validate_command
-from inpo_fast.runtime import masking
+from inpo_fast.runtime import masking, unforeseen
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.masking import keep_secret, keep_secrets_of, masked, masked_tree, without_secrets
 
@@ -141,3 +141,14 @@ def test_other_commands_show_no_key_either(served, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["validate", "--source", source.replace("pairs", "nothing")])
         validate_command.main()
     assert not any(secret in str(refused.value) for secret in SECRETS.values())
+
+
+def test_what_nobody_foresaw_is_kept_without_secrets(tmp_path, monkeypatch):
+    """The file with the traceback has the command in it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    source = "https://me:hunter2hunter2@host/p.parquet?token=4711-secret"
+    monkeypatch.setattr(sys, "argv", ["train", f"--data.source={source}"])
+    said = unforeseen.line("train", RuntimeError(f"no answer of {source}"))
+    (kept,) = tmp_path.iterdir()
+    assert "hunter2" not in kept.read_text() and "https://***@host/p.parquet?token=***" in kept.read_text()
+    assert "hunter2" not in str(UserError(said))

@@ -3,14 +3,13 @@
 import os
 import signal
 import threading
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from inpo_fast.runtime import preemption
-from inpo_fast.runtime.errors import Hang
+from inpo_fast.runtime import signals
 from inpo_fast.runtime.preemption import Preempted, Preemption
+from inpo_fast.runtime.signals import SIGNALS, Signals, Stopped, exit_status
 
 
 @pytest.fixture
@@ -19,10 +18,9 @@ def processes():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     out = []
     for rank in range(3):
-        one = Preemption(timedelta(seconds=1))
+        one = Preemption()
         one.rank, one.world = rank, 3
         one._store = dist.PrefixStore("meetings", dist.TCPStore("127.0.0.1", store.port, is_master=False))
-        one._store.set(f"name/{rank}", f"process {rank} (machine, pid {rank})")
         out.append(one)
     yield out
     del store
@@ -35,7 +33,7 @@ def together(processes, stopped) -> list:
     def go(number, process):
         try:
             process.agree(7, stopped.get(number))
-        except (Preempted, Hang) as problem:
+        except Preempted as problem:
             results[number] = problem
 
     threads = [threading.Thread(target=go, args=pair) for pair in enumerate(processes)]
@@ -54,32 +52,35 @@ def test_all_go_on_until_one_was_asked(processes):
     assert all(isinstance(r, Preempted) for r in results)
 
 
-def test_two_are_missing_and_are_named(processes):
-    (result,) = together(processes[1:2], {})
-    assert isinstance(result, Hang)
-    assert (
-        "step 7: process 0 (machine, pid 0), process 2 (machine, pid 2) did not finish within 1 s of process 1"
-        in str(result)
-    )
-
-
-def test_who_was_asked_to_stop_does_not_wait_long_for_the_dead(processes, monkeypatch):
-    monkeypatch.setattr(preemption, "GRACE", 0.2)
-    processes[0].patience = 1000
-    processes[0].asked = "SIGTERM"
-    (result,) = together(processes[:1], {0: "SIGTERM"})
-    assert isinstance(result, Hang)
-
-
 def test_signals_are_answered_inside_only():
-    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    before = [signal.getsignal(number) for number in SIGNALS]
     alone = Preemption()
     with alone:
         alone.check()
         os.kill(os.getpid(), signal.SIGUSR1)
         with pytest.raises(Preempted, match="SIGUSR1"):
             alone.check()
-    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
-    with pytest.raises(Preempted):
-        alone.agree(1, "SIGTERM")
+        with pytest.raises(Preempted):
+            alone.agree(1, "SIGTERM")
+        raised = alone._signals
+        raised.asked = None  # as if nobody had
+    assert [signal.getsignal(number) for number in SIGNALS] == before and signals.CURRENT is None
     alone.agree(1)
+
+
+def test_what_nobody_answered_is_raised_when_the_loop_is_left():
+    with Signals("here", "again"):
+        with pytest.raises(Stopped) as told, Preemption():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.asked() == "SIGTERM"
+        assert told.value.by == "SIGTERM" and exit_status(told.value.by) == 75
+        with Preemption():  # told once
+            pass
+
+
+def test_outside_the_loop_it_is_raised_at_once_and_only_once():
+    with Signals("here", "again") as here:
+        with pytest.raises(Stopped, match="SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # while the way out is cleaned up
+        assert here.asked == "SIGINT" and exit_status("SIGINT to process 1") == 130

@@ -1,5 +1,6 @@
 """Checkpoints: bit-for-bit round trip, exact continuation, and nothing lost when something fails."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from inpo_fast.config.run import OptimConfig
 from inpo_fast.models.master_weights import MasterWeights
+from inpo_fast.runtime import sealed_json
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training import checkpoint
-from inpo_fast.training.checkpoint import Checkpoints, State
+from inpo_fast.training import checkpoint, saved_checkpoint
+from inpo_fast.training.checkpoint import Checkpoints
 from inpo_fast.training.optim import Average, make_optimizer
+from inpo_fast.training.saved_checkpoint import Misfit, State
 
 STEPS = 8
 
@@ -50,7 +54,7 @@ class Tiny:
         return saving.save(State(step, 1.5 * step, ["pair-3: cut"]), *everything, wait=True)
 
     def load(self, folder: Path) -> State:
-        return checkpoint.load(folder, self.weights, self.optimizer, self.average)
+        return saved_checkpoint.load(folder, self.weights, self.optimizer, self.average)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that decides how training goes on."""
@@ -88,23 +92,28 @@ def test_continued_run_equals_the_uninterrupted_one(tmp_path):
 
 
 def test_without_average(tmp_path):
-    tiny = Tiny(0).run(0, 2)
-    folder = Checkpoints(tmp_path, keep=1).save(State(2, 0.0, []), tiny.weights, tiny.optimizer, None, wait=True)
-    other = Tiny(1)
-    checkpoint.load(folder, other.weights, other.optimizer, None)
-    assert torch.equal(tiny.policy[0].weight, other.policy[0].weight)
-    with pytest.raises(UserError, match=r"step-0002: checkpoint cannot be loaded .*average"):
+    """Before the average begins it is the newest weights; later a checkpoint without one does not do."""
+    for steps in (2, STEPS - 1):
+        tiny = Tiny(0).run(0, steps)
+        state = State(steps, 0.0, [])
+        folder = Checkpoints(tmp_path, keep=2).save(state, tiny.weights, tiny.optimizer, None, wait=True)
+        other = Tiny(1)
+        saved_checkpoint.load(folder, other.weights, other.optimizer, None)
+        assert torch.equal(tiny.policy[0].weight, other.policy[0].weight)
+    with pytest.raises(Misfit, match=r"step-0007: checkpoint cannot be loaded .*average"):
         other.load(folder)
+    other.load(tmp_path / "step-0002")
+    assert all(torch.equal(mean, p) for mean, p in zip(other.average.mean, other.policy.parameters(), strict=True))
 
 
 def test_newest_stay_and_what_is_not_ours_is_left_alone(tmp_path):
     tiny = Tiny(0).run(0, 1)
-    assert checkpoint.found(tmp_path / "none") == []
+    assert saved_checkpoint.found(tmp_path / "none") == []
     kept = tiny.save(tmp_path, 50).rename(tmp_path / "step-0050-kept")
     for step in (9, 99, 100, 9999, 10000):
         tiny.save(tmp_path, step, keep=2)
-        assert checkpoint.found(tmp_path)[-1].name == f"step-{step:04d}"
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-9999", "step-10000"]
+        assert saved_checkpoint.found(tmp_path)[-1].name == f"step-{step:04d}"
+    assert [path.name for path in saved_checkpoint.found(tmp_path)] == ["step-9999", "step-10000"]
     assert kept.is_dir()
     assert {path.name for path in tmp_path.iterdir()} == {"step-9999", "step-10000", "step-0050-kept"}
 
@@ -113,13 +122,13 @@ def test_milestones_stay(tmp_path):
     tiny = Tiny(0).run(0, 1)
     for step in range(2, 14, 2):
         tiny.save(tmp_path, step, keep=1, milestones=4)
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-0004", "step-0008", "step-0012"]
+    assert [path.name for path in saved_checkpoint.found(tmp_path)] == ["step-0004", "step-0008", "step-0012"]
 
 
 def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatch):
     """The training goes on while the background thread writes, and does not change what it writes."""
-    held, sha256 = threading.Event(), checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: (held.wait(60), sha256(path))[1])
+    held, sha256 = threading.Event(), checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: (held.wait(60), sha256(path))[1])
     tiny, then, other = Tiny(0).run(0, 3), Tiny(0).run(0, 3), Tiny(1)
     saving = Checkpoints(tmp_path, keep=2)
     folder = saving.save(State(3, 0.0, []), tiny.weights, tiny.optimizer, tiny.average)
@@ -135,8 +144,8 @@ def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatc
 
 
 def test_one_is_written_at_a_time(tmp_path, monkeypatch):
-    held, sha256 = threading.Event(), checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: (held.wait(60), sha256(path))[1])
+    held, sha256 = threading.Event(), checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: (held.wait(60), sha256(path))[1])
     tiny, saving = Tiny(0).run(0, 3), Checkpoints(tmp_path, keep=2)
     everything = (tiny.weights, tiny.optimizer, tiny.average)
     saving.save(State(3, 0.0, []), *everything)
@@ -147,7 +156,7 @@ def test_one_is_written_at_a_time(tmp_path, monkeypatch):
     held.set()
     second.join()
     saving.wait()
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-0003", "step-0004"]
+    assert [p.name for p in saved_checkpoint.found(tmp_path)] == ["step-0003", "step-0004"]
 
 
 def test_a_large_state_is_written_in_several_files(tmp_path, monkeypatch):
@@ -164,7 +173,7 @@ def test_same_step_again_replaces_it(tmp_path):
     second = Tiny(1).run(0, 4)
     second.save(tmp_path, 4)
     other = Tiny(2)
-    other.load(checkpoint.found(tmp_path)[-1])
+    other.load(saved_checkpoint.found(tmp_path)[-1])
     assert_same(second, other)
 
 
@@ -182,7 +191,7 @@ def test_half_written_folder_is_not_found_and_does_not_stop_the_next(tmp_path, m
             first.run(2, 4).save(tmp_path, 4)
     half = tmp_path / ".tmp-step-0004"
     assert list(half.glob("*.safetensors"))
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-0002"]
+    assert [path.name for path in saved_checkpoint.found(tmp_path)] == ["step-0002"]
     (half / "rubbish").write_text("from the crash")
     final = first.save(tmp_path, 4)
     assert {path.name for path in tmp_path.iterdir()} == {"step-0002", "step-0004"}
@@ -233,6 +242,77 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, pat
     shutil.rmtree(tmp_path / "step-0002")
     with pytest.raises(UserError, match=r"no checkpoint can be loaded: .*step-0003.*--overwrite"):
         saved.load_newest(other.weights, other.optimizer, other.average, warnings.append)
+
+
+def test_a_step_that_is_not_the_folders_is_damage(tmp_path):
+    """Copied or renamed by hand, or a number that flipped before state.json was sealed."""
+    Tiny(0).run(0, 2).save(tmp_path, 2)
+    Tiny(0).run(0, 3).save(tmp_path, 3).rename(tmp_path / "step-0009")
+    warnings, other = [], Tiny(5)
+    assert load_newest(other, tmp_path, warnings).step == 2
+    assert len(warnings) == 1 and "step-0009" in warnings[0] and "it is of step 3" in warnings[0]
+
+
+def test_only_listed_shards_are_read(tmp_path):
+    """A file that somebody put there is no part of the checkpoint, whatever tensors it has."""
+    saved, other = Tiny(0).run(0, 3), Tiny(1)
+    folder = saved.save(tmp_path, 3)
+    noise = {f"policy/{name}": torch.zeros_like(p) for name, p in saved.policy.named_parameters()}
+    save_file(noise, folder / "zz.safetensors")
+    save_file(noise, folder / "aa.safetensors")
+    other.load(folder)
+    assert_same(saved, other)
+
+
+def test_one_that_cannot_be_loaded_leads_to_the_one_before(tmp_path):
+    """Hashes right, content not: the moments of a parameter that nobody knows."""
+    good = Tiny(0).run(0, 2)
+    good.save(tmp_path, 2)
+    folder = Tiny(0).run(0, 3).save(tmp_path, 3)
+    state = json.loads((folder / "state.json").read_text())
+    (name,) = state["files"]
+    tensors = load_file(folder / name)
+    tensors["optimizer/unknown/exp_avg"] = torch.zeros(2)
+    save_file(tensors, folder / name)
+    files = {name: saved_checkpoint.sha256_of(folder / name)}
+    del state["sha256"]
+    (folder / "state.json").write_text(sealed_json.dumps(state | {"files": files}))
+    warnings, other = [], Tiny(5)
+    assert load_newest(other, tmp_path, warnings).step == 2
+    assert_same(good, other)
+    assert len(warnings) == 1 and "step-0003 cannot be loaded" in warnings[0] and "\n" not in warnings[0]
+
+
+def test_other_settings_do_not_fall_back(tmp_path):
+    """An older checkpoint that happens to fit is not what the run with these settings had."""
+    Tiny(0).run(0, 2).save(tmp_path, 2)
+    Tiny(0, width=7).run(0, 3).save(tmp_path, 3)
+    with pytest.raises(Misfit, match=r"step-0003: checkpoint cannot be loaded \(it was saved with other trained"):
+        load_newest(Tiny(5), tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 2}, {"seconds": -1}, {"dropped": [3]}, {"numbers": {"a": 1}}, {"files": {"../x": "0" * 64}}]
+)
+def test_checkpoints_of_before_have_no_seal_and_are_checked_all_the_same(tmp_path, change):
+    before = Tiny(0).run(0, 2)
+    before.save(tmp_path, 2)
+    saved = Tiny(0).run(0, 3)
+    folder = saved.save(tmp_path, 3)
+    state = json.loads((folder / "state.json").read_text())
+    del state["sha256"]
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    other = Tiny(5)
+    assert load_newest(other, tmp_path, []).step == 3
+    assert_same(saved, other)
+    (folder / "state.json").write_text(json.dumps(state | change, indent=1))
+    assert load_newest(other, tmp_path, []).step == 2
+    assert_same(before, other)
+
+
+def load_newest(tiny: Tiny, folder: Path, warnings: list[str]) -> State:
+    saved = Checkpoints(folder, keep=9)
+    return saved.load_newest(tiny.weights, tiny.optimizer, tiny.average, warnings.append)
 
 
 def test_a_damaged_one_further_on_does_not_push_out_the_good_one(tmp_path):

@@ -33,6 +33,7 @@ from inpo_fast.models.loading import load_pipeline
 from inpo_fast.pocket import ASSETS
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.preemption import Preemption
 from inpo_fast.runtime.signals import TRY_AGAIN
 from inpo_fast.training import online
 from inpo_fast.training.online import Online
@@ -329,7 +330,7 @@ def test_best_and_worst_of_the_candidates(tmp_path, monkeypatch):
     own = Online(
         OnlineConfig(every=1, candidates=4), seed=0, steps=1, pairs_per_step=1, run=tmp_path, judge=Brightness()
     )
-    table = own._chunk([2, 7, 3, 9], type("Models", (), {"pipeline": None}), prompt_of).to_pylist()
+    table = own._chunk([2, 7, 3, 9], type("Models", (), {"pipeline": None}), prompt_of, Preemption()).to_pylist()
     assert [row["position"] for row in table] == [2, 3]  # 9: one of its pictures is too bright
     assert [pixels(row["jpg_0"])[0, 0, 0] - 20 * row["position"] for row in table] == [30, 30]
     assert [pixels(row["jpg_1"])[0, 0, 0] - 20 * row["position"] for row in table] == [0, 0]

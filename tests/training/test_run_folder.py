@@ -8,8 +8,11 @@ import pytest
 
 from inpo_fast.config import EvaluateConfig, RunConfig, TrainConfig, to_yaml
 from inpo_fast.config.run import OptimConfig
+from inpo_fast.runtime import sealed_json
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training.run_folder import RunFolder
+
+MANIFEST = {"variant": "inpo", "config_sha256": "0", "data": {}, "model": {}, "inputs": {}}
 
 
 def taken(path: Path, **changes) -> RunConfig:
@@ -18,6 +21,7 @@ def taken(path: Path, **changes) -> RunConfig:
     path.mkdir()
     (path / "config.yaml").write_text(to_yaml(config))
     (path / "metrics.jsonl").write_text(json.dumps({"step": 1}))
+    (path / "manifest.json").write_text(sealed_json.dumps(MANIFEST))
     return config
 
 
@@ -26,14 +30,18 @@ def test_taken_folder_is_refused_without_a_word(tmp_path):
     RunFolder(path, RunConfig()).check()  # absent
     config = taken(path)
     with pytest.raises(
-        UserError, match=r"run already holds a run \(config\.yaml, metrics\.jsonl\); .*--resume.*--overw"
+        UserError, match=r"run already holds a run \(config\.yaml, metrics\.jsonl, man.*\); .*--resume.*--overw"
     ):
         RunFolder(path, config).check()
     for word in ("resume", "overwrite"):
         RunFolder(path, replace(config, **{word: True})).check()
     with pytest.raises(UserError, match="--resume and --overwrite contradict"):
         RunFolder(path, replace(config, resume=True, overwrite=True)).check()
-    assert {p.name for p in path.iterdir()} == {"config.yaml", "metrics.jsonl"}  # check() touches nothing
+    assert {p.name for p in path.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "manifest.json",
+    }  # check() touches nothing
 
 
 def test_folder_with_other_things_is_free(tmp_path):

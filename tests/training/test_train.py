@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from tiny_runs import run_command, save_recipe, train_in
 
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training import checkpoint
+from inpo_fast.training import saved_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def whole(world):
 
 
 def weights(out: Path, step: int = 4) -> dict[str, torch.Tensor]:
-    return checkpoint.read(out / "checkpoints" / f"step-{step:04d}")
+    return saved_checkpoint.read(out / "checkpoints" / f"step-{step:04d}")
 
 
 def test_outputs_have_their_fixed_names_and_diffusers_opens_the_model(whole):

@@ -18,9 +18,9 @@ from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.runtime.memory import TooLarge
-from inpo_fast.training import checkpoint
-from inpo_fast.training.checkpoint import State
+from inpo_fast.training import checkpoint, saved_checkpoint
 from inpo_fast.training.optim import Average, LossScale, make_optimizer
+from inpo_fast.training.saved_checkpoint import State
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
@@ -114,7 +114,7 @@ def test_trains_and_resumes(world, tmp_path, base, rank, kind, precision):
     folder = checkpoint.Checkpoints(tmp_path, keep=1).save(State(1, 0.0, []), *everything, wait=True)
     other = Training(*mode)
     other.step(2)  # other weights and moments: all must be replaced
-    checkpoint.load(folder, other.models.weights, other.optimizer, other.average)
+    saved_checkpoint.load(folder, other.models.weights, other.optimizer, other.average)
     for training in (whole, other):
         assert math.isfinite(training.step(1)[0]["loss"])
     for one, two in zip(whole.everything(), other.everything(), strict=True):

@@ -158,7 +158,7 @@ class Wandb:
         self.inits, self.logs, self.finished = [], [], 0
 
     def init(self, **how):
-        self.inits.append(how)
+        self.inits.append(how | {"words": list(sys.argv)})  # the package keeps the command line
         return self
 
     def log(self, values, step):
@@ -190,11 +190,26 @@ def test_wandb_gets_metrics_and_pictures_and_goes_on(tmp_path, monkeypatch):
         Tracker(tmp_path / "tensorboard", 0, "project")
 
 
+def test_wandb_gets_no_secret_of_an_address(tmp_path, monkeypatch):
+    stand_in = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    words = ["train", "--data.source=https://me:hunter2hunter2@host/p.parquet?token=4711"]
+    monkeypatch.setattr(sys, "argv", words)
+    config = {"data": {"source": words[1].partition("=")[2]}}
+    Tracker(tmp_path / "tensorboard", 0, "project", config).close()
+    (how,) = stand_in.inits
+    assert how["config"]["data"]["source"] == "https://***@host/p.parquet?token=***" and how["words"][0] == "train"
+    assert how["words"][1] == "--data.source=https://***@host/p.parquet?token=***" and sys.argv is words
+
+
 def test_real_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    tracker = Tracker(tmp_path / "tensorboard", 0, "project", {"seed": 3})
+    source = "https://me:hunter2hunter2@host/p.parquet"
+    monkeypatch.setattr(sys, "argv", ["train", f"--data.source={source}"])
+    tracker = Tracker(tmp_path / "tensorboard", 0, "project", {"seed": 3, "source": source})
     tracker.picture(1, np.zeros((4, 4, 3), np.uint8))
     tracker.write(1, {"loss": 0.5})
     tracker.close()
     assert list(Path(tmp_path).glob("wandb/offline-run-*/*.wandb"))
+    assert not [p for p in Path(tmp_path).rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()]

@@ -19,6 +19,7 @@ from inpo_fast.models.files.safetensors_header import FLOAT8, SafetensorsFile, r
 from inpo_fast.models.unet import UNet
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError, one_line, shortened
+from inpo_fast.runtime.files import json_or_none
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,11 @@ def _find_model(key: str, place: str, single_file_config: str | None) -> ModelFi
     path = path_or_id(key, place)
     if path is not None and path.is_file():
         return _find_file(key, place, path, single_file_config)
+    if single_file_config is not None:
+        raise UserError(
+            f"{_configuration_option(key)}={single_file_config} is for a base in one file, and {place} is none; leave "
+            "it out"
+        )
     hub = None
     if path is None:
         hub = HubModel(key, place)
@@ -100,7 +106,7 @@ def _find_file(key: str, place: str, path: Path, single_file_config: str | None)
             f"{key}: {place} holds a UNet and no {' and no '.join(lacks)}; give it as models.init (or --model), and as "
             f"{key} a whole model that it was made from"
         )
-    option = "--single-file-config" if key.startswith("--") else "models.single_file_config"
+    option = _configuration_option(key)
     width = single_file.shape_of_unet(file)["text"]
     if single_file_config is None:
         if width not in CONFIGURATIONS:
@@ -127,7 +133,7 @@ def _find_file(key: str, place: str, path: Path, single_file_config: str | None)
     alignable.check_index(option, str(folder), index)
     found = ModelFiles(key, place, folder, index, {}, {}, {}, [], file=file)
     said = single_file.said_prediction(file)
-    scheduler = recognise.json_or_none(folder / "scheduler" / "scheduler_config.json") or {}
+    scheduler = json_or_none(folder / "scheduler" / "scheduler_config.json") or {}
     kind = scheduler.get("prediction_type", "epsilon")
     if said is None and (width == 1024 or kind != "epsilon"):  # files of SD 2.x seldom say it
         warn_once(
@@ -139,6 +145,10 @@ def _find_file(key: str, place: str, path: Path, single_file_config: str | None)
             single_file_config,
         )
     return _configured(found, said or {})
+
+
+def _configuration_option(key: str) -> str:
+    return "--single-file-config" if key.startswith("--") else "models.single_file_config"
 
 
 def check_unet_file(key: str, file: SafetensorsFile) -> None:

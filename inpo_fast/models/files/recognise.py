@@ -6,11 +6,11 @@ diffusers (`loaders/single_file_utils.py` tells files apart by the same marks) a
 `model_detection.py` and `supported_models.py`).
 """
 
-import json
 import re
 from pathlib import Path
 
 from inpo_fast.models.files.safetensors_header import FLOATS, SafetensorsFile
+from inpo_fast.runtime.files import json_or_none
 
 # ---- files: the first line that is found among the names says what the file is -------------------------------------
 ADAPTERS = (  # they belong beside a model
@@ -215,11 +215,3 @@ def folder_without_index(folder: Path) -> str:
             "whole model, download it again"
         )
     return "holds no model_index.json: it is no diffusers folder"
-
-
-def json_or_none(path: Path) -> dict | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
