@@ -16,6 +16,7 @@ from inpo_fast.runtime.watch import Watch, exchange
 
 # of torch's own: longer than anything that is waited for. Who keeps the others waiting is found by watch.py
 NEVER = timedelta(days=7)
+JOIN = 10.0  # minutes that a process waits at least for the others to start
 BUCKET = 64 * 2**20  # elements per reduction
 
 
@@ -35,9 +36,17 @@ def start(patience_minutes: float = 30) -> tuple[int, int, torch.device]:
     if world > 1 and not dist.is_initialized():
         # gloo beside NCCL: checkpoints and messages between hosts do not go through the GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=max(10.0, 2 * patience_minutes))
-        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
-        name = _round(store, rank, world, timeout)
+        timeout = timedelta(minutes=max(JOIN, 2 * patience_minutes))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+            name = _round(store, rank, world, timeout)
+        except dist.DistError as problem:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            missed = f"process 0 at {where}" if rank else f"the other processes at {where}"
+            raise UserError(
+                f"process {rank} of {world} did not meet {missed} within {timeout} ({type(problem).__name__}); start all "
+                "of them, and look at what they said"
+            ) from problem
         own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
         watch.CURRENT = Watch(dist.PrefixStore(f"{name}/watch", own), rank, world, 60 * patience_minutes)
         if not _agent_holds_store():

@@ -152,7 +152,9 @@ def test_killed_anywhere_in_a_life(lives, processes, kills):
         number += 1
         running = begin(lives, name, number, processes)
         time.sleep(draw.uniform(0.05, life))
-        victims = [draw.choice(running)] if processes > 1 and draw.random() < 0.5 else running
+        # before they have joined, one waits for the other as long as for one that is started late
+        one = processes > 1 and draw.random() < 0.5 and out.exists()
+        victims = [draw.choice(running)] if one else running
         before = [process.poll() for process in victims]
         for process in victims:
             if process.poll() is None:

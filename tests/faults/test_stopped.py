@@ -164,3 +164,24 @@ def test_long_work_is_told_from_a_hang(world, moves):
         if busy.poll() is None:
             busy.send_signal(signal.SIGKILL)
             busy.wait()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_other_one_never_starts(world, rank):
+    """Where torchrun is not there to say so."""
+    words = ["--config", str(world / "tiny.yaml"), "--output", str(world / "alone")]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    process = Forked(world / f"alone-{rank}", run_impatiently, *words, RANK=f"{rank}", **meeting)
+    assert process.wait(timeout=60) == 2
+    (line,) = process.complaints.read_text().splitlines()[-1:]
+    assert re.match(
+        r"inpo_fast\.train: (processes 1 of 2 did not start|process 1 of 2 found no process 0 at 127.*) within 0:00:0",
+        line,
+    ), line
+
+
+def run_impatiently(*words: str) -> None:
+    from inpo_fast.runtime import distributed
+
+    distributed.JOIN = 0.05
+    run_training(*words)
