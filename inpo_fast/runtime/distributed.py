@@ -44,8 +44,8 @@ def start(patience_minutes: float = 30) -> tuple[int, int, torch.device]:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             missed = f"process 0 at {where}" if rank else f"the other processes at {where}"
             raise UserError(
-                f"process {rank} of {world} did not meet {missed} within {timeout} ({type(problem).__name__}); start all "
-                "of them, and look at what they said"
+                f"process {rank} of {world} did not meet {missed} within {timeout} ({type(problem).__name__}); "
+                "start all of them, and look at what they said"
             ) from problem
         own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
         watch.CURRENT = Watch(dist.PrefixStore(f"{name}/watch", own), rank, world, 60 * patience_minutes)
