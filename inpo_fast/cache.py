@@ -29,7 +29,7 @@ def main() -> None:
     from inpo_fast.runtime import distributed
 
     quiet_libraries()
-    rank, world, device = distributed.start()
+    rank, world, device = distributed.start(config.train.patience_minutes)
     console = Console()
     folder = Path(config.data.cache)
     try:

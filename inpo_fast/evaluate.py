@@ -67,7 +67,7 @@ def main() -> None:
     for text in (place, *(split_name(text)[1] for text in own.model)):
         keep_secrets_of(text or "")
     try:
-        rank, _, device = distributed.start()
+        rank, _, device = distributed.start(config.train.patience_minutes)
         if len(own.model) > 1 or how.judges or own.limit:
             comparison = open_comparison(named_models(place, own.model), how, own.limit, device)
             base = open_base(key, place, DTYPES[models.precision], single_file_config, "models.vae", models.vae)

@@ -44,6 +44,7 @@ def accused(watches, waiting: list[int], beating: list[int]) -> str:
     """Some processes wait in an exchange, some have threads that still run; what the first that waits says."""
     for rank in waiting:
         watches[rank].enter("gradients")
+        watches[rank]._beat()
     for rank in beating:
         watches[rank].begin()
     first = watches[waiting[0]]
