@@ -6,6 +6,7 @@ judges). An interrupted relabelling goes on at the first part that is missing.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +135,8 @@ def _start(folder: Path, about: dict, output: Path) -> None:
     notes = folder / "about.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not notes.exists() and any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
+        ours = re.compile(r"\d{6}\.parquet|scores|about\.json|\.tmp-.*")
+        if not all(ours.fullmatch(path.name) for path in folder.iterdir()):
             raise UserError(f"{folder} holds other things than a relabelling's; move it away, or name another --output")
         if notes.exists() and json.loads(read_text(notes)) != about:
             raise UserError(

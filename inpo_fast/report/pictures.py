@@ -14,7 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from inpo_fast.comparison.evaluation import Gallery
 from inpo_fast.comparison.picture_store import read_picture
+from inpo_fast.data.images import open_image
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import open_regular
 
 MARK = ("Software", "inpo-fast")  # a PNG's own word for what wrote it
 SHEET = 12  # comparisons on a contact sheet
@@ -164,7 +166,7 @@ def _png(image: Image.Image) -> bytes:
 def is_sheet(path: Path) -> bool:
     """Whether a file is a picture that this project wrote."""
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            return picture.info.get(MARK[0]) == MARK[1]
-    except (OSError, SyntaxError, ValueError):
+        with open_regular(path) as file:
+            return open_image(file).info.get(MARK[0]) == MARK[1]
+    except Exception:  # Pillow raises anything of damaged bytes
         return False

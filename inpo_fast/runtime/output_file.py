@@ -14,8 +14,6 @@ def check_output(
 ) -> None:
     """UserError before anything is done. inputs: what the command reads, by the option that names it; links are
     followed. is_ours: of a file that is there, whether the command may replace it without a word."""
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file")
     solid = output.resolve()
     for option, named in inputs.items():
         place = None if named is None else Path(named).expanduser()

@@ -177,7 +177,7 @@ def _is_digest(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    said = "unknown" if value is None else str(value)
+    said = str(value)
     return said if len(said) <= 200 else f"{said[:200]}…"
 
 

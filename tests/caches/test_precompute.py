@@ -290,7 +290,7 @@ def test_another_configuration_is_refused(source, tmp_path):
     for name, resolution, seed in (("seed", 32, 4), ("resolution", 64, 3)):
         with pytest.raises(UserError, match=rf"made for something else \({name} is"):
             open_latent_cache(models, config.data, resolution, seed)
-    with pytest.raises(UserError, match=r"what data\.filters keep or weigh is unknown there"):
+    with pytest.raises(UserError, match=r"what data\.filters keep or weigh is None there"):
         open_latent_cache(models, replace(config.data, filters=FilterConfig(weights={"red": 2.0})), 32, 3)
     same = replace(
         config.data, format="parquet", workers=7, prefetch_mb=1, cache_mb=5, bad_pair_limit=0.5

@@ -183,14 +183,18 @@ def test_a_second_ctrl_c_leaves_at_once(world):
     out = world / "twice"
     words = ["--config", str(world / "tiny.yaml"), "--output", str(out)]
     process = Forked(out, stuck, *words)
-    while not (out / "stuck").exists():
-        assert process.poll() is None, process.complaints.read_text()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == INTERRUPTED
+    try:
+        while not (out / "stuck").exists():
+            assert process.poll() is None, process.complaints.read_text()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == INTERRUPTED
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
     assert process.complaints.read_text().strip().splitlines() == [
         "stopping after this step, with a checkpoint; Ctrl-C again leaves at once",
         "inpo_fast.train: left at once; continue with --resume",

@@ -218,3 +218,13 @@ def test_scores_that_cost_something_are_not_lost_within_a_part(tmp_path, monkeyp
     judge = Paid()
     run(path, [judge], tmp_path / "l.parquet")
     assert judge.asked <= 14 - 8
+
+
+def test_parts_among_other_things_are_refused(tmp_path):
+    """The folder of the parts is removed in the end: nothing of somebody else may be in it."""
+    folder = tmp_path / ".l.parquet.parts"
+    folder.mkdir()
+    (folder / "mine.parquet").write_text("mine")
+    with pytest.raises(UserError, match=r"\.l\.parquet\.parts holds other things"):
+        relabelling._start(folder, {}, tmp_path / "l.parquet")
+    assert (folder / "mine.parquet").read_text() == "mine"

@@ -40,7 +40,6 @@ def test_relabel_does_not_replace_its_source(tmp_path, capsys):
         (source.parent, source.parent / "labels.parquet", "would be read as a part of --source"),
         (source.parent / "*.parquet", source.parent / "labels.parquet", "would be read as a part of --source"),
         (source, tmp_path / "other.parquet", "holds no labels of python -m inpo_fast.relabel"),
-        (source, tmp_path, "is a folder; name a file"),
     ):
         assert words in refused(capsys, "inpo_fast.relabel", "--source", given, "--output", output, *judge)
     assert source.read_bytes() == before == (tmp_path / "other.parquet").read_bytes()
@@ -67,14 +66,14 @@ def test_export_does_not_replace_what_it_reads(tmp_path, capsys):
 
 
 def test_a_sheet_replaces_sheets_alone(tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "prompts.png").write_text("a red circle\n")
     Image.new("RGB", (4, 4)).save(tmp_path / "holiday.png")
-    words = ("--base", ASSETS / "model", "--model", ASSETS / "model", "--prompts", tmp_path / "prompts.txt")
+    words = ("--base", ASSETS / "model", "--model", ASSETS / "model", "--prompts", tmp_path / "prompts.png")
     photo = tmp_path / "holiday.png"
     assert "is there already; --overwrite" in refused(capsys, "inpo_fast.sample", *words, "--output", photo)
-    taken = ("--output", tmp_path / "prompts.txt", "--overwrite")
+    taken = ("--output", tmp_path / "prompts.png", "--overwrite")
     assert "is --prompts" in refused(capsys, "inpo_fast.sample", *words, *taken)
-    assert not is_sheet(tmp_path / "holiday.png") and not is_sheet(tmp_path / "prompts.txt")
+    assert not is_sheet(tmp_path / "holiday.png") and not is_sheet(tmp_path / "prompts.png")
     from inpo_fast.report.pictures import _png
 
     (tmp_path / "sheet.png").write_bytes(_png(Image.new("RGB", (4, 4))))

@@ -215,7 +215,7 @@ def test_a_folder_serves_one_identity(folder):
     for other, words in (
         ({**IDENTITY, "steps": 5}, "steps is 3 there, 5 here"),
         ({**IDENTITY, "latent": (4, 3)}, r"latent is \[4, 2\] there, \[4, 3\] here"),
-        ({**IDENTITY, "tau_norm": "rms"}, "tau_norm is unknown there, rms here"),
+        ({**IDENTITY, "tau_norm": "rms"}, "tau_norm is None there, rms here"),
         ({"holds": "numbers", "steps": 4}, r"steps is 3 there, 4 here; latent is \[4, 2\] there, None here"),
     ):
         with pytest.raises(UserError, match=f"cache was made for something else .{words}.; name another folder"):
