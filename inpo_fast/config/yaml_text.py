@@ -51,7 +51,6 @@ def _mapping(loader: Loader, node: yaml.MappingNode, deep: bool = False) -> dict
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-Loader.construct_mapping = _mapping
 Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _mapping(loader, node))
 
 

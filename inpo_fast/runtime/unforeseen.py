@@ -50,7 +50,7 @@ def _write(program: str, problem: BaseException) -> Path | None:
     try:
         handle, name = tempfile.mkstemp(prefix="inpo-fast-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(masked(text))
+            file.write(text)
     except OSError:
         return None
     return Path(name)

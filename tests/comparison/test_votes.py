@@ -324,14 +324,18 @@ def test_one_page_at_a_time_for_an_output(evaluation, tmp_path):
     words = ("--pictures", evaluation, "--output", output, "--port", "0")
     with vote_command(*words) as first:
         assert "0 of 6 pairs have a vote. Open http" in first.stdout.readline()
-        said, problem = vote_command(*words).communicate()
+        with vote_command(*words) as second:
+            try:
+                said, problem = second.communicate(timeout=60)
+            finally:
+                second.kill()
+                first.terminate()
         assert problem.startswith(
             f"python -m inpo_fast.vote: {output}: another run is writing there (pid {first.pid} on"
         )
         assert problem.count("\n") == 1 and not said
         other = Votes(cases_of_evaluation(evaluation, (), 0), output.with_name("w.parquet"))  # beside it is free
         other.close()
-        first.terminate()
     Votes(cases_of_evaluation(evaluation, (), 0), output).close()  # and the lock went with the process
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from inpo_fast.config import RunConfig, parse, to_yaml
 from inpo_fast.config.limits import LIMITS
-from inpo_fast.config.values import leaves
+from inpo_fast.config.values import leaves, quoted
 from inpo_fast.config.yaml_text import read_yaml, to_text
 from inpo_fast.runtime.errors import UserError
 
@@ -176,6 +176,18 @@ def test_a_value_is_quoted_shortly_even_where_it_grows_without_end(tmp_path):
     said = refused("--config", str(tmp_path / "mine.yaml"))  # the first unknown key
     (tmp_path / "mine.yaml").write_text(f"optim: {{betas: {'[' * 50}{']' * 50}}}\n")
     assert len(said) < 300 and len(refused("--config", str(tmp_path / "mine.yaml"))) < 300
+
+
+def test_only_the_beginning_of_a_list_is_looked_at():
+    """A recipe of a few lines can hold, by its anchors, more than any memory."""
+    asked = []
+
+    class Loud:
+        def __repr__(self):
+            asked.append(self)
+            return "loud"
+
+    assert quoted([[Loud()] * 1000] * 1000).startswith("[[loud, loud") and len(asked) < 200
 
 
 @pytest.mark.parametrize(

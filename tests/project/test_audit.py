@@ -25,6 +25,7 @@ def answers(change):
     """What stands in for pip-audit: every version is known and good, but for what `change` makes of it."""
 
     def ask(part, service):
+        assert not any("+" in version for _, version in part)  # no index has 1.2+cpu
         known = [{"name": name, "version": version, "vulns": []} for name, version in part]
         return SimpleNamespace(stdout=json.dumps({"dependencies": [change(one) for one in known]}), stderr="")
 

@@ -113,12 +113,12 @@ def test_what_the_system_refuses_is_named_by_its_option(tmp_path):
     assert done.returncode == 2 and "File name too long" in done.stderr and len(done.stderr) < 300
 
 
-@pytest.mark.parametrize("kind", [whole(), seed, number(above=0), number(least=0)])
-@pytest.mark.parametrize("text", ["-1", "nan", "inf", "1e400", "1" + "0" * 30, "text", "", "9" * 5000])
+@pytest.mark.parametrize("kind", [whole(), seed, number(above=0), number(least=0), number()])
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e400", "1" + "0" * 30, "text", "", "9" * 5000])
 def test_numbers_of_options(kind, text):
     parser = command_line("tried", "about")
     parser.add_argument("--n", type=kind)
-    with pytest.raises(UserError, match=r"argument --n: .*must be a"):
+    with pytest.raises(UserError, match=r"argument --n: (.*must be a|is empty)"):
         parser.parse_args([f"--n={text}"])
 
 
