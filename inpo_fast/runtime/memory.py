@@ -102,13 +102,15 @@ class fits:
 
 def with_less(work: Callable[[], T], lower: Callable[[str, int], None]) -> T:
     """work(), again after lower(key, half of what was too much) where memory does not suffice. TooLarge at 1."""
+    tried: dict[str, int] = {}
     while True:
         try:
             return work()
         except TooLarge as problem:
-            if problem.size == 1:
-                raise
             key, size = problem.key, problem.size
+            if size == 1 or size >= tried.get(key, size + 1):  # or who works does not ask: it would never end
+                raise
+            tried[key] = size
         if torch.cuda.is_available():  # only out here: until now the traceback kept all alive that did not fit
             torch.cuda.empty_cache()
         lower(key, size // 2)

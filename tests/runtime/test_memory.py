@@ -195,6 +195,17 @@ def test_what_did_not_fit_is_given_back_before_less_is_tried():
     assert with_less(work, lower) == 2 and sizes == [8, 4, 2]
 
 
+def test_less_that_nobody_asks_for_is_no_endless_loop():
+    def work():
+        with fits("train.micro_batch", 4):
+            full()
+
+    told = []
+    with pytest.raises(TooLarge):
+        with_less(work, lambda key, size: told.append(size))
+    assert told == [2]
+
+
 def test_not_even_one():
     def work():
         with fits("data.vae_batch", 1):
