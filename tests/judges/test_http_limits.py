@@ -247,8 +247,9 @@ def test_an_unclear_answer_is_kept_too(tmp_path, serve):
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("header", ["86400", "1e999", "nan", "-5", "soon", formatdate(time.time() + 9999), "99" * 400])
+@pytest.mark.parametrize("header", ["86400", "1e999", "nan", "-5", "soon", "a date", "99" * 400])
 def test_a_server_may_ask_for_a_wait_but_not_for_ever(tmp_path, serve, header):
+    header = formatdate(time.time() + 9999) if header == "a date" else header
     port, asked = serve(replying(b"busy", f"Retry-After: {header}\r\n", "429 Too Many"))
     begun = time.monotonic()
     with pytest.raises(UserError, match="HTTP 429 Too Many: busy"):
