@@ -27,6 +27,17 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A command that was run in this process as if it were its own still answers the signals when it has ended."""
+    yield
+    from inpo_fast.runtime import signals
+
+    while (command := signals.CURRENT) is not None:
+        command.stays = False
+        command.__exit__(None, None, None)
+
+
 def pytest_report_header():
     return interpreter.BROKEN or None
 

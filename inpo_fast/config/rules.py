@@ -157,7 +157,5 @@ def _check_cache(config: RunConfig) -> None:
     for good, key, reason in rules:
         if not good:
             raise UserError(f"{where} keeps the reference's outputs along its trajectories, and {key} {reason}")
-    if not how.cache:
-        raise UserError("inversion.cache is empty; name a folder, or null for none")
     if config.output is not None and Path(how.cache).resolve() == Path(config.output).resolve():
         raise UserError(f"{where} is the run's own output folder; name another one")

@@ -286,7 +286,7 @@ def test_a_trained_cell_its_control_and_their_table(tmp_path, monkeypatch):
     text = write(tmp_path, made, tiny, "tiny")
     header, _, *rows = text.strip().splitlines()
     assert len(rows) == 2 and all(row.count("|") == header.count("|") for row in rows)
-    assert "0.500 [0.500, 0.500]" in rows[1] and "prompts only" in rows[1]
+    assert "0.500 [no interval]" in rows[1] and "prompts only" in rows[1]
     assert "<svg" in (tmp_path / "plot.svg").read_text() and json.dumps(made)
 
 

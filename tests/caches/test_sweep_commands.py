@@ -116,7 +116,7 @@ REFUSED = [
     (["--method=sft"], "method=sft has no inversion"),
     (["--inversion.grid=spread"], "these grids can be cached: exact (source), snap (source), snap (target), diff"),
     (["--inversion.frozen=true", "--inversion.cache=null"], "inversion.frozen=true needs inversion.cache"),
-    (["--inversion.cache="], "inversion.cache is empty; name a folder"),
+    (["--inversion.cache="], "inversion.cache is empty; give it a value"),
     (["--inversion.cache={output}"], "is the run's own output folder"),
     (["--inversion.cache={output}/../refused/"], "is the run's own output folder"),
 ]
