@@ -67,6 +67,7 @@ BESIDE = {
 }
 # a large number that is right takes long: of options it is left out, of keys it is planned only
 LASTS = (
+    "data.resolution",
     "--seeds",
     "--windows",
     "--pairs",
