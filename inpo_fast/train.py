@@ -7,6 +7,7 @@ Writes the run's folder: checkpoints, the model, its card, the evaluation, a rep
 
 import errno
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,11 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)])
     quiet_libraries()
     if config.train.threads:
+        most = max(64, 4 * (os.cpu_count() or 1))  # OpenMP ends the process where the system gives no more threads
+        if config.train.threads > most:
+            raise UserError(
+                f"train.threads={config.train.threads}: at most {most} on this machine's {os.cpu_count()} CPUs"
+            )
         torch.set_num_threads(config.train.threads)
     rank, world, device = distributed.start(config.train.patience_minutes)
     console, run = Console(), None

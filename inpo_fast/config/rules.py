@@ -1,5 +1,6 @@
 """What a configuration may not be: everything that can be refused before a model is loaded."""
 
+import os
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def _check_outputs(settings: dict[str, object]) -> None:
     """What a run writes lies on this machine: as a path `s3://bucket/run` would be a folder `s3:` here."""
     for key in OUTPUTS:
         value = settings[key]
+        if isinstance(value, str) and os.path.realpath(value) == "/":
+            raise UserError(f"{key}={value} is the root of all folders; name one of its own")
         if isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]+:/", value):
             raise UserError(
                 f"{key}={value} is an address, and what is written lies on this machine; name a folder here"

@@ -34,10 +34,8 @@ def number(*, above: float | None = None, least: float | None = None, most: floa
         low = above is None or found > above
         low = low and (least is None or found >= least)
         if not (math.isfinite(found) and low and found <= most):
-            limits = (
-                f"above {above:g}" if above is not None else f"at least {least:g}" if least is not None else "finite"
-            )
-            raise argparse.ArgumentTypeError(f"{text}: must be a number {limits}, at most {most:g}")
+            limits = f" above {above:g}" if above is not None else "" if least is None else f" of at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{text}: must be a finite number{limits}, at most {most:g}")
         return found
 
     return read

@@ -17,12 +17,16 @@ def check_file(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
     _check_address(option, path)
     if not path.name or _is_folder(option, path):
         raise UserError(f"{option} {path} is a folder; name a file")
+    if path.exists() and not path.is_file():  # what is written is renamed onto it, in the device's place
+        raise UserError(f"{option} {path} is a device or a pipe; name a file")
     _check_place(option, path, path.absolute().parent)
 
 
 def check_folder(option: str, path: Path) -> None:
     """UserError where no folder of this name can be written in. Writes nothing that stays."""
     _check_address(option, path)
+    if path.resolve() == Path("/"):
+        raise UserError(f"{option} {path} is the root of all folders; name one of its own")
     _check_place(option, path, path.absolute())
 
 

@@ -3,7 +3,8 @@
 Which there are is asked of the commands' own parsers and of the configuration's dataclasses. Each execution is a valid
 tiny command with one value in the place of another, in a process of its own (forked with the imports done). Good are
 exit status 0 (validate: 1 too), and exit status 2 with exactly one line on stderr; anything else is a finding: a
-traceback, several lines, a value quoted at length, a signal, or no end within a time limit. Exit status 1 of this
+traceback, several lines, a value quoted at length, a signal, or no end within a time limit. No value leads out of the
+temporary world but for what is only read (OUTSIDE, READ). Exit status 1 of this
 program: there was one. --accepted lists the odd values that were taken, to be looked at by a person.
 """
 
@@ -66,6 +67,7 @@ BESIDE = {
 }
 # a large number that is right takes long: of options it is left out, of keys it is planned only
 LASTS = (
+    "data.resolution",
     "--seeds",
     "--windows",
     "--pairs",
@@ -132,13 +134,19 @@ def odd_numbers() -> list[str]:
 
 def odd_words() -> list[str]:
     yaml = ["null", "no", "[]", "[1, 2]", "{}", "{a: 1}", "{a: 1, a: 2}", "[[", "a: b: c", "!!python/none", "~"]
-    odd = ["größer-😀", "two\nlines", "\x1b[31mred", "\udcff", "-", "--", "../..", "x" * 300, LONG, "y" * 5000]
+    odd = ["größer-😀", "two\nlines", "\x1b[31mred", "\udcff", "-", "--", "x" * 300, LONG, "y" * 5000]
     return ["", " ", "text", *yaml, *odd]
+
+
+# never for what is written: a run in the root, or a file renamed onto a device, would stay there
+OUTSIDE = ("/", "/dev/null", "../..", "/proc/nothing")
+READ = ("models.base", "models.init", "models.vae", "data.source", "data.images", "data.labels", "evaluate.prompts")
+READ += ("--base", "--model", "--source", "--images", "--prompts", "--pictures", "--lora", "--single-file-config")
 
 
 def odd_places() -> list[str]:
     return ["folder", "file.txt", "empty", "noise.safetensors", "missing", "missing/deep/er", "file.txt/inside",
-            "model", "pairs.parquet", "prompts.txt", "/dev/null", "/", "locked/inside", "/proc/nothing",
+            "model", "pairs.parquet", "prompts.txt", "locked/inside",
             "http://127.0.0.1:9/x", "http://", "s3://", "file:///nowhere", "no-such-protocol://x", "owner/name",
             "d/" * 150 + "x", "z" * 256]  # fmt: skip
 
@@ -239,7 +247,7 @@ def cases_of_options(command: str) -> Iterator[Case]:
         elif action.choices:
             values = odd_words()
         else:
-            values = [*odd_words(), *odd_places(), "7"]
+            values = [*odd_words(), *odd_places(), "7", *(OUTSIDE if option in READ else ())]
         for value in values:
             pair = [option, value] if not value.startswith("-") else [f"{option}={value}"]
             many = pair if action.nargs is None else [option, value, value]
@@ -252,7 +260,7 @@ def cases_of_keys(command: str) -> Iterator[Case]:
         beside = [word for name, words in BESIDE.items() if key.startswith(name) for word in words]
         beside = [word for word in beside if not word.startswith(f"--{key}=")]
         beside += ["--dry_run=true"] if key in LASTS else []
-        for value in values_of_key(kind):
+        for value in [*values_of_key(kind), *(OUTSIDE if key in READ else ())]:
             words = [*words_with(given, "--output" if key == "output" else "", []), *beside, f"--{key}={value}"]
             yield Case(command, key, value, tuple(words))
 

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from faults.command_lines import COMMANDS, LONG, all_cases, in_a_world
+from faults.command_lines import COMMANDS, LONG, READ, all_cases, in_a_world
 from tiny_runs import Forked
 
 SHORT = 40  # executions, spread over all commands
@@ -25,6 +25,13 @@ def test_every_command_and_most_keys_are_tried():
     assert len({case.key for case in cases if case.command == "train"}) > 150 and len(cases) > 5000
     for option in ("--steps", "--seeds", "--batch", "--output", "--prompts"):
         assert sum(case.key == option for case in cases if case.command == "sample") > 20
+
+
+def test_no_value_leads_out_of_the_world_but_for_what_is_read():
+    """As root, `--json=/dev/null` once put a file in the device's place, and `--output=/` a run into the root."""
+    for case in all_cases(list(COMMANDS)):
+        if case.key and case.key not in READ:
+            assert not case.value.startswith("/") and ".." not in case.value.split("/"), case
 
 
 def test_odd_values(tmp_path):

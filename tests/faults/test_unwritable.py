@@ -48,6 +48,15 @@ def test_inside_a_file_and_of_a_name_that_cannot_be(command, words, tmp_path, mo
 
 
 @pytest.mark.parametrize("key", ["output", "data.cache", "inversion.cache"])
+def test_what_a_run_writes_is_not_the_root_of_all_folders(key):
+    from inpo_fast.config import parse
+
+    for place in ("/", "/tmp/..", "//"):
+        with pytest.raises(UserError, match=f"{key}={place} is the root of all folders"):
+            parse("prog", [f"--{key}={place}", "--inversion.model=reference"])
+
+
+@pytest.mark.parametrize("key", ["output", "data.cache", "inversion.cache"])
 def test_what_a_run_writes_is_no_address(key):
     from inpo_fast.config import parse
 

@@ -1,5 +1,6 @@
 """What a user is told: one line, no long values, and nothing lost of what nobody foresaw."""
 
+import os
 import re
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def test_numbers_of_options(kind, text):
 def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     for check, path, told in [
         (check_file, tmp_path / "folder", "is a folder; name a file"),
         (check_file, Path(""), "is a folder; name a file"),
@@ -135,6 +137,10 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path):
         (check_folder, tmp_path / ("z" * 256), "File name too long"),
         (check_folder, Path("a/" * 3000), "File name too long"),
         (check_folder, Path("/proc/nothing"), "cannot be written"),
+        (check_folder, Path("/"), "is the root of all folders"),
+        (check_folder, Path("/tmp/.."), "is the root of all folders"),
+        (check_file, tmp_path / "pipe", "is a device or a pipe"),
+        (check_file, Path("/dev/null"), "is a device or a pipe"),
         (check_file, Path("s3://bucket/a.png"), "is an address"),
         (check_file, Path("http:/x/a.png"), "is an address"),
     ]:
@@ -145,4 +151,4 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     check_file("--output", tmp_path / "new" / "a.PNG", (".png",))
     check_folder("--output", tmp_path / "new" / "deeper")
     check_file("--output", tmp_path / "colon:ed" / "a.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "pipe"]
