@@ -11,7 +11,7 @@ import contextlib
 from pathlib import Path
 
 from inpo_fast.runtime.errors import UserError, run_command
-from inpo_fast.runtime.writable import check_folder
+from inpo_fast.runtime.outputs import check_folder
 
 
 def main() -> None:

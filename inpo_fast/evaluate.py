@@ -19,7 +19,7 @@ from inpo_fast.config import parse
 from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 from inpo_fast.runtime.files import json_or_none
-from inpo_fast.runtime.writable import check_folder
+from inpo_fast.runtime.outputs import check_folder
 
 WRITTEN = ("evaluation.json", "samples.png", "report.html", *(f"comparison.{end}" for end in ("json", "md", "html")))
 

@@ -10,8 +10,7 @@ in any program's names is written in kohya's or diffusers', alpha / rank inside,
 from pathlib import Path
 
 from inpo_fast.runtime.errors import UserError, command_line, run_command
-from inpo_fast.runtime.output_file import check_output
-from inpo_fast.runtime.writable import check_file
+from inpo_fast.runtime.outputs import check_file, check_free
 
 FORMATS = ("kohya", "kohya-diffusers", "diffusers")
 FORMAT_HELP = (
@@ -32,7 +31,7 @@ def main() -> None:
     if own.model is None and own.lora is None:
         raise UserError("nothing to export; name a diffusers folder with --model or a LoRA with --lora")
     check_file("--output", own.output, (".safetensors",))
-    check_output(own.output, own.overwrite, {"--model": own.model, "--lora": own.lora})
+    check_free(own.output, own.overwrite, {"--model": own.model, "--lora": own.lora})
     from inpo_fast.handover.single_file_export import export_lora, export_model
     from inpo_fast.models.loading import quiet_libraries
     from inpo_fast.models.models import DTYPES

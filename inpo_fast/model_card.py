@@ -8,7 +8,7 @@ Everything in it is read from the run's folder. It claims what evaluation.json s
 from pathlib import Path
 
 from inpo_fast.runtime.errors import UserError, command_line, run_command
-from inpo_fast.runtime.writable import check_folder
+from inpo_fast.runtime.outputs import check_folder
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from inpo_fast.config import parse
 from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
-from inpo_fast.runtime.writable import check_file
+from inpo_fast.runtime.outputs import check_file
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from inpo_fast.data.config import DataConfig, Format
 from inpo_fast.judges.registry import NAMES
 from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
-from inpo_fast.runtime.output_file import check_output
-from inpo_fast.runtime.writable import check_file
+from inpo_fast.runtime.outputs import check_file, check_free
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     if len(temperatures) != len(own.judge):
         raise UserError(f"--temperature {own.temperature}: give one, or one for each of {len(own.judge)} judges")
     check_file("--output", own.output, (".parquet",))
-    check_output(own.output, own.overwrite, {"--source": own.source})
+    check_free(own.output, own.overwrite, {"--source": own.source})
     config = DataConfig(source=own.source, format=own.format, images=own.images, workers=own.workers)
     from inpo_fast.data.identity import identity_of
     from inpo_fast.data.relabelled import check_replaceable, pair_ids

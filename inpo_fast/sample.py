@@ -9,8 +9,7 @@ from inpo_fast.data.text import unusable
 from inpo_fast.runtime.arguments import number, seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 from inpo_fast.runtime.files import read_text
-from inpo_fast.runtime.output_file import check_output
-from inpo_fast.runtime.writable import check_file
+from inpo_fast.runtime.outputs import check_file, check_free
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def main() -> None:
     from inpo_fast.runtime.files import write_bytes
 
     inputs = {"--prompts": own.prompts, "--base": own.base, "--model": own.model, "--vae": own.vae}
-    check_output(Path(own.output), own.overwrite, inputs, is_sheet)
+    check_free(Path(own.output), own.overwrite, inputs, is_sheet)
     quiet_libraries()
     _, _, device = distributed.start()
     pipeline = open_base("--base", own.base, DTYPES[own.precision], own.single_file_config, "--vae", own.vae).to(device)

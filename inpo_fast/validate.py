@@ -19,7 +19,7 @@ from inpo_fast.config import parse
 from inpo_fast.data.config import Format
 from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
-from inpo_fast.runtime.writable import check_file
+from inpo_fast.runtime.outputs import check_file
 
 PROGRAM = "python -m inpo_fast.validate"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from inpo_fast.runtime.arguments import seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
-from inpo_fast.runtime.writable import check_file
+from inpo_fast.runtime.outputs import check_file
 
 
 def main() -> None:

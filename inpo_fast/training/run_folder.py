@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +31,7 @@ from inpo_fast.runtime import lock, sealed_json
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import write_text
 from inpo_fast.runtime.masking import masked, masked_tree
+from inpo_fast.runtime.outputs import check_folder
 from inpo_fast.training import replaced_run, run_inputs, run_length
 from inpo_fast.training.saved_checkpoint import found, step_of
 
@@ -98,7 +98,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output {self.path} is a file; name a folder")
         lock.check(self.path)
-        self._check_writable()
+        check_folder("--output", self.path)  # before a model is loaded
         restored = "" if overwrite else self._restore()
         taken = replaced_run.there(self.path)
         if taken and not (resume or overwrite):
@@ -146,17 +146,6 @@ class RunFolder:
             )
         if not newest:
             self.notes.insert(0, f"--resume: {self.path} has no checkpoint to continue from; starting at step 0")
-
-    def _check_writable(self) -> None:
-        """Before a model is loaded: the nearest folder that exists must take a file."""
-        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
-        try:
-            with tempfile.TemporaryFile(dir=nearest):
-                pass
-        except OSError as problem:
-            raise UserError(
-                f"--output {self.path} cannot be written ({problem.strerror}); choose another folder or mend its rights"
-            ) from problem
 
     def _check_same_recipe(self) -> dict:
         """The run's settings before, keys joined by dots."""

@@ -13,7 +13,7 @@ from inpo_fast.evaluate import check_unlike_ours
 from inpo_fast.pocket import ASSETS, build
 from inpo_fast.report.pictures import MARK, is_sheet
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.output_file import check_output
+from inpo_fast.runtime.outputs import check_free
 
 
 def refused(capsys, module: str, *words: object) -> str:
@@ -78,7 +78,7 @@ def test_a_sheet_replaces_sheets_alone(tmp_path, capsys):
 
     (tmp_path / "sheet.png").write_bytes(_png(Image.new("RGB", (4, 4))))
     assert is_sheet(tmp_path / "sheet.png") and MARK[1] == "inpo-fast"
-    check_output(tmp_path / "sheet.png", False, {}, is_sheet)
+    check_free(tmp_path / "sheet.png", False, {}, is_sheet)
 
 
 @pytest.mark.parametrize("name", ["report.html", "evaluation.json", "samples.png", "comparison.md"])
@@ -136,9 +136,9 @@ def test_the_pocket_world_is_replaced_once_it_is_built(tmp_path, capsys, monkeyp
 
 
 def test_an_input_that_is_a_hub_id_or_not_there_is_no_place(tmp_path):
-    check_output(tmp_path / "a.png", False, {"--base": "owner/name", "--vae": None})
+    check_free(tmp_path / "a.png", False, {"--base": "owner/name", "--vae": None})
     (tmp_path / "model").mkdir()
-    check_output(tmp_path / "model" / "new.safetensors", False, {"--model": tmp_path / "model"})
+    check_free(tmp_path / "model" / "new.safetensors", False, {"--model": tmp_path / "model"})
     with pytest.raises(UserError, match=r"a\.png is there already"):
         (tmp_path / "a.png").write_text("")
-        check_output(tmp_path / "a.png", False, {})
+        check_free(tmp_path / "a.png", False, {})

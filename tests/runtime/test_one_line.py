@@ -11,7 +11,7 @@ import pytest
 from inpo_fast.runtime import errors
 from inpo_fast.runtime.arguments import number, seed, whole
 from inpo_fast.runtime.errors import UserError, command_line, one_line, shortened
-from inpo_fast.runtime.writable import check_file, check_folder
+from inpo_fast.runtime.outputs import check_file, check_folder
 
 PROGRAM = """
 import sys
