@@ -42,13 +42,13 @@ def _opened(settings: ModelsConfig):
     return pipeline, pipeline.unet
 
 
-def models_of(world, base: str = "sd", precision: str = "fp32", rank: int = 0) -> Models:
+def models_of(world, base: str = "sd", precision: str = "fp32", rank: int = 0, fast: str = "off") -> Models:
     """With a copy of the UNet of their own in a pipeline that is opened once: nothing else of it is trained."""
     settings = ModelsConfig(base=str(world / base), precision=precision, lora=LoraSettings(rank))
     pipeline, unet = _opened(settings)
     pipeline.unet = copy.deepcopy(unet)
     torch.manual_seed(0)  # an adapter starts from random numbers
-    return Models(pipeline, torch.device("cpu"), settings)
+    return Models(pipeline, torch.device("cpu"), replace(settings, fast=fast))
 
 
 def loader(world, seed: int, data: DataConfig, first: int, last: int):
@@ -85,9 +85,11 @@ class Outcome:
         return [values[name] for values in self.values]
 
 
-def run(world, cache=None, *, steps=STEPS, first=0, lr=1e-3, base="sd", precision="fp32", rank=0, **options) -> Outcome:
+def run(
+    world, cache=None, *, steps=STEPS, first=0, lr=1e-3, base="sd", precision="fp32", rank=0, fast="off", **options
+) -> Outcome:
     """What inpo_fast.train does from step `first` on."""
-    models = models_of(world, base, precision, rank)
+    models = models_of(world, base, precision, rank, fast)
     step_config = recipe_of(models, cache, **options)
     optimizer = make_optimizer(models.parameters(), OptimConfig(lr=lr))
     values, logits = [], []

@@ -70,6 +70,7 @@ class Models:
             self.denoiser.make_fast(network, self.fast, config.attention, config.cuda_graphs)
         # only now, as they lie in memory as the weights do
         self.zeros = zero_factors(self.adapters) if self.fast == "compiled" else None
+        self._without_adapters = False
         trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
         self.weights = MasterWeights(trained, masters, partition)
         if config.gradient_checkpointing:
@@ -125,9 +126,14 @@ class Models:
         with self._base_only() if who == "reference" and self.adapters else nullcontext():
             return self.denoiser.predict(self.network(who), x.to(self.dtype), time, arguments)
 
+    @contextmanager
     def inverting(self, who: Who, fp8: bool = False):
-        """A context for predictions that only move the inversion: they need not round as those of the loss do."""
-        return self.denoiser.inverting(self.network(who), fp8)
+        """A context for predictions that only move the inversion: they need not round as those of the loss do. Without
+        adapters to its end where the reference inverts: a step that is refined by a gradient goes backwards through
+        the prediction, and gradient checkpointing computes it again then."""
+        base_only = self._base_only() if who == "reference" and self.adapters else nullcontext()
+        with base_only, self.denoiser.inverting(self.network(who), fp8):
+            yield
 
     def network(self, who: Who) -> torch.nn.Module:
         return self.policy if who == "policy" else self.reference
@@ -135,6 +141,10 @@ class Models:
     @contextmanager
     def _base_only(self):
         """The adapters are off. Compiled, they stay in the graph and add zeros: another graph would round otherwise."""
+        if self._without_adapters:  # within another such block
+            yield
+            return
+        self._without_adapters = True
         if self.zeros is not None:
             trained = [factor.weight for factor, _ in self.zeros]
             for factor, zero in self.zeros:
@@ -151,6 +161,7 @@ class Models:
             else:
                 for layer in self.adapters:
                     layer.enable_adapters(True)
+            self._without_adapters = False
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

@@ -74,6 +74,13 @@ def test_a_frozen_step_is_the_policys_alone(world, tmp_path, policy_alone, base,
     assert other.each("loss")[0] == pytest.approx(math.log(2), abs=1e-4 if precision == "fp32" else 0.2)
 
 
+@pytest.mark.parametrize(("base", "precision"), [("sd", "fp32"), ("xl", "bf16")])
+def test_fused_it_starts_at_ln_2_too(world, tmp_path, base, precision):
+    """The UNet's output is channels_last there, what the cache keeps is not: sums would be rounded otherwise."""
+    cold = run(world, tmp_path, base=base, how=FROZEN, precision=precision, fast="fused", steps=1)
+    assert torch.equal(cold.logits[0], torch.zeros(PAIRS))
+
+
 @pytest.mark.parametrize("tau_norm", ["none", "rms"])
 def test_frozen_records_hold_what_a_plain_step_computes(world, tmp_path, tau_norm):
     """One pair at a time: the gradient of the plain recipe, whose t is put to the pair's own."""

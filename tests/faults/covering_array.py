@@ -72,12 +72,14 @@ def factors(place: Path) -> dict[str, dict[str, list[str]]]:
         "sharded": switch("--train.shard_states=true"),
         "estimator": {"ddim": []}
         | {"refined " + e: [f"--inversion.estimator={e}", "--inversion.refinements=2"] for e in more if e != "random"}
+        | {"refined at source": ["--inversion.estimator=renoise", "--inversion.refine_at=source"]}
         | {"random": ["--inversion.estimator=random"]},
         "grid": of("inversion.grid", get_args(Grid)),
         "evaluate_at": of("inversion.evaluate_at", get_args(EvaluateAt)),
         "inverted by": of("inversion.model", ["policy", "reference"]),
         "guidance": of("inversion.guidance", [0.0, 1.0, 2.5]),
         "eta": of("inversion.eta", [0.0, 0.1]),
+        "error_space": of("objective.error_space", ["noise", "velocity"]),
         "tau_norm": of("objective.tau_norm", ["none", "rms", "orthogonal"]),
         "winner_preserving": switch("--objective.winner_preserving=0.5"),
         "smoothing": of("objective.label_smoothing", [0.0, 0.1]),
@@ -201,9 +203,13 @@ def refused_pairs(known: Mapping[str, Mapping[str, list[str]]]) -> list[dict]:
                 if {(one, _kind(a)), (other, _kind(b))} in REFUSED_LATER:
                     raise UserError("once the model or the source is open")
             except UserError:
-                both = [{"operator": "eq", "left": name, "value": value} for name, value in ((one, a), (other, b))]
-                out.append({"operator": "not", "condition": {"operator": "and", "conditions": both}})
-    return out
+                out.append(_without({(one, a), (other, b)}))
+    return out + [_without(combination) for combination in REFUSED_LATER if len(combination) > 2]
+
+
+def _without(combination: set[tuple[str, str]]) -> dict:
+    together = [{"operator": "eq", "left": name, "value": value} for name, value in sorted(combination)]
+    return {"operator": "not", "condition": {"operator": "and", "conditions": together}}
 
 
 def _kind(value: str) -> str:
@@ -214,7 +220,14 @@ def _kind(value: str) -> str:
     return "v" if "-v" in name else "alone" if name in ("folder", "hpd", "webdataset") else name
 
 
-REFUSED_LATER = ({("base", "v"), ("estimator", "refined")}, {("source", "alone"), ("shuffle", "blocks")})
+REFUSED_LATER = (  # what only the open model or source can tell
+    {("base", "v"), ("estimator", "refined")},
+    {("base", "sd"), ("error_space", "velocity")},
+    {("base", "sdxl"), ("error_space", "velocity")},
+    {("source", "alone"), ("shuffle", "blocks")},
+    {("cache", "trajectories"), ("grid", "spread")},
+    {("cache", "trajectories"), ("grid", "exact"), ("evaluate_at", "target")},
+)
 
 
 def rows(known: Mapping[str, Mapping[str, list[str]]], strength: int, seed: int = 0) -> list[Row]:
@@ -265,7 +278,7 @@ def _refusal(place: Path, name: str, processes: int) -> str:
     for said in complaints(place, name, processes):
         lines = said.splitlines()
         ours = [line for line in lines if line.startswith("inpo_fast.")]
-        if "Traceback" in said or len(ours) > 1:
+        if "Traceback" in said or "a mistake of inpo_fast" in said or len(ours) > 1:
             return f"{place / name}: not one line: {' | '.join(lines[-6:])}"
         if ours:
             return f"refused: {ours[0]}"

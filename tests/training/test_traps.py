@@ -16,8 +16,9 @@ from tiny_world import one_level, save_pairs, tiny_pipeline, tiny_xl
 from inpo_fast.data.loader import DataConfig, PairLoader
 from inpo_fast.data.sources import open_source
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
-from inpo_fast.models.config import ModelsConfig
+from inpo_fast.models.config import LoraSettings, ModelsConfig
 from inpo_fast.models.models import Models
+from inpo_fast.training.noisy_latents import noisy_latents
 from inpo_fast.training.step import train_step
 from inpo_fast.training.step_batch import StepConfig, make_step_batch
 
@@ -69,3 +70,30 @@ def test_micro_batches_add_up(traced, tmp_path, fast):
     whole = gradient([items], 8, 16)
     for parts, micro_batch, batch in (([items], 2, 16), ([items], 2, 3), ([[item] for item in items], 1, 1)):
         assert (gradient(parts, micro_batch, batch) - whole).norm() < 1e-4 * whole.norm()
+
+
+def test_what_is_recomputed_has_no_adapter_either(tmp_path):
+    """A step of the inversion that is refined by a gradient goes backwards through the reference, an adapter switched
+    off; gradient checkpointing computes it again then, when it could be on again."""
+    source = open_source(save_pairs(tmp_path / "pairs.parquet", rows=6))
+    items = next(PairLoader(source, DataConfig(), resolution=32, seed=0, rank=0, world=1).steps(0, 1, 2))
+    found = []
+    for checkpointing in (False, True):
+        settings = ModelsConfig(base="x", lora=LoraSettings(2), gradient_checkpointing=checkpointing)
+        torch.manual_seed(0)
+        models = Models(one_level(tiny_pipeline()), torch.device("cpu"), settings)
+        with torch.no_grad():  # an adapter that does something
+            for p in models.parameters():
+                p.add_(0.1)
+        models.weights.refresh()
+        step_config = StepConfig(
+            method="inpo",
+            objective=ObjectiveConfig(beta=500.0),
+            inversion=InversionConfig(steps=3, batch=4, model="reference", estimator="gradient"),
+            micro_batch=2,
+            vae_sample=True,
+            seed=0,
+        )
+        batch = make_step_batch(items, models, step_config, models.encode_empty())
+        found.append(noisy_latents(batch, models, step_config)[0])
+    assert torch.equal(*found)
