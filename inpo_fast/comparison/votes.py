@@ -241,7 +241,7 @@ class Votes:
                 case = self.cases[number := shown[vote.pair]]
                 try:
                     pictures = case.pictures()
-                except (OSError, BadPair) as problem:
+                except (OSError, BadPair, UserError) as problem:
                     lost = lost or UserError(f"a picture of {case.prompt[:60]!r} cannot be read ({problem})")
                     continue
                 if pair_of(self._prompts[number], *map(digest, pictures)) != vote.pair:

@@ -163,6 +163,15 @@ def test_a_row_follows_its_vote_where_its_pair_is_not_shown(evaluation, output):
     assert turned == [cases[number].prompt]
 
 
+def test_rows_outlive_a_damaged_log(evaluation, output):
+    cases = cases_of_evaluation(evaluation, ("base", "ours"), 0)
+    vote_on_all(cases, output)
+    lines = log_of(output).read_text().splitlines()
+    log_of(output).write_text("\n".join([*lines[:2], lines[2][:50]]))
+    assert vote_on_all(cases_of_evaluation(evaluation, ("base", "control"), 0), output) == 6
+    assert len(rows_of(output)) == 12 and all(map(is_for_the_brighter, rows_of(output)))
+
+
 def test_a_picture_that_is_gone_costs_its_own_row_alone(evaluation, output):
     votes = Votes(cases_of_evaluation(evaluation, ("base", "ours"), 0), output)
     for number in range(3):
