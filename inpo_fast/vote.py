@@ -6,6 +6,10 @@
 The first votes on pictures of an evaluation, the second on the pairs of a source anew. A small page on this machine
 only (127.0.0.1); which side is whose is drawn and never sent to the page. Keys: left and right arrow, t for a tie, s to
 skip, u to undo. Every vote is on disk before the next pair is shown; Ctrl-C ends, the same command goes on.
+
+One --output gathers the votes of several calls: on other models, another source, fewer pairs (--limit), of other
+voters (--user). Rows of pairs that are not shown stay. A voter is shown what this voter has not voted on, whatever
+others said of it: each voter has a row of an own for a pair, with its number in the column user_id.
 """
 
 import sys
@@ -23,10 +27,10 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs=2, default=[], help="whose pictures; default: the first two")
     parser.add_argument("--source", help="instead of --pictures: pairs, as data.source of the trainer")
-    parser.add_argument("--output", type=Path, required=True, help="the .parquet to write")
+    parser.add_argument("--output", type=Path, required=True, help="the .parquet to write, or to add to")
     parser.add_argument("--limit", type=whole(), help="so many pairs; default: all")
     parser.add_argument("--seed", type=seed, default=0, help="of the order and the sides (default 0)")
-    parser.add_argument("--user", type=whole(0), default=0, help="of the voter, for the column user_id (default 0)")
+    parser.add_argument("--user", type=whole(0), default=0, help="the voter's number (default 0)")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: nobody else can open the page")
     parser.add_argument("--port", type=whole(0, 65_535), default=8765, help="default 8765")
     parser.add_argument("--pixelated", action="store_true", help="show small pictures as squares")
@@ -61,7 +65,8 @@ def main() -> None:
     finally:
         server.server_close()
         look = f"python -m inpo_fast.validate --source {own.output}"
-        print(f"\n{votes.save()} pairs in {own.output}; look at them: {look}")
+        rows = votes.save()
+        print(f"\n{rows} pairs in {own.output}; look at them: {look}" if rows else "\nno votes, so no pairs")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
 """Human votes on pairs of pictures: which pairs, which votes were given, and the parquet that training reads.
 
-Votes are appended to a log (vote_log.py); the parquet is made from it and replaced as a whole. What is in the log is
-not asked again, as long as it is about the very pictures of a case.
+Votes are appended to a log (vote_log.py); the parquet is made from it (vote_rows.py) and replaced as a whole. What is
+in the log is not asked again of the same voter, as long as it is about the very pictures of a case.
 """
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from inpo_fast.comparison.model_comparison import NEGATIVE_CONTROL
-from inpo_fast.comparison.vote_log import CHOICES, Vote, VoteLog, made, notice, skipped
+from inpo_fast.comparison.vote_log import CHOICES, Pair, Vote, VoteLog, made, notice, pair_of, prompt_digest
+from inpo_fast.comparison.vote_rows import label_of, new_row, read_rows, stays, voter_of, write_rows
 from inpo_fast.data import records
 from inpo_fast.data.pair import BadPair, Source
-from inpo_fast.data.parquet import PICKAPIC_SCHEMA
 from inpo_fast.data.text import unusable
 from inpo_fast.runtime import keyed_rng, lock
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import inside, read_regular, whole
+from inpo_fast.runtime.files import inside, read_regular
 from inpo_fast.runtime.record_store import digest
 
 SAVE_EVERY = 20  # votes between two writings of the parquet
@@ -31,7 +28,7 @@ SAVE_EVERY = 20  # votes between two writings of the parquet
 @dataclass(frozen=True)
 class Case:
     """Two pictures for one prompt, left and right as they are shown; models: who drew them (the voter is not told).
-    place: cases with neighbouring ones are read fastest one after another."""
+    key: of the order and the sides alone. place: cases with neighbouring ones are read fastest one after another."""
 
     key: str
     prompt: str
@@ -99,7 +96,7 @@ def cases_of_source(source: Source, seed: int) -> list[Case]:
             continue  # a broken pair
         sides = [("better", (index, "winner")), ("worse", (index, "loser"))]
         read = lambda at: lambda: getattr(source.read(at[0]), at[1])  # noqa: E731
-        cases.append(_case(source.id(index), prompt, sides, seed, read, index))
+        cases.append(_case(digest(prompt.encode(), str(index).encode()), prompt, sides, seed, read, index))
     return _shuffled(cases, seed)
 
 
@@ -115,10 +112,11 @@ def _shuffled(cases: list[Case], seed: int) -> list[Case]:
 
 
 class Votes:
-    """The cases and the votes on them. Safe from several threads; one at a time for an output."""
+    """The cases, and the votes of one voter on them. Safe from several threads; one at a time for an output."""
 
     def __init__(self, cases: Sequence[Case], output: Path, user: int = 0):
-        """Looks at the pictures of cases that have a vote. UserError where another process votes for this output."""
+        """Looks at the pictures of cases whose prompt has a vote. UserError where another process votes for this
+        output, or where it is something else than votes."""
         self.cases, self.output, self.user = list(cases), output, user
         path = output.with_name(f"{output.name}.votes.jsonl")
         self.lock = threading.Lock()
@@ -130,109 +128,129 @@ class Votes:
             self.log = VoteLog(path)
         except OSError as problem:
             raise UserError(f"{path} cannot be written ({problem.strerror}); name another --output") from problem
-        self.given: dict[str, Vote] = {}  # by case, in the order they were given
+        try:
+            named = voter_of(rows := read_rows(output), self.log)
+        except UserError:
+            self.close()
+            raise
+        self.log.name_voters(lambda pair: named.get(pair, 0))
+        self._prompts = [prompt_digest(case.prompt) for case in self.cases]
+        self._of_prompt = Counter(self._prompts)
+        self._pairs: dict[int, Pair | None] = {}  # by case, of those that were looked at; None: cannot be read
+        self._unread: set[int] = set()  # cases skipped as their pictures cannot be read: asked again the next time
+        self.given: dict[Pair, Vote] = {}  # of this voter on these cases
         self._find()
-        self.notice = notice(self.log, self.given.values(), (case.key for case in self.cases), path)
+        self._order: list[Pair | int] = [*self.given]  # what undo takes back: votes, and cases in _unread
+        self.notice = notice(self.log, self.given.values(), user, {row.key for row in rows}, path)
 
     def _find(self) -> None:
-        """The votes of the log that are about these very pictures."""
-        asked = {vote.case for vote in self.log.votes.values()}
-        about = {}
-        for case in sorted(self.cases, key=lambda case: case.place):  # neighbours in a file together
-            if case.key in asked and case.key not in about:
-                try:
-                    about[case.key] = made(case.key, case.prompt, case.pictures(), "skip").about
-                except (OSError, BadPair, UserError):
-                    about[case.key] = None
-        self.given = {vote.case: vote for key, vote in self.log.votes.items() if about.get(vote.case) == key}
+        """The votes of the log that are this voter's, about these very pictures."""
+        mine = {vote.pair: vote for vote in self.log.votes.values() if vote.user == self.user}
+        shown = self._looked_up({pair[0] for pair in mine})
+        self.given = {pair: vote for pair, vote in mine.items() if pair in shown}
+
+    def _looked_up(self, prompts: set[str]) -> dict[Pair, int]:
+        """The cases with these prompts by what their pictures are."""
+        asked = [number for number, prompt in enumerate(self._prompts) if prompt in prompts]
+        for number in sorted(asked, key=lambda number: self.cases[number].place):  # neighbours in a file together
+            self._pair(number)
+        return {pair: number for number in reversed(asked) if (pair := self._pairs[number])}
+
+    def _pair(self, number: int) -> Pair | None:
+        if number not in self._pairs:
+            try:
+                pictures = self.cases[number].pictures()
+                self._pairs[number] = pair_of(self._prompts[number], *map(digest, pictures))
+            except (OSError, BadPair, UserError):
+                self._pairs[number] = None
+        return self._pairs[number]
 
     def close(self) -> None:
         """Gives the output back."""
         self.log.close()
         os.close(self._held)
 
+    def _is_done(self, number: int, voted: set[str]) -> bool:
+        """voted: the prompts of this voter's votes; other cases need not be looked at."""
+        return number in self._unread or (self._prompts[number] in voted and self._pair(number) in self.given)
+
+    def _done(self) -> Iterator[bool]:
+        voted = {pair[0] for pair in self.given}
+        return (self._is_done(number, voted) for number in range(len(self.cases)))
+
     def next(self) -> int | None:
         """The number of the first case without a vote; None when all have one."""
         with self.lock:
-            return next((i for i, case in enumerate(self.cases) if case.key not in self.given), None)
+            return next((number for number, is_done in enumerate(self._done()) if not is_done), None)
 
     @property
     def done(self) -> int:
-        return sum(case.key in self.given for case in self.cases)
+        with self.lock:
+            return sum(self._done())
 
     def vote(self, number: int, choice: str) -> None:
-        """ValueError for what is no choice or no case; Contradiction, saying so, where the case has another vote: the
-        first one stays, and the same form sent twice counts once."""
+        """ValueError for what is no choice or no case; Contradiction, saying so, where the case has another vote of
+        this voter: the first one stays, and the same form sent twice counts once."""
         if choice not in CHOICES or not 0 <= number < len(self.cases):
             raise ValueError(f"choice {choice!r} of case {number}")
         case = self.cases[number]
         with self.lock:
             try:
-                vote = made(case.key, case.prompt, case.pictures(), choice)
+                vote = made(self.user, case.prompt, case.pictures(), choice)
             except (OSError, BadPair) as problem:
                 if choice != "skip":
                     raise UserError(f"a picture of {case.prompt[:60]!r} cannot be read ({problem})") from problem
-                self.given[case.key] = skipped(case.key, case.prompt)  # the next time it is asked again
+                if number not in self._unread:
+                    self._unread.add(number)
+                    self._order.append(number)
                 return
-            if first := self.given.get(case.key):
-                if (first.choice, first.winner) != (vote.choice, vote.winner):
+            self._pairs[number] = vote.pair
+            if first := self.given.get(vote.pair):
+                if (first.choice == "skip", first.winner) != (vote.choice == "skip", vote.winner):
                     raise Contradiction("this pair has another vote already; undo takes the last one back")
                 return
             self.log.add(vote)
-            self.given[case.key] = vote
-        if self.done % SAVE_EVERY == 0 or self.done == len(self.cases):
+            self.given[vote.pair] = vote
+            self._order.append(vote.pair)
+        done = self.done
+        if done % SAVE_EVERY == 0 or done == len(self.cases):
             self.save()
 
     def undo(self) -> None:
         """Takes the last vote back."""
         with self.lock:
-            if self.given:
-                _, vote = self.given.popitem()
-                self.log.undo(vote)
+            if self._order:
+                last = self._order.pop()
+                if isinstance(last, int):
+                    self._unread.discard(last)
+                else:
+                    self.log.undo(self.given.pop(last))
 
     def save(self) -> int:
-        """Writes the parquet: Pick-a-Pic v2's columns, image_0 the one that stands on the left. The number of rows."""
+        """Writes the parquet: Pick-a-Pic v2's columns, image_0 the one that stood on the left. Rows of votes on other
+        pairs and of other voters stay; where nothing is to change, nothing is written. The number of rows."""
         with self.lock:
-            rows = []
-            for number, case in enumerate(self.cases):
-                vote = self.given.get(case.key)
-                if vote is None or vote.choice == "skip":
-                    continue
+            old = read_rows(self.output)
+            kept = [row for row in old if stays(row, self.log)]
+            has_row = {row.key for row in kept}
+            votes = [v for v in self.log.votes.values() if v.choice != "skip" and v.key not in has_row]
+            shown = self._looked_up({vote.pair[0] for vote in votes})
+            votes = [vote for vote in votes if vote.pair in shown]
+            new, lost = [], None
+            for vote in votes:
+                case = self.cases[number := shown[vote.pair]]
                 try:
                     pictures = case.pictures()
-                except (OSError, BadPair) as problem:
-                    raise UserError(f"a picture of {case.prompt[:60]!r} cannot be read ({problem})") from problem
-                if made(case.key, case.prompt, pictures, "skip").about != vote.about:
-                    del self.given[case.key]  # replaced while they were voted on: it is asked again
+                except (OSError, BadPair, UserError) as problem:
+                    lost = lost or UserError(f"a picture of {case.prompt[:60]!r} cannot be read ({problem})")
                     continue
-                rows.append(self._row(number, case, pictures, vote))
-            with whole(self.output) as aside:
-                table = pa.Table.from_pylist(rows, schema=PICKAPIC_SCHEMA)
-                # a relative path such as a:b/c would be an address to pyarrow
-                pq.write_table(table, aside.absolute(), row_group_size=256, compression="zstd")
-            return len(rows)
-
-    def _row(self, number: int, case: Case, pictures: tuple[bytes, bytes], vote: Vote) -> dict:
-        (left, right), uids = pictures, [digest(picture) for picture in pictures]
-        label = 0.5 if vote.winner is None else float(vote.winner == uids[0])
-        return {
-            "are_different": label != 0.5,
-            "best_image_uid": vote.winner or "tie",
-            "caption": case.prompt,
-            "created_at": datetime.fromtimestamp(vote.time, UTC).replace(tzinfo=None),
-            "has_label": True,
-            "image_0_uid": uids[0],
-            "image_0_url": "",
-            "image_1_uid": uids[1],
-            "image_1_url": "",
-            "jpg_0": left,
-            "jpg_1": right,
-            "label_0": label,
-            "label_1": 1 - label,
-            "model_0": case.models[0],
-            "model_1": case.models[1],
-            "ranking_id": number,
-            "user_id": self.user,
-            "num_example_per_prompt": sum(other.prompt == case.prompt for other in self.cases),
-            "__index_level_0__": number,
-        }
+                if pair_of(self._prompts[number], *map(digest, pictures)) != vote.pair:
+                    del self._pairs[number]  # replaced while they were voted on: it is asked again
+                    continue
+                new.append(new_row(vote, case.prompt, case.models, pictures, self._of_prompt[self._prompts[number]]))
+            said = [(row, self.log.votes.get(row.key)) for row in kept]
+            if new or len(kept) < len(old) or any(vote and label_of(vote, row.left) != row.label for row, vote in said):
+                write_rows(self.output, old, self.log, new)
+            if lost:
+                raise lost  # the others are written
+            return len(kept) + len(new)

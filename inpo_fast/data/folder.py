@@ -133,17 +133,34 @@ class FolderSource(ListedSource):
         super().__init__(listing, images or listing.parent)
 
     def _choice(self, record: dict, where: str) -> Choice:
-        text = prompt(record, where)
+        text, said = prompt(record, where), labels.said(record)
         keys = record.keys() if isinstance(record, dict) else ()
+        numbered = {"image_0", "image_1"} <= keys and ("label" in keys or {"label_0", "label_1"} <= keys)
         if {"chosen", "rejected"} <= keys:
             sides, (side, label) = (record["chosen"], record["rejected"]), labels.confidence(record, where)
-        elif {"image_0", "image_1"} <= keys and ("label" in keys or {"label_0", "label_1"} <= keys):
+            other = (record["image_0"], record["image_1"]) if numbered else None
+            if other and contradict(sides, side, other, labels.choice(record, where)[0]):
+                side, said = labels.UNCLEAR, f"chosen {sides[0]!r} and label {labels.CONTRADICT}"
+        elif numbered:
             sides, (side, label) = (record["image_0"], record["image_1"]), labels.choice(record, where)
         else:
             raise UserError(f"{where}: needs image_0, image_1 and label, or chosen and rejected; has {sorted(record)}")
         weight = labels.weight(record, where)
         sides = tuple(image_path(side, where) for side in sides)
-        return Choice(side, text, sides[side == 1], sides[side != 1], label, weight, labels.said(record))
+        return Choice(side, text, sides[side == 1], sides[side != 1], label, weight, said)
+
+
+def contradict(images: Sequence, side: int, others: Sequence, other: int) -> bool:
+    """Whether a record names two images and their better side twice, and not the same. What is no label, or no path,
+    says nothing."""
+    if not all(isinstance(name, str) for name in (*images, *others)):
+        return False
+    first, second = ([os.path.normpath(name) for name in pair] for pair in (images, others))
+    if first == second[::-1] and other >= 0:
+        other = 1 - other
+    elif first != second and sorted(first) != sorted(second):
+        return min(side, other) >= labels.TIE  # about other images
+    return labels.contradict(side, other)
 
 
 def prompt(record: object, where: str) -> str:

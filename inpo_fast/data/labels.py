@@ -15,6 +15,7 @@ from inpo_fast.runtime.errors import UserError
 TIE, UNLABELLED, UNCLEAR = -1, -2, -3  # in place of a winning side
 EXACT = 1e-6
 ROUNDED = 0.0101  # two shares rounded to two digits each
+CONTRADICT = "(they contradict each other)"
 
 
 @dataclass(frozen=True)
@@ -78,28 +79,50 @@ def decide(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarra
         label = np.maximum(first, second)
         label = np.where(off < EXACT, label, label / total)
         shares = (off < ROUNDED) & (np.minimum(first, second) >= 0)
-        decided = shares & (label > 0.5 + EXACT)
+        each = (np.maximum(first, second) > 0.5 + EXACT) & (np.minimum(first, second) < 0.5 - EXACT)
+        decided = shares & (label > 0.5 + EXACT) & (each | (off < EXACT))
     unknown = np.isnan(first) | np.isnan(second)
     side = np.select([unknown, ~shares, ~decided], [UNLABELLED, UNCLEAR, TIE], np.where(second > first, 1, 0))
     return side.astype(np.int8), np.where(decided, label, 0.5)
 
 
 def choice(record: dict, where: str) -> tuple[int, float]:
-    """The same of a JSON object with `label`, 0 (image_0 is better) to 1, or with label_0 and label_1."""
+    """The same of a JSON object with `label`, 0 (image_0 is better) to 1, or with label_0 and label_1; UNCLEAR where it
+    has both and they contradict each other."""
     if "label" in record:
         second = _number(record["label"], where, "label")
         first = 1 - second
     else:
         first, second = (_number(record[key], where, key) for key in ("label_0", "label_1"))
     side, label = decide(np.array([first]), np.array([second]))
+    if "label" in record and contradict(int(side[0]), _side_beside(record)):
+        return UNCLEAR, 0.5
     return int(side[0]), float(label[0])
+
+
+def contradict(side: int, other: int) -> bool:
+    """Whether two statements about a pair name different sides, or one a side and one a tie. What is no label says
+    nothing."""
+    return side != other and min(side, other) >= TIE
+
+
+def _side_beside(record: dict) -> int:
+    """What label_0 and label_1, or one of them, say in a record that has `label`; no numbers say nothing."""
+    given = [record.get(key) for key in ("label_0", "label_1")]
+    if given == [None, None]:
+        return UNLABELLED
+    usable = [not isinstance(x, bool) and isinstance(x, int | float) and abs(x) <= 1 for x in given]
+    first, second = (float(x) if good else math.nan for x, good in zip(given, usable, strict=True))
+    first, second = (1 - second if given[0] is None else first), (1 - first if given[1] is None else second)
+    return int(decide(np.array([first]), np.array([second]))[0][0])
 
 
 def said(record: dict) -> str:
     """The label fields of a record, as an example of what is none."""
-    names = ("label",) if "label" in record else ("label_0", "label_1")
-    names = ("confidence",) if "confidence" in record else names
-    return ", ".join(f"{name} {record[name]:g}" for name in names if isinstance(record.get(name), int | float))
+    names = ("confidence",) if "confidence" in record else ("label", "label_0", "label_1")
+    fields = {name: record[name] for name in names if isinstance(record.get(name), int | float)}
+    text = ", ".join(f"{name} {value:g}" for name, value in fields.items())
+    return f"{text} {CONTRADICT}" if "label" in fields and len(fields) > 1 else text
 
 
 def confidence(record: dict, where: str) -> tuple[int, float]:

@@ -53,15 +53,8 @@ class RelabelledSource:
                 f"data.labels={path} was made for another source ({about['source']}): there differ "
                 f"{' and '.join(differ)}; relabel this one: python -m inpo_fast.relabel"
             )
-        ids = pair_ids(source)
-        rows = pc.index_in(pa.array(ids, pa.string()), table["id"].combine_chunks())
-        if missing := rows.null_count:
-            first = ids[rows.is_null().to_numpy(zero_copy_only=False).argmax()]
-            raise UserError(
-                f"data.labels={path} has no label for {missing:,} of {len(ids):,} pairs, such as {first}; go on with "
-                "python -m inpo_fast.relabel until it is whole"
-            )
-        better = table[kind].to_numpy()[rows.to_numpy()].astype(np.float64)  # NaN: no judge could see the pair
+        rows = _rows(table["id"].combine_chunks(), pair_ids(source), "rows" in said, path)
+        better = table[kind].to_numpy()[rows].astype(np.float64)  # NaN: no judge could see the pair
         side, label = labels.decide(better, 1 - better)
         self.kept = np.flatnonzero(side >= 0).astype(np.int64)
         self._swap = side[self.kept] == 1
@@ -104,6 +97,33 @@ class RelabelledSource:
     def facts(self, fields: Sequence[str]) -> Iterator[dict]:
         kept = set(self.kept.tolist())
         return (record for index, record in enumerate(self.source.facts(fields)) if index in kept)
+
+
+def _rows(there: pa.Array, ids: list[str], is_known: bool, path: str) -> np.ndarray:
+    """(N,): the sidecar's row of each pair, by its id; by its place where files have other names than when they were
+    labelled. is_known: it is known that these are the same pairs in the same order. UserError where a label is missing.
+    """
+    rows = pc.index_in(pa.array(ids, pa.string()), there)
+    if not (missing := rows.null_count):
+        return rows.to_numpy()
+    lacking = rows.is_null().to_numpy(zero_copy_only=False)
+    first = ids[lacking.argmax()]
+    if len(there) != len(ids) or not is_known:
+        raise UserError(
+            f"data.labels={path} has no label for {missing:,} of {len(ids):,} pairs, such as {first}; go on with "
+            "python -m inpo_fast.relabel until it is whole"
+        )
+    # an id is the name of a file and, behind a colon, which pair in it: a sidecar in another order is not guessed
+    named = there.to_pylist()
+    old = next(name for name, is_lacking in zip(named, lacking, strict=True) if is_lacking)
+    places = (str(a).split(":")[1:][-2:] == b.split(":")[1:][-2:] for a, b in zip(named, ids, strict=True))
+    found = rows.filter(rows.is_valid()).to_numpy()
+    if not all(places) or (found != np.flatnonzero(~lacking)).any():
+        raise UserError(
+            f"data.labels={path} was made for these very pairs, but under other names of files ({old} then, {first} "
+            "now), and its rows are in another order; give the files the names that they had, or relabel"
+        )
+    return np.arange(len(ids))
 
 
 def check_replaceable(output: Path, source: str) -> None:

@@ -222,16 +222,18 @@ def test_other_models_and_replaced_pictures_get_no_old_votes(evaluation, tmp_pat
     voted_for_ours(evaluation, output)
     control = Votes(cases_of_evaluation(evaluation, ("base", "control"), 0), output)
     assert control.done == 0
-    said = "6 lines do not count here (6 on pairs that are not among these); they stay where they are"
-    assert control.notice == f"v.parquet.votes.jsonl: {said}"
+    said = "6 lines do not count here (6 on pairs that are not among these); they stay where they are, and so do"
+    assert control.notice == f"v.parquet.votes.jsonl: {said} their rows"
     control.close()
     for number in (1, 4):  # drawn anew under the same names, and the listing as it was
         picture = np.full((16, 16, 3), 150 + number, np.uint8)
         (evaluation / f"ours{number}.png").write_bytes(png(picture))
     (evaluation / "base2.png").unlink()
     again = Votes(cases_of_evaluation(evaluation, ("base", "ours"), 0), output)
-    assert again.done == 3 and "3 on pairs whose prompt or pictures are others now" in again.notice
-    assert again.save() == 3 and winners(output) == ["ours"] * 3
+    assert again.done == 3 and "3 on pairs that are not among these" in again.notice
+    before = output.read_bytes()
+    assert again.save() == 6 and winners(output) == ["ours"] * 6  # about the pictures that were shown, which it holds
+    assert output.read_bytes() == before
     missing = next(i for i, case in enumerate(again.cases) if case.prompt.startswith("p2 "))
     with pytest.raises(UserError, match="cannot be read"):
         again.vote(missing, "left")
@@ -262,9 +264,7 @@ def test_a_replaced_source_gets_no_old_votes(tmp_path):
     pq.write_table(table.set_column(table.schema.get_field_index("caption"), "caption", [captions[::-1]]), path)
     other = Votes(cases_of_source(open_source(path), 0), output)
     fits = sum(a == b for a, b in zip(captions, captions[::-1], strict=True))
-    assert (
-        other.done <= fits and f"{count - other.done} on pairs whose prompt or pictures are others now" in other.notice
-    )
+    assert other.done <= fits and f"{count - other.done} on pairs that are not among these" in other.notice
     other.close()
 
 

@@ -67,14 +67,70 @@ MAKERS = {"parquet": parquet, "folder": listed, "hpd": hpd, "webdataset": tar}
 @pytest.mark.parametrize("kind", MAKERS)
 def test_rounded_shares_are_labels(tmp_path, kind):
     """Two digits, three digits, an exact one; divided by their sum."""
-    rows = [(0.67, 0.34), (0.33, 0.66), (0.333, 0.666), (0.7, 0.3), (1, 0), (0.501, 0.5)]
+    rows = [(0.67, 0.34), (0.33, 0.66), (0.333, 0.666), (0.7, 0.3), (1, 0), (0.501, 0.498)]
     source = open_source(MAKERS[kind](tmp_path, rows))
     got = [source.read(i) for i in range(len(source))]
     assert [pair.winner == GREY[0] for pair in got] == [True, False, False, True, True, True]
-    want = [0.67 / 1.01, 0.66 / 0.99, 0.666 / 0.999, 0.7, 1, 0.501 / 1.001]
+    want = [0.67 / 1.01, 0.66 / 0.99, 0.666 / 0.999, 0.7, 1, 0.501 / 0.999]
     np.testing.assert_allclose([pair.label for pair in got], want, rtol=1e-15)
     assert got[3].label == 0.7  # what adds up is taken as it is
     assert (source.undecided.ties, source.undecided.unclear) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_rounded_shares_of_which_one_is_a_half_are_ties(tmp_path, kind):
+    rows = [(0.5, 0.51), (0.51, 0.5), (0.5, 0.49), (0.499, 0.5), (0.501, 0.5), (0.505, 0.505), (0.51, 0.49), (0, 1)]
+    source = open_source(MAKERS[kind](tmp_path, rows))
+    assert (len(source), source.ties, source.undecided.unclear) == (2, 6, 0) and source.read(0).label == 0.51
+
+
+CHOSEN = {"chosen": "0.png", "rejected": "1.png"}
+NUMBERED = {"image_0": "0.png", "image_1": "1.png"}
+TWICE = {  # a record that says it twice: what is left of it
+    "label and shares": ({**NUMBERED, "label": 1, "label_0": 1, "label_1": 0}, "unclear"),
+    "label and one share": ({**NUMBERED, "label": 1, "label_0": 1}, "unclear"),
+    "a side and a tie": ({**NUMBERED, "label": 1, "label_0": 0.5, "label_1": 0.5}, "unclear"),
+    "a tie and a side": ({**NUMBERED, "label": 0.5, "label_1": 1}, "unclear"),
+    "chosen and label": ({**CHOSEN, **NUMBERED, "label": 1}, "unclear"),
+    "chosen and shares": ({**CHOSEN, "image_0": "1.png", "image_1": "./0.png", "label_0": 1, "label_1": 0}, "unclear"),
+    "chosen and a tie": ({**CHOSEN, **NUMBERED, "label": 0.5}, "unclear"),
+    "other images": ({**CHOSEN, "image_0": "0.png", "image_1": "2.png", "label": 0}, "unclear"),
+    "the same": ({**NUMBERED, "label": 0, "label_0": 1, "label_1": 0}, "first"),
+    "the same, softer": ({**NUMBERED, "label": 0, "label_0": 0.7, "label_1": 0.3}, "first"),
+    "the same of chosen": ({**CHOSEN, "image_0": "1.png", "image_1": "./0.png", "label": 1}, "first"),
+    "no label beside": ({**NUMBERED, "label": 0, "label_0": None, "label_1": "cat"}, "first"),
+    "ratings beside": ({**NUMBERED, "label": 0, "label_0": 3, "label_1": 5}, "first"),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_record_that_contradicts_itself_is_counted(tmp_path, name):
+    record, want = TWICE[name]
+    listed(tmp_path, [])
+    lines = [{"prompt": "p", **NUMBERED, "label": 0}, {"prompt": "q", **record}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_source(str(tmp_path))
+    assert source.undecided.unclear == (want == "unclear") == (len(source) == 1) and not source.ties
+    assert not source.undecided.example or "contradict each other" in source.undecided.example
+    assert len(source) == 1 or source.read(1).winner == GREY[0]
+
+
+def test_contradictions_in_other_formats(tmp_path):
+    (tmp_path / "tar").mkdir()
+    content = json.dumps({"prompt": "p", "label": 1, "label_0": 1, "label_1": 0}).encode()
+    with tarfile.open(tmp_path / "tar" / "0.tar", "w") as out:
+        for name, part in (("0.png", GREY[0]), ("1.png", GREY[1]), ("json", content)):
+            member = tarfile.TarInfo(f"x.{name}")
+            member.size = len(part)
+            out.addfile(member, io.BytesIO(part))
+    with pytest.raises(UserError, match=r"label 1, label_0 1, label_1 0 .they contradict each other"):
+        open_data(DataConfig(source=str(tmp_path / "tar" / "0.tar")))
+    path = hpd(tmp_path, [(1, 0)])
+    both = {"path1": "0.png", "path2": "1.png", "file_path": ["0.png", "1.png"]}
+    rows = [{"prompt": "p", **both, "human_preference": choice} for choice in ([1, 0], [0, 1], [0.5, 0.5])]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    source = open_source(path)
+    assert (len(source), source.undecided.unclear) == (1, 2)
 
 
 def test_every_share_as_float16_keeps_its_label(tmp_path):

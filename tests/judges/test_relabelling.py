@@ -87,6 +87,35 @@ def test_labels_are_bradley_terrys(tmp_path, monkeypatch):
     assert hard.blocks.tolist() == [2, 3, 4]  # of row groups of two: where each ends among what is left
 
 
+def test_a_sidecar_fits_its_source_under_other_names(tmp_path):
+    path, labels = write(tmp_path / "set", LEVELS), str(tmp_path / "l.parquet")
+    run(path, [Mean()], Path(labels), (4.0,))
+    want = open_data(DataConfig(source=path, labels=labels, labels_as="soft"))
+    renamed = Path(path).rename(tmp_path / "set" / "of my own.parquet")
+    got = open_data(DataConfig(source=str(renamed), labels=labels, labels_as="soft"))
+    assert got.labels["turned_around"] == 2 and len(got) == len(want) == 4 and got.blocks.tolist() == [2, 3, 4]
+    pairs = [(got.read(i), got.source.read(int(got.kept[i]))) for i in range(4)]
+    assert [(pair.label, pair.winner == own.winner) for pair, own in pairs] == [
+        (pytest.approx(0.5 + abs(soft - 0.5)), soft > 0.5)
+        for soft in pq.read_table(labels)["soft"].to_pylist()
+        if soft not in (None, 0.5)
+    ]
+    table = pq.read_table(labels)
+    pq.write_table(table.take([2, 3, 0, 1, 4, 5]), labels)  # by place it would give others' labels
+    with pytest.raises(
+        UserError, match=r"under other names of files \(pairs\.parquet:1:0 then, of my own\.parquet:0:0 now"
+    ):
+        open_data(DataConfig(source=str(renamed), labels=labels))
+    renamed.rename(path)
+    again = open_data(DataConfig(source=path, labels=labels, labels_as="soft"))  # by id any order will do
+    assert again.identity() == want.identity()
+    pq.write_table(table.slice(0, 4), labels)
+    for name in (path, str(renamed)):
+        Path(path).rename(name)
+        with pytest.raises(UserError, match=r"has no label for . of 6 pairs.*until it is whole"):
+            open_data(DataConfig(source=name, labels=labels))
+
+
 def test_votes():
     a, b, c = np.array([0.9, 0.6, 0.5]), np.array([0.2, 0.7, 0.5]), np.array([0.3, np.nan, 0.5])
     soft, hard = relabelling.vote([a, b, c], "mean")
