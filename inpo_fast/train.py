@@ -31,6 +31,7 @@ def main() -> None:
     from inpo_fast.runtime.preemption import Preempted
     from inpo_fast.runtime.signals import exit_status
     from inpo_fast.training.loop import finish, train
+    from inpo_fast.training.replaced_run import way_back
     from inpo_fast.training.set_up import prepare
 
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)])
@@ -66,7 +67,9 @@ def main() -> None:
         forget(run.folder.path)
     except Preempted as asked:
         if rank == 0:
-            print(f"inpo_fast.train: stopped by {asked}; continue with --resume", file=sys.stderr, flush=True)
+            kept = way_back(Path(config.output))
+            again = f"continue with --resume{f' ({kept})' if kept else ''}"
+            print(f"inpo_fast.train: stopped by {asked}; {again}", file=sys.stderr, flush=True)
         sys.exit(exit_status(asked.by))
     except OSError as problem:  # of metrics, pictures, TensorBoard; checkpoints and models say more themselves
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

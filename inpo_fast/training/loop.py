@@ -56,7 +56,7 @@ def train(run: Run, console: Console) -> None:
                 metrics, logits = _train_step(run, batch, step, preemption, output)
             except Preempted:
                 if run.saved != run.done:
-                    _save(run, batches.dropped, preemption, wait=True)
+                    _save(run, batches.dropped, preemption, wait=True, scheduled=False)
                 raise
             batches.prepare(step + 1)  # sent to the device while it still computes this step
             with exchange("its result"):
@@ -242,7 +242,7 @@ def _update(run: Run, values: dict[str, float], logits: torch.Tensor, batch: Ste
         run.average.update(step)
 
 
-def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool) -> None:
+def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool, scheduled: bool = True) -> None:
     """A checkpoint of the steps done, written while the training goes on. All processes call it."""
     preemption.meet(run.done)
     found = distributed.gather((dropped, run.models.at_once.lowered), "what was dropped")
@@ -251,7 +251,7 @@ def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool) -> N
     lowered = {key: min(sizes[key] for _, sizes in found if key in sizes) for key in keys}
     scale = (run.loss_scale.value, run.loss_scale.good) if run.loss_scale else None
     state = State(run.done, run.seconds, dropped, scale, lowered=lowered)
-    run.checkpoints.save(state, run.models.weights, run.optimizer, run.average, wait=wait)
+    run.checkpoints.save(state, run.models.weights, run.optimizer, run.average, wait=wait, scheduled=scheduled)
     run.saved = run.done
     if run.rank == 0:
         run.folder.record_dropped(dropped)

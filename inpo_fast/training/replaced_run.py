@@ -1,4 +1,5 @@
-"""The earlier run that --overwrite replaces: kept in the folder's `.replaced` until its successor has a checkpoint.
+"""The earlier run that --overwrite replaces: kept in the folder's `.replaced` until its successor has a checkpoint that
+was due. That of an interruption does not count: who stops a run at once may have started it by mistake.
 
 Only names that a run writes are touched, in a folder whose manifest.json is a run's, and nothing that the new run
 reads. Each name is moved by one rename, manifest.json last on the way out and first on the way back. So whenever a
@@ -61,9 +62,24 @@ def is_kept(folder: Path) -> bool:
     return (folder / ASIDE).is_dir()
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether all of an earlier run is aside, so that what lies outside is its successor's."""
+    return (folder / ASIDE / MANIFEST).exists()
+
+
+def way_back(folder: Path) -> str:
+    """Words for a run that stopped with a checkpoint while the one that it replaces is aside; "" where none is."""
+    if not is_whole(folder):
+        return ""
+    return (
+        f"{folder / ASIDE} still has the run that this one replaces, until a checkpoint that is due; to bring that back, "
+        f"remove {folder / 'checkpoints'} and start without --resume"
+    )
+
+
 def successor_began(folder: Path) -> bool:
     """Whether the names outside are those of a run that replaces the one aside."""
-    return (folder / ASIDE / MANIFEST).exists() and is_run(folder) and (folder / "config.yaml").exists()
+    return is_whole(folder) and is_run(folder) and (folder / "config.yaml").exists()
 
 
 def check(folder: Path, config: RunConfig) -> None:
@@ -129,13 +145,12 @@ def _named(key: str, text: str, folder: Path) -> Iterator[Path]:
 
 
 def set_aside(folder: Path) -> None:
-    """Moves the run in the folder away. One that has replaced another and has no checkpoint yet is dropped instead."""
+    """Moves the run in the folder away. One that has replaced another and has not got to a checkpoint that was due, with
+    which that other would have gone, is dropped instead."""
     aside = folder / ASIDE
-    if (aside / MANIFEST).exists() and not any((folder / "checkpoints").glob("step-*")):
+    if is_whole(folder):
         _drop(folder)
         return
-    if (aside / MANIFEST).exists():
-        forget(folder)
     if there(folder):
         aside.mkdir(exist_ok=True)
         for name in NAMES:
@@ -146,7 +161,7 @@ def set_aside(folder: Path) -> None:
 def restore(folder: Path) -> None:
     """Puts the run that is aside back; what its successor left goes, if that began."""
     aside = folder / ASIDE
-    if (aside / MANIFEST).exists():
+    if is_whole(folder):
         _drop(folder)
         (aside / MANIFEST).rename(folder / MANIFEST)
     for name in NAMES:
@@ -157,23 +172,23 @@ def restore(folder: Path) -> None:
 
 def forget(folder: Path) -> None:
     """Removes the run that is aside, for good. What somebody else had put into its folders comes back."""
-    _clear(folder)
+    clear(folder)
     if (folder / ASIDE).is_dir():
         (folder / ASIDE).rename(folder / GOING)
-        _clear(folder)
+        clear(folder)
 
 
 def _drop(folder: Path) -> None:
     """Removes a run's names, but for what somebody else put into its folders."""
-    _clear(folder)
+    clear(folder)
     (folder / GOING).mkdir()
     for name in NAMES:
         if os.path.lexists(folder / name):
             (folder / name).rename(folder / GOING / name)
-    _clear(folder)
+    clear(folder)
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Removes what is on its way out, also what a killed process left of it."""
     if (folder / GOING).is_dir():
         carry_foreign(folder / GOING, folder)

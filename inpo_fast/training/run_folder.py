@@ -112,12 +112,15 @@ class RunFolder:
             self._check_continuation(taken)
 
     def _restore(self) -> str:
-        """Words for a refusal where an earlier run came back."""
-        if not replaced_run.is_kept(self.path) or found(self.checkpoints):
+        """Words for a refusal where an earlier run came back, or is still aside."""
+        if not replaced_run.is_kept(self.path):
             return ""
+        if replaced_run.is_whole(self.path) and found(self.checkpoints):
+            self.notes.append(words := replaced_run.way_back(self.path))
+            return f"; {words}"
         if self.config.resume and replaced_run.successor_began(self.path):
             self.notes.append(
-                f"{self.path / replaced_run.ASIDE} has the run that this one replaces, until it has a checkpoint"
+                f"{self.path / replaced_run.ASIDE} has the run that this one replaces, until a checkpoint that is due"
             )
             return ""
         self._writing(lambda: replaced_run.restore(self.path))
@@ -232,7 +235,7 @@ class RunFolder:
             if self.config.overwrite:
                 replaced_run.set_aside(self.path)
             elif done:
-                replaced_run.forget(self.path)
+                replaced_run.clear(self.path)
             manifest = self._manifest(done, source, models, variant, world)
             manifest["data"]["dropped"] = masked_tree(dropped)
             self._write_manifest(manifest)
@@ -244,7 +247,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> None:
         """The run that was replaced is not needed any more."""
-        with contextlib.suppress(OSError):  # what is left of it goes with the next start
+        with contextlib.suppress(OSError):  # what is left of it goes with the next checkpoint or start
             replaced_run.forget(self.path)
 
     def _write_manifest(self, manifest: dict) -> None:

@@ -1,5 +1,6 @@
 """--overwrite: what no run wrote stays, and the earlier run is there until its successor has a checkpoint."""
 
+import os
 import shutil
 import signal
 import time
@@ -12,7 +13,7 @@ from tiny_world import save_pairs
 
 from inpo_fast.config import RunConfig
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training import replaced_run
+from inpo_fast.training import loop, replaced_run
 
 MANIFEST = '{"variant": "inpo", "config_sha256": "0", "data": {}, "model": {}}'
 
@@ -221,7 +222,8 @@ def test_killed_at_every_moment_while_the_earlier_run_goes(tmp_path, monkeypatch
 
 
 def test_replaced_twice_nothing_is_there_twice(tmp_path):
-    """A successor without a checkpoint is dropped for the next one, and the run that both replace stays."""
+    """A successor that did not get to a checkpoint that was due is dropped for the next one, also with that of an
+    interruption, and the run that both replace stays."""
     folder = a_run(tmp_path / "run")
     for _ in range(2):
         replaced_run.set_aside(folder)
@@ -229,8 +231,8 @@ def test_replaced_twice_nothing_is_there_twice(tmp_path):
     assert (folder / ".replaced" / "config.yaml").read_text() == "old"
     (folder / "checkpoints" / "step-0001").mkdir(parents=True)
     replaced_run.set_aside(folder)
-    assert (folder / ".replaced" / "config.yaml").read_text() == "new"
-    assert not (folder / ".replaced" / "model").exists() and replaced_run.there(folder) == []
+    assert (folder / ".replaced" / "config.yaml").read_text() == "old"
+    assert (folder / ".replaced" / "model").exists() and replaced_run.there(folder) == []
 
 
 def test_two_things_of_one_name_both_stay(tmp_path):
@@ -280,6 +282,43 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_has_replaced_nothing(w
     train_in(world, "again", "--train.steps=2", "--overwrite")
     assert same_bits(world / "again", good, 2)
     assert not [p for p in (world / "again").iterdir() if p.name.startswith((".replaced", ".tmp"))]
+
+
+def test_a_run_that_is_stopped_before_a_checkpoint_that_was_due_has_replaced_nothing(
+    world, good, capsys, monkeypatch, tmp_path
+):
+    """SIGTERM writes a checkpoint, with which --resume goes on; the earlier run stays until one that was due."""
+    run, train_step = tmp_path / "run", loop.train_step
+    shutil.copytree(good, run)
+    before, words = tree(run), ("--train.steps=3", "--train.checkpoint_every=9", "--seed=1")
+
+    def stopped(*where: str) -> str:
+        steps = iter(range(9))
+
+        def asked(*args):
+            if next(steps) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(loop, "train_step", asked)
+            train_in(world, str(run), *words, *where)
+        return " ".join(capsys.readouterr().err.split())
+
+    said = stopped("--overwrite")
+    assert "continue with --resume (" in said and f"remove {run / 'checkpoints'} and start without --resume)" in said
+    shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(UserError, match=r"already holds a run .*\.replaced still has the run that .*; continue it with"):
+        train_in(world, str(run), *words)
+    assert tree(run / ".replaced") == before
+    assert "still has the run" in stopped("--resume") and tree(run / ".replaced") == before  # and once more
+    train_in(world, str(run), *words, "--resume")
+    assert not (run / ".replaced").exists() and len(metrics(run)) == 3
+
+    shutil.rmtree(tmp_path / "other" / "checkpoints")
+    with pytest.raises(UserError, match="the one that was to be replaced is back"):
+        train_in(world, str(tmp_path / "other"), *words)
+    assert tree(tmp_path / "other") == before
 
 
 def test_resume_where_there_is_nothing(world, capsys):
