@@ -83,16 +83,17 @@ def main() -> None:
 
 
 def write_results(run, evaluation, console) -> None:
-    """Model card, evaluation and report of a finished run, and where they are. evaluation: None where there is none."""
+    """Model card, evaluation and report of a finished run, and where they are. evaluation: None where this start made
+    none; what an earlier one found of the same model stays, with its report."""
     from inpo_fast.handover.model_card import write_cards
     from inpo_fast.report.results import verdict
-    from inpo_fast.report.write import write_report
+    from inpo_fast.report.write import report_of_finished
 
     folder = run.folder.path
     if evaluation is not None:
         evaluation.write(folder)
     write_cards(folder)
-    report = write_report(folder, evaluation)
+    report = report_of_finished(folder, evaluation)
     lines = ["", f"Model:  {folder / 'model'} (opens with diffusers)"]
     if run.models.adapters:
         names = ", ".join(path.name for path in sorted((folder / "lora").glob("*.safetensors")))

@@ -60,7 +60,8 @@ class Checkpoints:
         written: Callable[[], None] = lambda: None,
     ):
         """keep: how many of the newest stay. milestones: those of every so many steps stay as well; 0: none.
-        patience: seconds that the writing of one may take. written: called on process 0 when one that was due is on the disk."""
+        patience: seconds that the writing of one may take. written: called on process 0 when one that was due is on
+        the disk."""
         self.patience, self.written = patience, written
         self.folder, self.keep, self.milestones = folder, keep, milestones
         self.rank, self.world = distributed.rank_and_world()

@@ -72,8 +72,8 @@ def way_back(folder: Path) -> str:
     if not is_whole(folder):
         return ""
     return (
-        f"{folder / ASIDE} still has the run that this one replaces, until a checkpoint that is due; to bring that back, "
-        f"remove {folder / 'checkpoints'} and start without --resume"
+        f"{folder / ASIDE} still has the run that this one replaces, until a checkpoint that is due; to bring that "
+        f"back, remove {folder / 'checkpoints'} and start without --resume"
     )
 
 
@@ -145,7 +145,7 @@ def _named(key: str, text: str, folder: Path) -> Iterator[Path]:
 
 
 def set_aside(folder: Path) -> None:
-    """Moves the run in the folder away. One that has replaced another and has not got to a checkpoint that was due, with
+    """Moves the run in the folder away. One that has replaced another and has had no checkpoint that was due, with
     which that other would have gone, is dropped instead."""
     aside = folder / ASIDE
     if is_whole(folder):

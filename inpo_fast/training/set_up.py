@@ -23,7 +23,7 @@ from inpo_fast.training.checkpoint import Checkpoints
 from inpo_fast.training.online import Online, open_online
 from inpo_fast.training.optim import Average, LossScale, make_optimizer
 from inpo_fast.training.run_folder import RunFolder
-from inpo_fast.training.run_inputs import fingerprints
+from inpo_fast.training.run_inputs import check_held_out, fingerprints
 from inpo_fast.training.step_batch import StepConfig
 from inpo_fast.training.validation import check_validation, open_held_out
 
@@ -156,7 +156,9 @@ def _check_inputs(run: Run) -> None:
         judge = run.online.judge if run.online is not None else None
         try:
             held_out = None if run.config.observe.held_out is None else open_held_out(run.config)
-            run.folder.accept_inputs(fingerprints(run.config, run.source, held_out, judge), run.done)
+            inputs = fingerprints(run.config, run.source, held_out, judge)
+            check_held_out(inputs)
+            run.folder.accept_inputs(inputs, run.done)
             run.notes = (*run.folder.notes, *run.notes)
         except UserError as raised:
             problem = raised

@@ -308,7 +308,7 @@ def test_a_run_that_is_stopped_before_a_checkpoint_that_was_due_has_replaced_not
     said = stopped("--overwrite")
     assert "continue with --resume (" in said and f"remove {run / 'checkpoints'} and start without --resume)" in said
     shutil.copytree(run, tmp_path / "other")
-    with pytest.raises(UserError, match=r"already holds a run .*\.replaced still has the run that .*; continue it with"):
+    with pytest.raises(UserError, match=r"already holds a run .*\.replaced still has the run .*; continue it with"):
         train_in(world, str(run), *words)
     assert tree(run / ".replaced") == before
     assert "still has the run" in stopped("--resume") and tree(run / ".replaced") == before  # and once more
