@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inpo_fast.config import RunConfig, flat, to_dict
+from inpo_fast.data.folder import ListedSource
+from inpo_fast.data.pair import Source
 from inpo_fast.data.places import find
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import json_or_none
@@ -90,13 +92,27 @@ def check(folder: Path, config: RunConfig) -> None:
             f"--overwrite: {folder} holds {', '.join(names[:3])} and no {MANIFEST} of a run, so it may be somebody's; "
             "move it away, or choose another --output"
         )
-    places = [folder / name for name in NAMES] + [folder / ASIDE]
     for key, value in _texts(to_dict(config)):
-        if inside := _inside(key, value, folder, [place for place in places if os.path.lexists(place)]):
+        if inside := _inside(key, value, folder, _places(folder)):
             raise UserError(
                 f"--overwrite: {key}={value} lies in what would be replaced ({inside}); move it away, or choose "
                 "another --output"
             )
+
+
+def check_pictures(folder: Path, key: str, source: Source) -> None:
+    """UserError where a picture that the new run's pairs have lies in what --overwrite would replace."""
+    while hasattr(source, "source"):  # with labels of a sidecar, filtered
+        source = source.source
+    if isinstance(source, ListedSource) and (found := source.picture_below(folder, _places(folder))):
+        raise UserError(
+            f"--overwrite: {key} lists {found}, which lies in what would be replaced; move it away, or choose another "
+            "--output"
+        )
+
+
+def _places(folder: Path) -> list[Path]:
+    return [place for place in (*(folder / name for name in NAMES), folder / ASIDE) if os.path.lexists(place)]
 
 
 def _texts(tree: dict) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.training import replaced_run
 from inpo_fast.training.checkpoint import Checkpoints
 from inpo_fast.training.online import Online, open_online
 from inpo_fast.training.optim import Average, LossScale, make_optimizer
@@ -78,7 +79,10 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     source = open_data(config.data)
     if config.evaluate.prompts:
         open_inputs(config.evaluate, device)
-    check_validation(config)
+    held_out = check_validation(config)
+    if config.overwrite and rank == 0:
+        for key, pairs in (("data.source", source), ("observe.held_out", held_out)):
+            replaced_run.check_pictures(folder.path, key, pairs)
     online = open_online(config, device)
     models = _open_models(config, rank, world, device)
     trajectory_cache, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), []

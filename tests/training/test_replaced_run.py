@@ -1,5 +1,6 @@
 """--overwrite: what no run wrote stays, and the earlier run is there until its successor has a checkpoint."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,11 +8,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_runs import metrics, same_bits, save_recipe, start, train_in
 from tiny_world import save_pairs
 
 from inpo_fast.config import RunConfig
+from inpo_fast.pocket.pairs import png
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training import loop, replaced_run
 
@@ -120,6 +123,28 @@ def test_what_the_new_run_reads_is_not_replaced(tmp_path, key, place):
     assert "\n" not in str(said.value) and tree(folder) == before
     (tmp_path / "elsewhere").mkdir()
     replaced_run.check(folder, with_values({key: str(tmp_path / "elsewhere")}))
+
+
+@pytest.mark.parametrize("key", ["data.source", "observe.held_out"])
+def test_pictures_that_a_listing_names_are_not_replaced(world, good, tmp_path, key):
+    """In the run's own folder, of a listing that lies outside, under a link too; others beside them do not count."""
+    shutil.copytree(good, tmp_path / "run")
+    (tmp_path / "run" / "images").mkdir()
+    (tmp_path / "run" / "mine").mkdir()
+    for name in ("images/a.png", "mine/b.png"):
+        (tmp_path / "run" / name).write_bytes(png(np.zeros((32, 32, 3), np.uint8)))
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    lists = tmp_path / "list.json", tmp_path / "free.json"
+    for listing, names in zip(lists, (["run/mine/b.png", "link/images/a.png"], ["run/mine/b.png"] * 2), strict=True):
+        records = [{"prompt": "a circle", "path1": "run/mine/b.png", "path2": name} for name in names]
+        listing.write_text(json.dumps(records))
+    before = tree(tmp_path / "run")
+    told = rf"--overwrite: {key} lists .*run/images/a\.png, which lies in what", "models.base: no such folder"
+    for listing, words in zip(lists, told, strict=True):
+        pairs = (f"--{key}={listing}", "--models.base=nowhere/at/all")  # what is looked for next
+        with pytest.raises(UserError, match=words):
+            train_in(world, str(tmp_path / "run"), "--overwrite", *pairs)
+    assert tree(tmp_path / "run") == before
 
 
 def with_values(values: dict) -> RunConfig:
@@ -248,7 +273,7 @@ def test_two_things_of_one_name_both_stay(tmp_path):
 def killed_before_its_first_checkpoint(world: Path, name: str) -> None:
     process = start(world, name, "--train.steps=500", "--train.checkpoint_every=1000", "--overwrite", "--seed=1")
     deadline = time.monotonic() + 120
-    while not ((world / name / ".replaced").exists() and (world / name / "metrics.jsonl").exists()):
+    while not ((world / name / ".replaced/manifest.json").exists() and (world / name / "metrics.jsonl").exists()):
         assert process.poll() is None and time.monotonic() < deadline, process.complaints.read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
