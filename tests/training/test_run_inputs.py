@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import same_bits, save_recipe, train_in
-from tiny_world import save_pairs
+from tiny_world import pair_table, save_pairs
 
 from inpo_fast.pocket.pairs import write_pairs
 from inpo_fast.runtime import content_hash, sealed_json
@@ -113,7 +113,10 @@ def test_changed_inputs_are_refused_by_name_or_accepted(world, change):
         go_on(world)
     assert "\n" not in str(said.value) and (world / "run" / "manifest.json").read_bytes() == before
     if change in ("rows appended", "network replaced"):
+        if change == "network replaced":
+            (world / "run" / "evaluation.json").write_text("{}")  # of a model with parts of the base before
         go_on(world, "--accept-changed-inputs")
+        assert not (world / "run" / "evaluation.json").exists()
         (changed,) = json.loads((world / "run" / "manifest.json").read_text())["changed_inputs"]
         then = json.loads(before)["inputs"]
         name = next(name for name in changed if name != "step")
@@ -158,6 +161,24 @@ def test_a_copy_under_another_name_is_the_same(world, begun, capsys):
     go_on(world, *disk, "--accept-changed-inputs")
     (changed,) = json.loads(path.read_text())["changed_inputs"]
     assert changed["data.source"]["now"] == {"content": f"{world}/disk/pairs.parquet"}
+
+
+def test_a_listing_and_its_pictures_may_move(world):
+    for number, row in enumerate(pair_table(6).to_pylist()):
+        for side in "01":
+            (world / f"{number}-{side}.png").write_bytes(row[f"jpg_{side}"])
+    records = [{"prompt": f"circle {n}", "path1": f"{n}-0.png", "path2": f"{n}-1.png"} for n in range(6)]
+    (world / "list.json").write_text(json.dumps(records))
+    train_in(world, "listed", "--train.steps=1", f"--data.source={world / 'list.json'}")
+    (world / "pictures").mkdir()
+    for path in world.glob("?-?.png"):
+        path.rename(world / "pictures" / path.name)
+    (world / "list.json").rename(world / "moved.json")
+    words = (f"--data.source={world / 'moved.json'}", f"--data.images={world / 'pictures'}/")
+    train_in(world, "listed", "--train.steps=1", "--resume", *words)
+    (world / "pictures" / "3-1.png").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"other ones: the pictures of data\.source"):
+        train_in(world, "listed", "--train.steps=1", "--resume", *words)
 
 
 def test_other_held_out_pairs_are_told(world, capsys):
