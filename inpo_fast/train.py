@@ -31,6 +31,7 @@ def main() -> None:
     from inpo_fast.runtime.preemption import Preempted
     from inpo_fast.runtime.signals import exit_status
     from inpo_fast.training.loop import finish, train
+    from inpo_fast.training.replaced_run import way_back
     from inpo_fast.training.set_up import prepare
 
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)])
@@ -66,7 +67,9 @@ def main() -> None:
         forget(run.folder.path)
     except Preempted as asked:
         if rank == 0:
-            print(f"inpo_fast.train: stopped by {asked}; continue with --resume", file=sys.stderr, flush=True)
+            kept = way_back(Path(config.output))
+            again = f"continue with --resume{f' ({kept})' if kept else ''}"
+            print(f"inpo_fast.train: stopped by {asked}; {again}", file=sys.stderr, flush=True)
         sys.exit(exit_status(asked.by))
     except OSError as problem:  # of metrics, pictures, TensorBoard; checkpoints and models say more themselves
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -80,16 +83,17 @@ def main() -> None:
 
 
 def write_results(run, evaluation, console) -> None:
-    """Model card, evaluation and report of a finished run, and where they are. evaluation: None where there is none."""
+    """Model card, evaluation and report of a finished run, and where they are. evaluation: None where this start made
+    none; what an earlier one found of the same model stays, with its report."""
     from inpo_fast.handover.model_card import write_cards
     from inpo_fast.report.results import verdict
-    from inpo_fast.report.write import write_report
+    from inpo_fast.report.write import report_of_finished
 
     folder = run.folder.path
     if evaluation is not None:
         evaluation.write(folder)
     write_cards(folder)
-    report = write_report(folder, evaluation)
+    report = report_of_finished(folder, evaluation)
     lines = ["", f"Model:  {folder / 'model'} (opens with diffusers)"]
     if run.models.adapters:
         names = ", ".join(path.name for path in sorted((folder / "lora").glob("*.safetensors")))

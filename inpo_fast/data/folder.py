@@ -89,6 +89,15 @@ class ListedSource:
             rows = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         return {"rows": rows, "pictures": identity.of_files(self._mentioned())}
 
+    def picture_below(self, folder: Path, places: Sequence[Path]) -> Path | None:
+        """The first picture of the listing in one of these places in a folder, links followed; None where none is.
+        Looks at no picture where the folder lies outside of where they may be."""
+        if not folder.resolve().is_relative_to(self.images):
+            return None
+        solid = [f"{os.path.realpath(place)}{os.sep}" for place in places]
+        found = (path for path in self._mentioned() if path is not None and f"{path}".startswith(tuple(solid)))
+        return next(found, None)
+
     def _mentioned(self) -> Iterator[Path | None]:
         """The files of each pair in turn; None where one may not be read."""
         for number, _, _, record in self._scan():

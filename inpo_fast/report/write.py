@@ -8,7 +8,7 @@ from inpo_fast.comparison.evaluation import Evaluation
 from inpo_fast.report import curves, pictures, plots, reasons, results
 from inpo_fast.report.page import render
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import write_bytes, write_text
+from inpo_fast.runtime.files import json_or_none, write_bytes, write_text
 from inpo_fast.runtime.masking import masked
 
 STRIP_BYTES = 600_000
@@ -36,6 +36,19 @@ def write_report(folder: Path, evaluation: Evaluation | None) -> Path:
             f"the report in {folder} cannot be written or read ({problem.strerror or problem})"
         ) from problem
     return report
+
+
+def report_of_finished(folder: Path, evaluation: Evaluation | None) -> Path:
+    """The path of report.html of a finished run, whose folder has evaluation.json only of its very model.
+
+    evaluation: made just now; where None, the report of an earlier one stays, as only that had the pictures.
+    """
+    report = folder / "report.html"
+    if evaluation is None and (result := json_or_none(folder / "evaluation.json")):
+        if report.exists():
+            return report
+        evaluation = Evaluation(result)
+    return write_report(folder, evaluation)
 
 
 def page(folder: Path, evaluation: Evaluation | None) -> str:

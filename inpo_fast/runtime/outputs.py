@@ -78,6 +78,8 @@ def _check_place(option: str, path: Path, folder: Path) -> None:
         for name in path.absolute().relative_to(nearest).parts:
             if len(os.fsencode(name)) > 240:  # 255 with what is put before and behind while it is written
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if nearest.is_symlink() and not nearest.exists():
+            raise OSError(errno.ENOENT, f"{nearest} is a link to {os.readlink(nearest)}, which leads nowhere")
         if not nearest.is_dir():
             raise OSError(errno.ENOTDIR, f"{nearest} is no folder")
         with tempfile.TemporaryFile(dir=nearest):

@@ -60,7 +60,8 @@ class Checkpoints:
         written: Callable[[], None] = lambda: None,
     ):
         """keep: how many of the newest stay. milestones: those of every so many steps stay as well; 0: none.
-        patience: seconds that the writing of one may take. written: called on process 0 when one is on the disk."""
+        patience: seconds that the writing of one may take. written: called on process 0 when one that was due is on
+        the disk."""
         self.patience, self.written = patience, written
         self.folder, self.keep, self.milestones = folder, keep, milestones
         self.rank, self.world = distributed.rank_and_world()
@@ -78,10 +79,12 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         average: Average | None,
         wait: bool = False,
+        scheduled: bool = True,
     ) -> Path:
         """Copies everything to the host and begins to write folder/step-NNNN; all processes call it.
 
-        UserError when the one before could not be written. wait: come back when this one is on the disk.
+        UserError when the one before could not be written. wait: come back when this one is on the disk. scheduled:
+        False for that of a run that is asked to stop, of which `written` is not told.
         """
         self.wait()
         self._path = final = self.folder / f"step-{state.step:04d}"
@@ -97,7 +100,7 @@ class Checkpoints:
         distributed.barrier()
         self._writing = dcp.async_save(
             parts_of(_to_host(tensors), weights),
-            storage_writer=_Writer(str(aside), files, lambda: self._commit(aside, final, state)),
+            storage_writer=_Writer(str(aside), files, lambda: self._commit(aside, final, state, scheduled)),
             process_group=self.group,
             async_stager=_AlreadyOnHost(),
             no_dist=self.group is None,
@@ -142,7 +145,7 @@ class Checkpoints:
             "free some space and continue with --resume"
         ) from problem
 
-    def _commit(self, aside: Path, final: Path, state: State) -> None:
+    def _commit(self, aside: Path, final: Path, state: State, scheduled: bool) -> None:
         """On process 0, when the shards of all processes are on the disk."""
         files = {path.name: sha256_of(path) for path in sorted(aside.glob("*.safetensors"))}
         content = asdict(state) | {"files": files}
@@ -160,7 +163,8 @@ class Checkpoints:
         for old in saved[: -self.keep]:
             if not (self.milestones and step_of(old) % self.milestones == 0):
                 shutil.rmtree(old)
-        self.written()
+        if scheduled:
+            self.written()
 
     def load_newest(
         self,

@@ -20,7 +20,7 @@ from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.preemption import Preempted, Preemption
 from inpo_fast.runtime.progress import StepProgress
 from inpo_fast.runtime.watch import exchange
-from inpo_fast.training.fine_inversion import affordable_images, fine_steps, noise_ratio
+from inpo_fast.training.fine_inversion import NAMES, affordable_images, fine_steps, noise_ratio
 from inpo_fast.training.health_checks import HealthChecks
 from inpo_fast.training.metrics import MetricAccumulator, MetricsFile
 from inpo_fast.training.optim import lr_at
@@ -44,6 +44,7 @@ def train(run: Run, console: Console) -> None:
         batches = _Batches(run, empty, preemption, output)
         validation = Validation(config, models, empty, run.folder.path, run.done)
         _mend_last_looks(run, validation, preemption, output)
+        _note_other_comparison(run, output)
         health_checks = HealthChecks.after(run.folder.metrics, run.done)
         validation.draw(run.done, output.tracker, preemption)  # what it was stopped at
         begun = time.perf_counter()
@@ -56,7 +57,7 @@ def train(run: Run, console: Console) -> None:
                 metrics, logits = _train_step(run, batch, step, preemption, output)
             except Preempted:
                 if run.saved != run.done:
-                    _save(run, batches.dropped, preemption, wait=True)
+                    _save(run, batches.dropped, preemption, wait=True, scheduled=False)
                 raise
             batches.prepare(step + 1)  # sent to the device while it still computes this step
             with exchange("its result"):
@@ -100,6 +101,20 @@ def _mend_last_looks(run: Run, validation: Validation, preemption: Preemption, o
         values = _fitting(run, output, lambda: validation.step(run.done, output.tracker, run.step_config, preemption))
         if run.rank == 0:
             output.file.rewrite(run.done, lambda old: old | values)
+
+
+def _note_other_comparison(run: Run, output: "_Output") -> None:
+    """Of a run that got another length: whether the inversion was compared before its first step went by the length it
+    had then, the one metric that is not as if the run had been asked for this length at first."""
+    if run.rank != 0 or not run.former_steps or not run.done:
+        return
+    is_there = NAMES[0] in output.file.values(1)
+    if is_there != bool(affordable_images(run.config, run.step_config, run.models, run.world)):
+        has, other = ("has a", "none") if is_there else ("has no", "one")
+        output.say(
+            f"inversion: step 1 {has} noise_ratio, where a run of train.steps={run.config.train.steps} from its start "
+            f"on has {other}: it is measured before the first step, for a share of the run as it was then"
+        )
 
 
 def _compare_inversion(run: Run, batch: StepBatch | None, empty: Text, output: "_Output") -> dict[str, float]:
@@ -242,7 +257,7 @@ def _update(run: Run, values: dict[str, float], logits: torch.Tensor, batch: Ste
         run.average.update(step)
 
 
-def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool) -> None:
+def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool, scheduled: bool = True) -> None:
     """A checkpoint of the steps done, written while the training goes on. All processes call it."""
     preemption.meet(run.done)
     found = distributed.gather((dropped, run.models.at_once.lowered), "what was dropped")
@@ -251,7 +266,7 @@ def _save(run: Run, dropped: list[str], preemption: Preemption, wait: bool) -> N
     lowered = {key: min(sizes[key] for _, sizes in found if key in sizes) for key in keys}
     scale = (run.loss_scale.value, run.loss_scale.good) if run.loss_scale else None
     state = State(run.done, run.seconds, dropped, scale, lowered=lowered)
-    run.checkpoints.save(state, run.models.weights, run.optimizer, run.average, wait=wait)
+    run.checkpoints.save(state, run.models.weights, run.optimizer, run.average, wait=wait, scheduled=scheduled)
     run.saved = run.done
     if run.rank == 0:
         run.folder.record_dropped(dropped)

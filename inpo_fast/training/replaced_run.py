@@ -1,4 +1,5 @@
-"""The earlier run that --overwrite replaces: kept in the folder's `.replaced` until its successor has a checkpoint.
+"""The earlier run that --overwrite replaces: kept in the folder's `.replaced` until its successor has a checkpoint that
+was due. That of an interruption does not count: who stops a run at once may have started it by mistake.
 
 Only names that a run writes are touched, in a folder whose manifest.json is a run's, and nothing that the new run
 reads. Each name is moved by one rename, manifest.json last on the way out and first on the way back. So whenever a
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inpo_fast.config import RunConfig, flat, to_dict
+from inpo_fast.data.folder import ListedSource
+from inpo_fast.data.pair import Source
 from inpo_fast.data.places import find
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import json_or_none
@@ -61,9 +64,24 @@ def is_kept(folder: Path) -> bool:
     return (folder / ASIDE).is_dir()
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether all of an earlier run is aside, so that what lies outside is its successor's."""
+    return (folder / ASIDE / MANIFEST).exists()
+
+
+def way_back(folder: Path) -> str:
+    """Words for a run that stopped with a checkpoint while the one that it replaces is aside; "" where none is."""
+    if not is_whole(folder):
+        return ""
+    return (
+        f"{folder / ASIDE} still has the run that this one replaces, until a checkpoint that is due; to bring that "
+        f"back, remove {folder / 'checkpoints'} and start without --resume"
+    )
+
+
 def successor_began(folder: Path) -> bool:
     """Whether the names outside are those of a run that replaces the one aside."""
-    return (folder / ASIDE / MANIFEST).exists() and is_run(folder) and (folder / "config.yaml").exists()
+    return is_whole(folder) and is_run(folder) and (folder / "config.yaml").exists()
 
 
 def check(folder: Path, config: RunConfig) -> None:
@@ -74,13 +92,27 @@ def check(folder: Path, config: RunConfig) -> None:
             f"--overwrite: {folder} holds {', '.join(names[:3])} and no {MANIFEST} of a run, so it may be somebody's; "
             "move it away, or choose another --output"
         )
-    places = [folder / name for name in NAMES] + [folder / ASIDE]
     for key, value in _texts(to_dict(config)):
-        if inside := _inside(key, value, folder, [place for place in places if os.path.lexists(place)]):
+        if inside := _inside(key, value, folder, _places(folder)):
             raise UserError(
                 f"--overwrite: {key}={value} lies in what would be replaced ({inside}); move it away, or choose "
                 "another --output"
             )
+
+
+def check_pictures(folder: Path, key: str, source: Source) -> None:
+    """UserError where a picture that the new run's pairs have lies in what --overwrite would replace."""
+    while hasattr(source, "source"):  # with labels of a sidecar, filtered
+        source = source.source
+    if isinstance(source, ListedSource) and (found := source.picture_below(folder, _places(folder))):
+        raise UserError(
+            f"--overwrite: {key} lists {found}, which lies in what would be replaced; move it away, or choose another "
+            "--output"
+        )
+
+
+def _places(folder: Path) -> list[Path]:
+    return [place for place in (*(folder / name for name in NAMES), folder / ASIDE) if os.path.lexists(place)]
 
 
 def _texts(tree: dict) -> Iterator[tuple[str, str]]:
@@ -129,13 +161,12 @@ def _named(key: str, text: str, folder: Path) -> Iterator[Path]:
 
 
 def set_aside(folder: Path) -> None:
-    """Moves the run in the folder away. One that has replaced another and has no checkpoint yet is dropped instead."""
+    """Moves the run in the folder away. One that has replaced another and has had no checkpoint that was due, with
+    which that other would have gone, is dropped instead."""
     aside = folder / ASIDE
-    if (aside / MANIFEST).exists() and not any((folder / "checkpoints").glob("step-*")):
+    if is_whole(folder):
         _drop(folder)
         return
-    if (aside / MANIFEST).exists():
-        forget(folder)
     if there(folder):
         aside.mkdir(exist_ok=True)
         for name in NAMES:
@@ -146,7 +177,7 @@ def set_aside(folder: Path) -> None:
 def restore(folder: Path) -> None:
     """Puts the run that is aside back; what its successor left goes, if that began."""
     aside = folder / ASIDE
-    if (aside / MANIFEST).exists():
+    if is_whole(folder):
         _drop(folder)
         (aside / MANIFEST).rename(folder / MANIFEST)
     for name in NAMES:
@@ -157,23 +188,23 @@ def restore(folder: Path) -> None:
 
 def forget(folder: Path) -> None:
     """Removes the run that is aside, for good. What somebody else had put into its folders comes back."""
-    _clear(folder)
+    clear(folder)
     if (folder / ASIDE).is_dir():
         (folder / ASIDE).rename(folder / GOING)
-        _clear(folder)
+        clear(folder)
 
 
 def _drop(folder: Path) -> None:
     """Removes a run's names, but for what somebody else put into its folders."""
-    _clear(folder)
+    clear(folder)
     (folder / GOING).mkdir()
     for name in NAMES:
         if os.path.lexists(folder / name):
             (folder / name).rename(folder / GOING / name)
-    _clear(folder)
+    clear(folder)
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Removes what is on its way out, also what a killed process left of it."""
     if (folder / GOING).is_dir():
         carry_foreign(folder / GOING, folder)

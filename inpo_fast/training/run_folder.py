@@ -85,6 +85,8 @@ class RunFolder:
         self.inputs: dict[str, dict] = {}  # what this run began with
         self._before: Before | None = None
         self._model_step: int | None = None  # of what lies in model/, where that is known
+        self._has_other_base = False  # accepted in this start
+        self._other_places: dict[str, dict] = {}  # accepted, though no fingerprint says what lay there
         self._changed: list[dict] = []  # of the inputs, what was accepted, for the manifest
 
     def check(self) -> None:
@@ -112,12 +114,15 @@ class RunFolder:
             self._check_continuation(taken)
 
     def _restore(self) -> str:
-        """Words for a refusal where an earlier run came back."""
-        if not replaced_run.is_kept(self.path) or found(self.checkpoints):
+        """Words for a refusal where an earlier run came back, or is still aside."""
+        if not replaced_run.is_kept(self.path):
             return ""
+        if replaced_run.is_whole(self.path) and found(self.checkpoints):
+            self.notes.append(words := replaced_run.way_back(self.path))
+            return f"; {words}"
         if self.config.resume and replaced_run.successor_began(self.path):
             self.notes.append(
-                f"{self.path / replaced_run.ASIDE} has the run that this one replaces, until it has a checkpoint"
+                f"{self.path / replaced_run.ASIDE} has the run that this one replaces, until a checkpoint that is due"
             )
             return ""
         self._writing(lambda: replaced_run.restore(self.path))
@@ -136,9 +141,10 @@ class RunFolder:
     def _check_continuation(self, taken: list[str]) -> None:
         newest = found(self.checkpoints)
         if taken:
-            old = self._check_same_recipe()
+            manifest, inputs = self._read_manifest()
+            old = self._check_same_recipe(inputs)
             run_length.check_length(self.config, old, step_of(newest[-1]) if newest else 0, self.path)
-            self._before = self._read_before(old)
+            self._before = Before(old, manifest, inputs)
         if not newest and "model" in taken:
             raise UserError(
                 f"--resume: the run in {self.path} is finished and its checkpoints are gone; replace it with "
@@ -147,8 +153,8 @@ class RunFolder:
         if not newest:
             self.notes.insert(0, f"--resume: {self.path} has no checkpoint to continue from; starting at step 0")
 
-    def _check_same_recipe(self) -> dict:
-        """The run's settings before, keys joined by dots."""
+    def _check_same_recipe(self, inputs: dict[str, dict] | None) -> dict:
+        """The run's settings before, keys joined by dots. inputs: its fingerprints, which decide of places."""
         try:
             old = flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as problem:
@@ -160,16 +166,24 @@ class RunFolder:
         # masked: another key to the same place is the same place
         old, new = ({key: masked_tree(shipped.from_home(value)) for key, value in run.items()} for run in (old, new))
         free = (*FREE_ON_RESUME, *run_length.KEYS)
-        differ = [key for key in new if old.get(key) != new[key] and not key.startswith(free)]
+        names = run_inputs.PLACES
+        differ = [k for k in new if old.get(k) != new[k] and k not in names and not k.startswith(free)]
+        places = run_inputs.other_places(old, new, inputs)
+        if self.config.accept_changed_inputs:
+            self._other_places = {k: {"then": _named(old.get(k)), "now": _named(new[k])} for k in places}
+        else:
+            differ += places
         if differ:
             key = differ[0]
+            accept = f", accept it with {run_inputs.ACCEPT}" if key in names else ""
             raise UserError(
                 f"--resume: {key} is {new[key]!r} but the run in {self.path} has {old.get(key)!r}; give the "
-                "same value, or start a new run with another --output"
+                f"same value{accept}, or start a new run with another --output"
             )
         return old
 
-    def _read_before(self, old: dict) -> Before:
+    def _read_manifest(self) -> tuple[dict, dict[str, dict] | None]:
+        """And of it what the run began with, None where it does not say."""
         path = self.path / replaced_run.MANIFEST
         try:
             manifest, is_sealed = sealed_json.loads(path.read_bytes()) if path.exists() else ({}, False)
@@ -183,7 +197,7 @@ class RunFolder:
                     f"{run_inputs.ACCEPT} goes on with what there is now"
                 ) from problem
             manifest, inputs = {}, None
-        return Before(old, manifest, inputs)
+        return manifest, inputs
 
     def accept_inputs(self, inputs: dict[str, dict], done: int) -> None:
         """Holds what the run begins with now against what it began with. UserError by name, unless it is accepted."""
@@ -197,9 +211,11 @@ class RunFolder:
                 f"warning: {self.path / replaced_run.MANIFEST} does not say what the run began with; whether "
                 "pairs and base are still the same was not checked"
             )
-            return
-        same_key = {key for key in ("observe.held_out",) if before.config.get(key) == self._setting(key)}
-        changed = run_inputs.changes(before.inputs, inputs, leave_out={"observe.held_out"} - same_key)
+        same_key = {key for key in (run_inputs.HELD_OUT,) if before.config.get(key) == self._setting(key)}
+        then = inputs if before.inputs is None else before.inputs
+        changed = run_inputs.changes(then, inputs, leave_out={run_inputs.HELD_OUT} - same_key) | self._other_places
+        if not same_key:
+            self._note_held_out(then.get(run_inputs.HELD_OUT), inputs.get(run_inputs.HELD_OUT), done)
         if not changed:
             return
         if not self.config.accept_changed_inputs:
@@ -208,7 +224,22 @@ class RunFolder:
                 f"{run_inputs.ACCEPT} (manifest.json keeps both)"
             )
         self._changed = [*self._changed, {"step": done, **changed}]
+        self._has_other_base = any(name.startswith("models.") for name in changed)
         self.notes.append(f"{run_inputs.ACCEPT}: {run_inputs.refusal(changed)}")
+
+    def _note_held_out(self, then: dict | None, now: dict | None, done: int) -> None:
+        """Of held-out pairs under another name, which are free: where they are others, the curve is of both."""
+        key = run_inputs.HELD_OUT
+        if not run_inputs.changes({key: then} if then else {}, {key: now} if now else {}, leave_out=set()):
+            return
+        earlier = [then, *(each[key]["then"] for each in reversed(self._changed) if key in each)]
+        known = next((each for each in earlier if each), None)  # also of a start that had none
+        self._changed = [*self._changed, {"step": done, key: {"then": then, "now": now}}]
+        if now and known and run_inputs.changes({key: known}, {key: now}, leave_out=set()):
+            self.notes.append(
+                f"warning: {key} has other pairs than before: held_out_ metrics up to step {done} and after it are not "
+                "to be compared (manifest.json keeps both)"
+            )
 
     @property
     def former_steps(self) -> tuple[int, ...]:
@@ -232,7 +263,7 @@ class RunFolder:
             if self.config.overwrite:
                 replaced_run.set_aside(self.path)
             elif done:
-                replaced_run.forget(self.path)
+                replaced_run.clear(self.path)
             manifest = self._manifest(done, source, models, variant, world)
             manifest["data"]["dropped"] = masked_tree(dropped)
             self._write_manifest(manifest)
@@ -244,7 +275,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> None:
         """The run that was replaced is not needed any more."""
-        with contextlib.suppress(OSError):  # what is left of it goes with the next start
+        with contextlib.suppress(OSError):  # what is left of it goes with the next checkpoint or start
             replaced_run.forget(self.path)
 
     def _write_manifest(self, manifest: dict) -> None:
@@ -317,10 +348,11 @@ class RunFolder:
     def save_model(self, pipeline: DiffusionPipeline, untouched: dict[str, Path], step: int) -> None:
         """model/: a diffusers folder. Written aside and renamed; what is there stays until then.
 
-        untouched: see `unchanged_parts`. step: an evaluation of a model of another step goes with that model.
+        untouched: see `unchanged_parts`. step: an evaluation of a model of another step, or with parts of another base,
+        goes with that model.
         """
-        known = self._model_step
-        self._save("model", lambda folder: write_folder(pipeline, folder, untouched), known not in (None, step))
+        is_new = self._model_step not in (None, step) or self._has_other_base
+        self._save("model", lambda folder: write_folder(pipeline, folder, untouched), is_new)
         self._model_step = step
         self._change_manifest(lambda manifest: manifest | {"model_of_step": step})
 
@@ -353,6 +385,10 @@ class RunFolder:
         except BaseException:  # asked to stop
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+
+def _named(place: object) -> dict | None:
+    return None if place is None else {"content": str(place)}
 
 
 def _version(package: str) -> str | None:

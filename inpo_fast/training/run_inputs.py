@@ -11,6 +11,7 @@ a second of each core (content_hash.py), SDXL in fp32 (13.9 GB) would take 4 s o
 What the pairs cost: data/identity.py.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,13 +29,25 @@ from inpo_fast.runtime.errors import UserError
 
 SMALL = (".json", ".txt")  # of a part's folder, beside its weights: configuration, vocabulary
 ACCEPT = "--accept-changed-inputs"
+HELD_OUT = "observe.held_out"
+PLACES = (  # settings that name a place of inputs: what lies there counts, not the name
+    "data.source",
+    "data.images",
+    "data.labels",
+    "data.filters.block_list",
+    "models.base",
+    "models.init",
+    "models.vae",
+    "models.single_file_config",
+)
+_OF_PAIRS = {"data.labels": "labels", "data.filters.block_list": "filters"}  # part of their fingerprint, where given
 
 
 def fingerprints(config: RunConfig, source: Source, held_out: Source | None, judge: Judge | None) -> dict[str, dict]:
     """Input -> what it is, plain values. held_out: pairs that are not trained on; judge: of online training."""
     out: dict[str, dict] = {"data.source": identity_of(source)}
     if held_out is not None:
-        out["observe.held_out"] = identity_of(held_out)
+        out[HELD_OUT] = identity_of(held_out)
     if judge is not None:
         out["online.judge"] = {"content": judge_id(judge)}
     return out | model_fingerprints(config.models)
@@ -112,6 +125,40 @@ def files_of_part(key: str, folder: Path, has_weights: bool) -> dict[str, Path]:
     if has_weights:
         names |= set(choose_in_folder(key, folder).names)
     return {name: folder / name for name in names}
+
+
+def other_places(old: dict, new: dict, then: dict[str, dict] | None) -> list[str]:
+    """Of PLACES, those that are not what they were and of which `then`, the fingerprints of before, cannot decide.
+
+    old, new: settings of before and now, keys joined by dots.
+    """
+    keys = [key for key in PLACES if key in new and _address(old.get(key)) != _address(new[key])]
+    return [key for key in keys if not _is_decided(key, old.get(key), new[key], then or {})]
+
+
+def _address(place: object) -> object:
+    """One name for each place of this machine, such as with and without a slash at the end."""
+    if not isinstance(place, str) or not place or "://" in place.removeprefix("file://"):
+        return place
+    return os.path.abspath(os.path.expanduser(place.removeprefix("file://")))
+
+
+def _is_decided(key: str, old: object, new: object, then: dict[str, dict]) -> bool:
+    if key.startswith("models."):
+        return any(name.split(" (")[0] == key for name in then) or (old is None and bool(then))
+    known = then.get("data.source", {})
+    if key in _OF_PAIRS:  # of a digest that only one of the two has nothing is said
+        return old is not None and new is not None and _OF_PAIRS[key] in known
+    return {"rows", "pictures"} <= known.keys()
+
+
+def check_held_out(inputs: dict[str, dict]) -> None:
+    """UserError where the held-out pairs are the training pairs under another name, whatever labels they have."""
+    trained, held_out = (inputs.get(name, {}).get("pictures") for name in ("data.source", HELD_OUT))
+    if held_out is not None and held_out == trained:
+        raise UserError(
+            f"{HELD_OUT} has the very pictures of data.source: pairs that are trained on tell nothing; name others"
+        )
 
 
 def changes(then: dict[str, dict], now: dict[str, dict], leave_out: set[str]) -> dict[str, dict]:

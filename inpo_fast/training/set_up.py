@@ -19,11 +19,12 @@ from inpo_fast.models.models import Models
 from inpo_fast.models.zero1 import Zero1Partition
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.training import replaced_run
 from inpo_fast.training.checkpoint import Checkpoints
 from inpo_fast.training.online import Online, open_online
 from inpo_fast.training.optim import Average, LossScale, make_optimizer
 from inpo_fast.training.run_folder import RunFolder
-from inpo_fast.training.run_inputs import fingerprints
+from inpo_fast.training.run_inputs import check_held_out, fingerprints
 from inpo_fast.training.step_batch import StepConfig
 from inpo_fast.training.validation import check_validation, open_held_out
 
@@ -78,7 +79,10 @@ def prepare(config: RunConfig, rank: int, world: int, device: torch.device) -> R
     source = open_data(config.data)
     if config.evaluate.prompts:
         open_inputs(config.evaluate, device)
-    check_validation(config)
+    held_out = check_validation(config)
+    if config.overwrite and rank == 0:
+        for key, pairs in (("data.source", source), ("observe.held_out", held_out)):
+            replaced_run.check_pictures(folder.path, key, pairs)
     online = open_online(config, device)
     models = _open_models(config, rank, world, device)
     trajectory_cache, notes = open_trajectory_cache(models, config.inversion, config.objective, config.data), []
@@ -156,7 +160,9 @@ def _check_inputs(run: Run) -> None:
         judge = run.online.judge if run.online is not None else None
         try:
             held_out = None if run.config.observe.held_out is None else open_held_out(run.config)
-            run.folder.accept_inputs(fingerprints(run.config, run.source, held_out, judge), run.done)
+            inputs = fingerprints(run.config, run.source, held_out, judge)
+            check_held_out(inputs)
+            run.folder.accept_inputs(inputs, run.done)
             run.notes = (*run.folder.notes, *run.notes)
         except UserError as raised:
             problem = raised

@@ -163,11 +163,10 @@ class Validation:
         return items
 
 
-def check_validation(config: RunConfig) -> None:
-    """UserError, before a model is loaded, of what could not be shown later."""
+def check_validation(config: RunConfig) -> Source | None:
+    """The held-out pairs. UserError, before a model is loaded, of what could not be shown later."""
     prompts_of(config)
-    if config.observe.held_out is not None:
-        open_held_out(config)
+    return None if config.observe.held_out is None else open_held_out(config)
 
 
 def open_held_out(config: RunConfig) -> Source:

@@ -4,10 +4,13 @@ Commands run in processes of their own, forked with the imports done; each sends
 work. `test_at_any_moment` (slow) starts real ones, whose imports can be hit too, and does so at random moments.
 """
 
+import html
 import importlib
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import pytest
 from tiny_runs import ENVIRONMENT, Forked, finished, free_port, run_command, run_training, save_recipe, train_in
 
 from inpo_fast.pocket.scenes import split_scenes
+from inpo_fast.report.results import verdict
 from inpo_fast.runtime.signals import INTERRUPTED, TRY_AGAIN
 
 CAPTIONS = [scene.caption for scene in split_scenes()[1][:3]]
@@ -115,6 +119,23 @@ def test_every_command_ends_in_one_line(world, whole, tmp_path, command, number)
     name = signal.Signals(number).name
     assert re.fullmatch(rf"(python -m )?{module}: stopped by {name}; {again}\n", said), said
     assert left_behind(out) == left_behind(whole) == []
+
+
+def test_a_finished_run_that_is_resumed_without_an_evaluation_keeps_the_one_it_has(world, whole, tmp_path):
+    """Of this very model: its report with the pictures, or where that is gone one with its verdict."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    names = ("evaluation.json", "samples.png", "report.html")
+    before = {name: (run / name).read_bytes() for name in names}
+    words = (str(run), "--resume", "--evaluate.prompts=None", f"--observe.prompts={world / 'prompts.txt'}")
+    train_in(world, *words)
+    assert {name: (run / name).read_bytes() for name in names} == before
+    (run / "report.html").unlink()
+    train_in(world, *words)
+    report = (run / "report.html").read_text()
+    assert verdict(json.loads(before["evaluation.json"])) in html.unescape(report) and "Not evaluated" not in report
+    train_in(world, *words, "--train.steps=4")
+    assert "Not evaluated" in (run / "report.html").read_text() and not (run / "samples.png").exists()
 
 
 STAGES = {

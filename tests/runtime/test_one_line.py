@@ -127,12 +127,16 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "gone").symlink_to(tmp_path / "absent")
     for check, path, told in [
         (check_file, tmp_path / "folder", "is a folder; name a file"),
         (check_file, Path(""), "is a folder; name a file"),
         (check_file, Path("/"), "is a folder; name a file"),
         (check_file, tmp_path / "file" / "inside" / "a.png", "cannot be written"),
         (check_folder, tmp_path / "file", "is no folder"),
+        (check_folder, tmp_path / "gone", "gone is a link to .*absent, which leads nowhere"),
+        (check_folder, tmp_path / "gone" / "run", "gone is a link to .*absent, which leads nowhere"),
+        (check_file, tmp_path / "gone" / "a.png", "gone is a link to .*absent, which leads nowhere"),
         (check_folder, tmp_path / "file" / "inside", "cannot be written"),
         (check_folder, tmp_path / ("z" * 256), "File name too long"),
         (check_folder, Path("a/" * 3000), "File name too long"),
@@ -151,4 +155,4 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     check_file("--output", tmp_path / "new" / "a.PNG", (".png",))
     check_folder("--output", tmp_path / "new" / "deeper")
     check_file("--output", tmp_path / "colon:ed" / "a.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "gone", "pipe"]

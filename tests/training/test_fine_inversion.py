@@ -112,6 +112,19 @@ def test_it_costs_one_percent_at_most(world, tmp_path):
     assert split == 0  # one image each is no pair
 
 
+def test_it_is_said_where_another_length_would_have_made_it_or_not(world, tmp_path, monkeypatch):
+    """It is made before the first step, for a share of the run as long as that is then."""
+    monkeypatch.setattr(fine_inversion, "SHARE", 0.2)
+    words = ("--observe.fine_inversion=20", "--optim.average=none")
+    _, rows, _ = trained(world, tmp_path / "run", *words)
+    assert "noise_ratio" not in rows[0]
+    _, rows, said = trained(world, tmp_path / "run", *words, "--train.steps=6", "--resume")
+    line = "inversion: step 1 has no noise_ratio, where a run of train.steps=6 from its start on has one"
+    assert said.count(line) == 1 and "noise_ratio" not in rows[0]
+    _, _, said = trained(world, tmp_path / "whole", *words, "--train.steps=6")
+    assert "has one" not in said
+
+
 def test_a_coarse_inversion_is_warned_of_to_the_end(world, tmp_path, monkeypatch):
     monkeypatch.setattr(fine_inversion, "SHARE", 5.0)
     monkeypatch.setattr(loop, "noise_ratio", lambda *a: {"noise_ratio": 0.4, "noise_ratio_evaluations": 12.0})

@@ -1,18 +1,22 @@
 """--overwrite: what no run wrote stays, and the earlier run is there until its successor has a checkpoint."""
 
+import json
+import os
 import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_runs import metrics, same_bits, save_recipe, start, train_in
 from tiny_world import save_pairs
 
 from inpo_fast.config import RunConfig
+from inpo_fast.pocket.pairs import png
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.training import replaced_run
+from inpo_fast.training import loop, replaced_run
 
 MANIFEST = '{"variant": "inpo", "config_sha256": "0", "data": {}, "model": {}}'
 
@@ -121,6 +125,28 @@ def test_what_the_new_run_reads_is_not_replaced(tmp_path, key, place):
     replaced_run.check(folder, with_values({key: str(tmp_path / "elsewhere")}))
 
 
+@pytest.mark.parametrize("key", ["data.source", "observe.held_out"])
+def test_pictures_that_a_listing_names_are_not_replaced(world, good, tmp_path, key):
+    """In the run's own folder, of a listing that lies outside, under a link too; others beside them do not count."""
+    shutil.copytree(good, tmp_path / "run")
+    (tmp_path / "run" / "images").mkdir()
+    (tmp_path / "run" / "mine").mkdir()
+    for name in ("images/a.png", "mine/b.png"):
+        (tmp_path / "run" / name).write_bytes(png(np.zeros((32, 32, 3), np.uint8)))
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    lists = tmp_path / "list.json", tmp_path / "free.json"
+    for listing, names in zip(lists, (["run/mine/b.png", "link/images/a.png"], ["run/mine/b.png"] * 2), strict=True):
+        records = [{"prompt": "a circle", "path1": "run/mine/b.png", "path2": name} for name in names]
+        listing.write_text(json.dumps(records))
+    before = tree(tmp_path / "run")
+    told = rf"--overwrite: {key} lists .*run/images/a\.png, which lies in what", "models.base: no such folder"
+    for listing, words in zip(lists, told, strict=True):
+        pairs = (f"--{key}={listing}", "--models.base=nowhere/at/all")  # what is looked for next
+        with pytest.raises(UserError, match=words):
+            train_in(world, str(tmp_path / "run"), "--overwrite", *pairs)
+    assert tree(tmp_path / "run") == before
+
+
 def with_values(values: dict) -> RunConfig:
     config = RunConfig()
     for key, value in values.items():
@@ -221,7 +247,8 @@ def test_killed_at_every_moment_while_the_earlier_run_goes(tmp_path, monkeypatch
 
 
 def test_replaced_twice_nothing_is_there_twice(tmp_path):
-    """A successor without a checkpoint is dropped for the next one, and the run that both replace stays."""
+    """A successor that did not get to a checkpoint that was due is dropped for the next one, also with that of an
+    interruption, and the run that both replace stays."""
     folder = a_run(tmp_path / "run")
     for _ in range(2):
         replaced_run.set_aside(folder)
@@ -229,8 +256,8 @@ def test_replaced_twice_nothing_is_there_twice(tmp_path):
     assert (folder / ".replaced" / "config.yaml").read_text() == "old"
     (folder / "checkpoints" / "step-0001").mkdir(parents=True)
     replaced_run.set_aside(folder)
-    assert (folder / ".replaced" / "config.yaml").read_text() == "new"
-    assert not (folder / ".replaced" / "model").exists() and replaced_run.there(folder) == []
+    assert (folder / ".replaced" / "config.yaml").read_text() == "old"
+    assert (folder / ".replaced" / "model").exists() and replaced_run.there(folder) == []
 
 
 def test_two_things_of_one_name_both_stay(tmp_path):
@@ -246,7 +273,7 @@ def test_two_things_of_one_name_both_stay(tmp_path):
 def killed_before_its_first_checkpoint(world: Path, name: str) -> None:
     process = start(world, name, "--train.steps=500", "--train.checkpoint_every=1000", "--overwrite", "--seed=1")
     deadline = time.monotonic() + 120
-    while not ((world / name / ".replaced").exists() and (world / name / "metrics.jsonl").exists()):
+    while not ((world / name / ".replaced/manifest.json").exists() and (world / name / "metrics.jsonl").exists()):
         assert process.poll() is None and time.monotonic() < deadline, process.complaints.read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -280,6 +307,43 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_has_replaced_nothing(w
     train_in(world, "again", "--train.steps=2", "--overwrite")
     assert same_bits(world / "again", good, 2)
     assert not [p for p in (world / "again").iterdir() if p.name.startswith((".replaced", ".tmp"))]
+
+
+def test_a_run_that_is_stopped_before_a_checkpoint_that_was_due_has_replaced_nothing(
+    world, good, capsys, monkeypatch, tmp_path
+):
+    """SIGTERM writes a checkpoint, with which --resume goes on; the earlier run stays until one that was due."""
+    run, train_step = tmp_path / "run", loop.train_step
+    shutil.copytree(good, run)
+    before, words = tree(run), ("--train.steps=3", "--train.checkpoint_every=9", "--seed=1")
+
+    def stopped(*where: str) -> str:
+        steps = iter(range(9))
+
+        def asked(*args):
+            if next(steps) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(loop, "train_step", asked)
+            train_in(world, str(run), *words, *where)
+        return " ".join(capsys.readouterr().err.split())
+
+    said = stopped("--overwrite")
+    assert "continue with --resume (" in said and f"remove {run / 'checkpoints'} and start without --resume)" in said
+    shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(UserError, match=r"already holds a run .*\.replaced still has the run .*; continue it with"):
+        train_in(world, str(run), *words)
+    assert tree(run / ".replaced") == before
+    assert "still has the run" in stopped("--resume") and tree(run / ".replaced") == before  # and once more
+    train_in(world, str(run), *words, "--resume")
+    assert not (run / ".replaced").exists() and len(metrics(run)) == 3
+
+    shutil.rmtree(tmp_path / "other" / "checkpoints")
+    with pytest.raises(UserError, match="the one that was to be replaced is back"):
+        train_in(world, str(tmp_path / "other"), *words)
+    assert tree(tmp_path / "other") == before
 
 
 def test_resume_where_there_is_nothing(world, capsys):

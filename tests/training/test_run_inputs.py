@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import same_bits, save_recipe, train_in
-from tiny_world import save_pairs
+from tiny_world import pair_table, save_pairs
 
+from inpo_fast.pocket.pairs import write_pairs
 from inpo_fast.runtime import content_hash, sealed_json
 from inpo_fast.runtime.errors import UserError
 
@@ -112,7 +113,10 @@ def test_changed_inputs_are_refused_by_name_or_accepted(world, change):
         go_on(world)
     assert "\n" not in str(said.value) and (world / "run" / "manifest.json").read_bytes() == before
     if change in ("rows appended", "network replaced"):
+        if change == "network replaced":
+            (world / "run" / "evaluation.json").write_text("{}")  # of a model with parts of the base before
         go_on(world, "--accept-changed-inputs")
+        assert not (world / "run" / "evaluation.json").exists()
         (changed,) = json.loads((world / "run" / "manifest.json").read_text())["changed_inputs"]
         then = json.loads(before)["inputs"]
         name = next(name for name in changed if name != "step")
@@ -126,8 +130,73 @@ def test_a_copy_with_other_times_is_the_same(world, begun, capsys):
     (world / "model" / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
     go_on(world)
     assert same_bits(world / "run", begun / "run", 2) and "warning" not in capsys.readouterr().out
+
+
+def test_a_copy_under_another_name_is_the_same(world, begun, capsys):
+    """Contents count where the manifest knows them; an older one knows names, with and without a slash at the end."""
+    (world / "disk").mkdir()
+    for name in ("pairs.parquet", "held-out.parquet", "words.txt"):
+        shutil.copy(world / name, world / "disk")
+    shutil.copytree(world / "model", world / "disk" / "base")
+    disk = (f"--data.source={world}/disk/pairs.parquet", f"--models.base={world}/disk/base/")
+    disk += (f"--data.filters.block_list={world}/disk/words.txt", f"--observe.held_out={world}/disk/held-out.parquet")
+    path = world / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    go_on(world, *disk)
+    assert same_bits(world / "run", begun / "run", 2) and "warning" not in capsys.readouterr().out
+    assert json.loads(path.read_text())["inputs"] == manifest["inputs"]
+    go_on(world)  # and back
+
+    change_rows(world / "disk" / "pairs.parquet", relabel_all)
+    move_a_weight(world / "disk" / "base" / VAE)
+    with pytest.raises(UserError, match=r"data\.source: as many pairs .*; models\.base \(vae\): not what.*--accept-ch"):
+        go_on(world, *disk)
+
+    old = {name: value for name, value in manifest.items() if name not in ("inputs", "sha256")}
+    path.write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"data\.source is .*disk/pairs.*, accept it with --accept-changed-inputs"):
+        go_on(world, *disk)
+    go_on(world, f"--models.base={world / 'model'}/")
+    path.write_text(json.dumps(old))
+    go_on(world, *disk, "--accept-changed-inputs")
+    (changed,) = json.loads(path.read_text())["changed_inputs"]
+    assert changed["data.source"]["now"] == {"content": f"{world}/disk/pairs.parquet"}
+
+
+def test_a_listing_and_its_pictures_may_move(world):
+    for number, row in enumerate(pair_table(6).to_pylist()):
+        for side in "01":
+            (world / f"{number}-{side}.png").write_bytes(row[f"jpg_{side}"])
+    records = [{"prompt": f"circle {n}", "path1": f"{n}-0.png", "path2": f"{n}-1.png"} for n in range(6)]
+    (world / "list.json").write_text(json.dumps(records))
+    train_in(world, "listed", "--train.steps=1", f"--data.source={world / 'list.json'}")
+    (world / "pictures").mkdir()
+    for path in world.glob("?-?.png"):
+        path.rename(world / "pictures" / path.name)
+    (world / "list.json").rename(world / "moved.json")
+    words = (f"--data.source={world / 'moved.json'}", f"--data.images={world / 'pictures'}/")
+    train_in(world, "listed", "--train.steps=1", "--resume", *words)
+    (world / "pictures" / "3-1.png").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"other ones: the pictures of data\.source"):
+        train_in(world, "listed", "--train.steps=1", "--resume", *words)
+
+
+def test_other_held_out_pairs_are_told(world, capsys):
+    """The key is free, but one curve must not be taken for that of one set; nor may the set be the training pairs."""
     other = save_pairs(world / "other.parquet", rows=16)
-    go_on(world, f"--observe.held_out={other}")  # a key that is free: no change of what lies there
+    manifest = json.loads((world / "run" / "manifest.json").read_text())
+    go_on(world, f"--observe.held_out={other}")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: observe.held_out has other pairs than before: held_out_ metrics up to step 2 and after" in said
+    (changed,) = json.loads((world / "run" / "manifest.json").read_text())["changed_inputs"]
+    then = changed["observe.held_out"]["then"]
+    assert changed["step"] == 2 and then == manifest["inputs"]["observe.held_out"] != changed["observe.held_out"]["now"]
+    shutil.copy(world / "pairs.parquet", world / "copy.parquet")
+    write_pairs(relabel_all(pq.read_table(world / "pairs.parquet")), world / "turned.parquet")
+    for name in ("copy", "turned"):
+        with pytest.raises(UserError, match=r"observe\.held_out has the very pictures of data\.source"):
+            train_in(world, "new", f"--observe.held_out={world / name}.parquet")
+        assert not (world / "new").exists()
 
 
 def test_a_run_of_before_goes_on_with_a_warning(world, capsys):
@@ -168,6 +237,14 @@ def test_labels_and_lora_count(world):
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["model"]["reference"] == "models.base with the LoRA of models.init"
     assert {"data.source", "models.init (LoRA)", "models.base (unet)"} <= manifest["inputs"].keys()
+    plain = [word for word in words if not word.startswith("--data.labels=")]
+    with pytest.raises(UserError, match=r"data\.labels is None but the run .*, accept it with --accept-changed-inputs"):
+        train_in(world, *plain, "--resume")
+    (world / "disk").mkdir()
+    shutil.copy(sidecar, world / "disk" / "moved.parquet")
+    shutil.copytree(lora, world / "disk" / "lora")
+    moved = (f"--data.labels={world}/disk/moved.parquet", f"--models.init={world}/disk/lora")
+    train_in(world, *words, *moved, "--resume")
     run_command("inpo_fast.relabel", *relabel, "--overwrite", "--temperature", "3")
     move_a_weight(lora / "pytorch_lora_weights.safetensors")
     with pytest.raises(UserError, match=r"data\.source: .*the labels of data\.labels.*models\.init \(LoRA\): not what"):
