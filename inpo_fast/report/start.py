@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from inpo_fast.models.files.hub import hub_id
+from inpo_fast.runtime.masking import masked
 
 ITSELF, WITH_LORA = "models.init", "models.base with the LoRA of models.init"  # as manifest.json names the reference
 
@@ -29,4 +30,4 @@ def name_of(place: str) -> str:
     """A hub id; of a path its end: sft/lora rather than lora, which every run has. Nothing else of this machine."""
     path = Path(place).expanduser()
     name = "/".join(path.absolute().parts[-2:]) if path.name in ("model", "lora", "unet") else path.name
-    return hub_id(place) or name
+    return masked(hub_id(place) or name)
