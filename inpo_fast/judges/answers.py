@@ -10,8 +10,8 @@
 4. Otherwise exactly one number on the scale, from low to high, ends included, if it is said to be the score: that one.
    None or several: unclear, also where the others name the scale (on a scale from 0 to 10, a 7). A number off the scale
    (a year) is passed over. It is said to be the score where it is
-   a. the whole answer, a line of its own, or its last sentence, little words (it's a 7) and what comes after a dash or
-      a conjunction aside;
+   a. the whole answer, or, where it has not refused to rate, a line of its own or its last sentence; little
+      words (it's a 7) and what comes after a dash or a conjunction aside;
    b. directly behind a word for it (score, rate, give, grade, answer, …), again with little words only between; where
       there is not even such a one (score 1: …), what is behind it must be as in a.
    So numbers of lists, steps and things (1. Good; step 1; #2; 5 apples) are none.
@@ -22,8 +22,8 @@ unclear.
 A number that is a part of something else counts as one in 3 and 4, but is never the score: the end of a range (7-8,
 between 6 and 7, six or 7), a fraction (7/5, 7 out of 100), a percentage (unless the scale is 0 to 100), minus something
 on a scale from 0 up, what has a letter beside it (3D, SD1.5, 7th, 10-point), a comma that may be decimal or a list's
-(7,5), 7+, >7, at least 7, less than 7,
-7 or more, 7 and a half, and a scale that is only named (out of 10, seven of 10). Words (seven) are no numbers.
+(7,5), 7+, >7, at least 7, less than 7, 7 or more, 7 and a half, and a scale that is only named (out of 10, seven of
+10). Words (seven) are no numbers.
 """
 
 import json
@@ -52,7 +52,7 @@ _BEFORE = re.compile(
     rf"[A-Za-z]-?\Z|[A-Za-z]\.\Z|\d[:.,]\Z|(?:^|[\s:(])[<>≤≥]=?\s*\Z|\d%?{_JOIN}\Z|\b{WORD}{_WORD_JOIN}\Z|\d\s*/\s*\Z"
     rf"|\bout\s+of\s+(?:(?:a|the|possible|maximum)\s+)*\Z|\bscale\s+of\s+\Z|\bmax(?:imum)?(?:\s+of)?:?\s+\Z"
     rf"|\b{WORD}(?:\s+of\s+|\s*/\s*)\Z|#\s*\Z|\b(?:no|nr|fig|pic|img|vol|v|p|ch|sec|ex)\.\s*\Z"
-    r"|\b(?:than|at\s+(?:least|most)|over|under|above|below|beyond|up\s+to|near(?:ly)?|almost|close\s+to|minimum(?:\s+of)?)"
+    r"|\b(?:than|at\s+(?:least|most)|over|under|above|below|beyond|up\s+to|near(?:ly)?|almost|far\s+from|short\s+of|close\s+to|minimum(?:\s+of)?)"
     r"(?:\s+an?)?\s+\Z",
     re.IGNORECASE,
 )
@@ -78,6 +78,13 @@ _JOINED = (
 )
 _BEHIND_CUE = re.compile(rf"{_CUE}{_LITTLE}*$", re.IGNORECASE)
 _BARE_CUE = re.compile(rf"{_CUE}\s*$", re.IGNORECASE)
+_OTHER_SCORE = re.compile(
+    rf"\b(?:highest|maximum|max|lowest|minimum|average|mean|best|worst|top|possible)\s+{_CUE}\W", re.I
+)
+_REFUSED = re.compile(
+    r"\b(?:cannot|can't|unable\s+to|no|not|won't|don't)\s+(?:\w+\s+){0,4}(?:scor|rat(?:e|ing)|grad(?:e|ing)|evaluat|assess|judge)",
+    re.IGNORECASE,
+)
 _NOTHING_BEFORE = re.compile(
     r"(?:\W|\d|\b(?:in|is|it|s|this|that|an?|i|d|would|say|so|solid|strong|clear(?:ly)?|definite(?:ly)?)\b)*",
     re.IGNORECASE,
@@ -160,10 +167,12 @@ def _is_said(text: str, n: _Number) -> bool:
     before, behind = text[max(0, n.start - BEFORE) : n.start], text[n.end : n.end + AROUND]
     alone = _NOTHING_BEHIND.match(behind) is not None
     if _BEHIND_CUE.search(before):
+        if _OTHER_SCORE.search(before):
+            return False
         return alone if _BARE_CUE.search(before) else _WENT_ON.match(behind) is not None
     if n.start <= BEFORE and _NOTHING_BEFORE.fullmatch(before):
         return alone
-    own = _OWN_SENTENCE.search(before)
+    own = None if _REFUSED.search(before) else _OWN_SENTENCE.search(before)
     return own is not None and alone and ("\n" in own[0] or re.match(r"[^\w?]*$", behind) is not None)
 
 

@@ -161,6 +161,10 @@ UNCLEAR = [
     "7 or more",
     "7/10 or more",
     "7 at best",
+    "far from a 10/10",
+    "I can't rate this. 5",
+    "I cannot give it a score.\n0",
+    "The highest score is 10.",
 ]
 OTHER_SCALES = [
     ("70%", 0, 100, 70.0),
