@@ -256,6 +256,7 @@ def test_a_lora_on_top_of_another_model(world, runs, monkeypatch, tmp_path):
         text = write_cards(out)[1].read_text()
         assert "trained on top of" in text and "not of the base model" in text
         (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert ("subfolder" in snippet) == (place.name != "unet")
         lora = here | {"PATH_OF_THIS_FOLDER": str(out / "lora"), "PATH_OF_THE_START": str(place)}
         assert np.abs(drawn(snippet, lora) - aligned).max() <= 1, place  # rounding, then 8 bits
         on_base = drawn(re.sub("unet=unet, ", "", snippet), lora)
