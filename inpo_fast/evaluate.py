@@ -15,7 +15,6 @@ interrupted, also on several processes (torchrun):
 
 from pathlib import Path
 
-from inpo_fast.config import parse
 from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 from inpo_fast.runtime.files import json_or_none
@@ -25,6 +24,8 @@ WRITTEN = ("evaluation.json", "samples.png", "report.html", *(f"comparison.{end}
 
 
 def main() -> None:
+    from inpo_fast.config import parse
+
     parser = command_line("python -m inpo_fast.evaluate", __doc__)
     parser.add_argument(
         "--model",

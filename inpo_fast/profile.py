@@ -17,13 +17,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from inpo_fast.config import parse
 from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 from inpo_fast.runtime.outputs import check_file
 
 
 def main() -> None:
+    from inpo_fast.config import parse
 
     parser = command_line(
         "python -m inpo_fast.profile",

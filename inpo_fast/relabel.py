@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import get_args
 
 from inpo_fast.data.config import DataConfig, Format
-from inpo_fast.judges.registry import NAMES
 from inpo_fast.runtime.arguments import number, whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
 from inpo_fast.runtime.outputs import check_file, check_free
 
 
 def main() -> None:
+    from inpo_fast.judges.registry import NAMES
+
     parser = command_line("python -m inpo_fast.relabel", __doc__)
     parser.add_argument("--source", required=True, help="as data.source of the trainer")
     parser.add_argument("--format", choices=get_args(Format), default="auto", help="as data.format of the trainer")

@@ -74,7 +74,7 @@ def main() -> None:
     except OSError as problem:  # of metrics, pictures, TensorBoard; checkpoints and models say more themselves
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        raise full_disk(problem, config.output) from problem
+        raise full_disk(problem, Path(config.output)) from problem
     finally:
         if run is not None:
             run.checkpoints.end()
@@ -102,11 +102,10 @@ def write_results(run, evaluation, console) -> None:
     console.print("\n".join([*lines, f"Report: {report}"]), highlight=False, markup=False, soft_wrap=True)
 
 
-def full_disk(problem: OSError, output: str) -> UserError:
-    return UserError(
-        f"{problem.filename or output}: {problem.strerror}; free some space and continue with --resume: "
-        "the last checkpoint is complete"
-    )
+def full_disk(problem: OSError, output: Path) -> UserError:
+    saved = any((output / "checkpoints").glob("step-*"))
+    more = "continue with --resume: the last checkpoint is complete" if saved else "start again: no checkpoint is there"
+    return UserError(f"{problem.filename or output}: {problem.strerror}; free some space and {more}")
 
 
 if __name__ == "__main__":

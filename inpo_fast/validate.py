@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
-from inpo_fast.config import parse
 from inpo_fast.data.config import Format
 from inpo_fast.runtime.arguments import whole
 from inpo_fast.runtime.errors import UserError, command_line, run_command
@@ -25,6 +24,7 @@ PROGRAM = "python -m inpo_fast.validate"
 
 
 def main() -> None:
+    from inpo_fast.config import parse
 
     parser = command_line(
         PROGRAM,

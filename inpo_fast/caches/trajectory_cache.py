@@ -38,7 +38,7 @@ from inpo_fast.method.inversion_schedule import inversion_schedule, shares_prefi
 from inpo_fast.models.models import Models
 from inpo_fast.runtime import keyed_rng
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import read_text
+from inpo_fast.runtime.files import parse_json, read_text
 from inpo_fast.runtime.fingerprint import fingerprint, tokenizer_fingerprints
 from inpo_fast.runtime.memory import GIB
 from inpo_fast.runtime.record_store import MANIFEST, RecordStore, digest
@@ -153,7 +153,7 @@ def open_trajectory_cache(
 def _outputs(folder: Path, needed: int) -> int:
     """How many a record has: what the run's highest t needs, or what a folder that has more of them says."""
     try:
-        there = json.loads(read_text(folder / MANIFEST))["answers"]
+        there = parse_json(read_text(folder / MANIFEST))["answers"]
     except (OSError, ValueError, TypeError, KeyError):  # none yet, or not of this kind: the check that follows says so
         return needed
     return max(needed, there) if isinstance(there, int) else needed

@@ -17,7 +17,6 @@ it is.
 
 import csv
 import io
-import json
 import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -31,7 +30,7 @@ from inpo_fast.data.places import find, is_url
 from inpo_fast.data.text import unusable
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import read_text
+from inpo_fast.runtime.files import parse_json, read_text
 from inpo_fast.runtime.masking import keep_secrets_of, masked
 from inpo_fast.runtime.warn_once import warn_once
 
@@ -178,7 +177,7 @@ def _lines_of_json(path: Path, text: str) -> list[str]:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            found = parse_json(line)
         except (ValueError, RecursionError) as problem:
             raise UserError(f"evaluate: {path}:{number} is not JSON ({problem})") from problem
         column = _column([*found]) if isinstance(found, dict) else None
@@ -212,7 +211,7 @@ def _captions(path: str) -> Rows:
 
 def _list(path: Path, text: str) -> list[str]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except (ValueError, RecursionError) as problem:
         raise UserError(f"evaluate: {path} is not JSON ({problem})") from problem
     if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):

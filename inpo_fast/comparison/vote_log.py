@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from inpo_fast.runtime.files import read_text
+from inpo_fast.runtime.files import parse_json, read_text
 from inpo_fast.runtime.record_store import digest
 
 LATEST = 2**33  # seconds since 1970: the year 2242; parquet's times end in 2262
@@ -86,7 +86,7 @@ class VoteLog:
 
     def _take(self, line: str) -> None:
         try:
-            said = json.loads(line)
+            said = parse_json(line)
             case, prompt, pictures = said.get("undo") or said["case"], said.get("prompt"), said.get("pictures")
             if pictures is None:
                 self.without_pictures += "choice" in said

@@ -13,9 +13,9 @@ from inpo_fast.config import shipped
 from inpo_fast.config.rules import check
 from inpo_fast.config.run import RunConfig, flat, to_dict, to_yaml
 from inpo_fast.config.values import from_word, leaves, of_kind, quoted, types_of
-from inpo_fast.config.yaml_text import MOST, read_yaml
 from inpo_fast.runtime.errors import UserError, shorten_when_quoted, shortened
 from inpo_fast.runtime.masking import keep_secrets_of
+from inpo_fast.runtime.yaml_text import MOST, read_yaml
 
 SWITCHES = {  # may stand without a value
     "--resume": "--resume",

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 from inpo_fast.comparison.config import EvaluateConfig
-from inpo_fast.config.yaml_text import to_text
 from inpo_fast.data.config import DataConfig
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.method.methods import MethodName, variant_name
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.yaml_text import to_text
 
 Kind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor"]
 

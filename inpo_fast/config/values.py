@@ -9,10 +9,11 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from inpo_fast.config.yaml_text import read_yaml
 from inpo_fast.runtime.errors import UserError, shortened
+from inpo_fast.runtime.yaml_text import read_yaml
 
-WHOLE = re.compile(r"[-+]?\d[\d_]{0,400}")
+WHOLE = re.compile(r"[-+]?\d+(?:_\d+)*")
+DIGITS = 400  # that a whole number has at most
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 PATH = 4096  # bytes; Linux takes no longer one
 _short = reprlib.Repr()
@@ -93,7 +94,7 @@ def _switch(key: str, value: object) -> bool:
 
 
 def _whole(key: str, value: object) -> int:
-    if isinstance(value, str) and WHOLE.fullmatch(value):
+    if isinstance(value, str) and len(value) <= DIGITS and WHOLE.fullmatch(value):
         if len(value.lstrip("+-")) > 1 and value.lstrip("+-").startswith("0"):
             raise UserError(f"{key}={quoted(value)}: must be a whole number, without a 0 before it")
         value = int(value)

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import open_regular
+from inpo_fast.runtime.files import open_regular, parse_json
 
 CHUNK = 2**20  # bytes read at a time
 LARGEST = 2**26  # bytes of one record; more is taken for a list that never ends
@@ -38,7 +38,7 @@ def read(path: Path, number: int, start: int, length: int) -> dict:
     try:
         with open_regular(path) as file:
             file.seek(start)
-            return json.loads(file.read(length))
+            return parse_json(file.read(length))
     except (OSError, ValueError) as problem:
         raise UserError(f"{path}:{number}: changed since it was opened ({problem}); start again") from problem
 
@@ -52,7 +52,7 @@ def _opened(path: Path) -> BinaryIO:
 
 def _parse(path: Path, number: int, encoded: bytes) -> dict:
     try:
-        return json.loads(encoded)
+        return parse_json(encoded)
     except ValueError as problem:  # JSONDecodeError or UnicodeDecodeError
         if git_lfs.holds_pointer(encoded):
             raise UserError(f"{path} {git_lfs.WHAT}") from problem

@@ -6,7 +6,6 @@ made for.
 """
 
 import glob
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from inpo_fast.data.pair import Pair, Source
 from inpo_fast.data.places import is_url
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import open_regular, read_regular
+from inpo_fast.runtime.files import open_regular, parse_json, read_regular
 from inpo_fast.runtime.record_store import digest
 
 METADATA = b"inpo_fast.labels"
@@ -129,7 +128,7 @@ def read_sidecar(path: str) -> tuple[pa.Table, dict]:
     try:
         with open_regular(Path(path).expanduser()) as file:
             table = pq.read_table(file)
-        about = json.loads((table.schema.metadata or {})[METADATA])
+        about = parse_json((table.schema.metadata or {})[METADATA])
         names = {"id", "soft", "hard"} - set(table.column_names)
         if names:
             raise ValueError(f"no column {', '.join(sorted(names))}")

@@ -24,7 +24,7 @@ from inpo_fast.data.pair import BadPair, Pair
 from inpo_fast.data.places import File
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import open_regular
+from inpo_fast.runtime.files import open_regular, parse_json
 
 
 class _Span(NamedTuple):
@@ -106,7 +106,7 @@ class WebdatasetSource:
         places = range(3 * index, 3 * index + 3)
         try:
             found, winner, loser = shard.read(*((self._start[i], self._length[i]) for i in places))
-            record = json.loads(found)
+            record = parse_json(found)
             side, label = _choice(record, f"{shard}:{key}")
             if side < 0:
                 raise ValueError("another label")
@@ -120,7 +120,7 @@ class WebdatasetSource:
         """Of each pair in turn: its prompt and the named fields of its JSON (None where there is none)."""
         for index in range(len(self)):
             (found,) = self.shards[self._shard[index]].read((self._start[3 * index], self._length[3 * index]))
-            record = json.loads(found)
+            record = parse_json(found)
             yield {"prompt": text_of(prompt(record, str(index)))} | {name: record.get(name) for name in fields}
 
 
@@ -164,7 +164,7 @@ def _samples(shard: File) -> "Iterator[tuple[str, dict[str, _Span | dict]]]":
                     raise UserError(f"{shard}:{key}: two members {key}.{kind}; a key names one pair")
                 parts[kind] = span
                 if kind == "json":
-                    parts["record"] = json.loads(tar.extractfile(member).read())
+                    parts["record"] = parse_json(tar.extractfile(member).read())
             file.seek(tar.offset)  # tarfile takes whatever is no header for the end; a true end is a block of zeros
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("its end is missing")

@@ -3,7 +3,6 @@
 Everything in it is read from the run's folder. It claims what evaluation.json says of this very model, no more.
 """
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.report.results import sanity_checks, verdict
 from inpo_fast.report.start import ITSELF, WITH_LORA, name_of, started_from
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.files import parse_json, write_text
 from inpo_fast.runtime.masking import masked_tree
 
 RECIPE = (
@@ -66,10 +65,10 @@ def write_cards(run: Path) -> list[Path]:
     """model/README.md, and lora/README.md if there is a LoRA, of a finished run. UserError where that fails."""
     try:
         config = masked_tree(yaml.safe_load((run / "config.yaml").read_text()))  # an earlier version did not mask it
-        manifest, index = (json.loads((run / n).read_text()) for n in ("manifest.json", "model/model_index.json"))
+        manifest, index = (parse_json((run / n).read_text()) for n in ("manifest.json", "model/model_index.json"))
         manifest = masked_tree(manifest)
         evaluation = run / "evaluation.json"
-        result = json.loads(evaluation.read_text()) if evaluation.is_file() else None
+        result = parse_json(evaluation.read_text()) if evaluation.is_file() else None
         cards = [run / name / "README.md" for name in ("model", "lora") if (run / name).is_dir()]
         if result is not None and result["variant"] != manifest["variant"]:
             # `python -m inpo_fast.evaluate` writes there which model it compared

@@ -1,7 +1,6 @@
 """What a run gives away: a pipeline with the aligned network in fp32, and of LoRA the adapter."""
 
 import copy
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.lora import Lora, add_adapter, kohya_tensors, tensors
 from inpo_fast.models.models import Models
 from inpo_fast.report.start import ITSELF, WITH_LORA, public_name
+from inpo_fast.runtime.files import parse_json
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _names_its_scale(vae: Path) -> bool:
     """Whether a VAE's folder says what its latents are multiplied by: without a word it is the base's here, but 1.x's
     to whoever opens a copy of it."""
     try:
-        return "scaling_factor" in json.loads((vae / "config.json").read_text(encoding="utf-8"))
+        return "scaling_factor" in parse_json((vae / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 

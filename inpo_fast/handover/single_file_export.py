@@ -3,7 +3,6 @@
 The names inside are the family's to say: models/unet.py `single_file`, `kohya_name`.
 """
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from inpo_fast.models.lora import kohya_tensors
 from inpo_fast.models.lora import tensors as diffusers_tensors
 from inpo_fast.report.start import public_name
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import parse_json
 
 
 def export_model(folder: Path, output: Path, dtype: torch.dtype) -> int:
@@ -73,7 +73,7 @@ def about_model(folder: Path | None, denoiser: Denoiser, title: str) -> About:
     known: dict = {}
     for name, path in (("scheduler", "scheduler/scheduler_config.json"), ("vae", "vae/config.json")):
         if folder is not None and (folder / path).is_file():
-            known[name] = json.loads((folder / path).read_text(encoding="utf-8"))
+            known[name] = parse_json((folder / path).read_text(encoding="utf-8"))
     kind = known.get("scheduler", {}).get("prediction_type", "epsilon") if "scheduler" in known else None
     side = denoiser.native_side
     if "vae" in known and side:
@@ -99,7 +99,7 @@ def provenance(folder: Path) -> dict[str, str]:
 def _manifest(folder: Path) -> dict:
     """Of the run whose folder this lies in; empty where there is none."""
     try:
-        manifest = json.loads((folder.resolve().parent / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((folder.resolve().parent / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}

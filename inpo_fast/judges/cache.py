@@ -14,7 +14,7 @@ import numpy as np
 from inpo_fast.judges import Judge, Scores, judge_id
 from inpo_fast.runtime import watch
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import read_text
+from inpo_fast.runtime.files import parse_json, read_text
 from inpo_fast.runtime.record_store import digest
 
 CHUNK = 256  # pictures that are judged between two writes
@@ -42,7 +42,7 @@ class ScoreCache:
                 ) from problem
             for line in lines:
                 try:
-                    key, total, parts = json.loads(line)
+                    key, total, parts = parse_json(line)
                     self.known[key] = float(total), dict(parts)
                 except (ValueError, TypeError):
                     continue  # cut short by a crash

@@ -7,10 +7,11 @@ import urllib.parse
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import yaml
-
+from inpo_fast.data.text import unusable
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import read_text
 from inpo_fast.runtime.masking import keep_secret, keep_secrets_of
+from inpo_fast.runtime.yaml_text import read_yaml
 
 QUESTION = (
     "Rate how well this picture shows the following description and how good it looks. Answer with one number from "
@@ -47,10 +48,11 @@ NUMBERS = ("low", "high", "timeout", "max_unclear", "price", "max_cost", "tie", 
 
 def read_settings(path: Path) -> Settings:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
-        said = " ".join(str(problem).split())[:200]
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as problem:
+        said = getattr(problem, "strerror", None) or problem
         raise UserError(f"judge http: {path} cannot be read ({said})") from problem
+    tree = read_yaml(text, f"judge http: {path} cannot be read")
     tree = tree if isinstance(tree, dict) else {}
     names = [field.name for field in fields(Settings)]
     for name in tree:
@@ -63,6 +65,8 @@ def read_settings(path: Path) -> Settings:
     for name in TEXTS:
         if name in tree and not isinstance(tree[name], str):
             raise UserError(f"{path}: {name} is {str(tree[name])[:80]!r}, expected a text")
+        if name in tree and (wrong := unusable(tree[name])):
+            raise UserError(f"{path}: {name}: {wrong}")
     for name in NUMBERS:
         if name in tree and (isinstance(tree[name], bool) or not isinstance(tree[name], int | float)):
             raise UserError(f"{path}: {name} is {str(tree[name])[:80]!r}, expected a number")

@@ -3,7 +3,6 @@
 A new family is a file like unet.py and its lines here.
 """
 
-import json
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -11,6 +10,7 @@ from torch import nn
 
 from inpo_fast.models.denoiser import Denoiser
 from inpo_fast.models.unet import UNet
+from inpo_fast.runtime.files import parse_json, read_regular
 
 PIPELINES: dict[str, type[Denoiser]] = {  # class in model_index.json -> family
     "StableDiffusionPipeline": UNet,
@@ -42,7 +42,7 @@ def denoiser_in(folder: Path) -> Denoiser | None:
     for family in FAMILIES:
         file = folder / family.part / "config.json"
         if file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = parse_json(read_regular(file))
             if config.get("_class_name", UNet.network_class) == family.network_class:
                 return family(config)
     return None

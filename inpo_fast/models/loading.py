@@ -184,10 +184,14 @@ def _tokenizer(key: str, folder: Path, text: CLIPTextConfig) -> CLIPTokenizer:
     own, most = tokenizer.model_max_length, text.max_position_embeddings
     if isinstance(own, bool) or not isinstance(own, int | float) or not 2 < own < most:  # two mark beginning and end
         tokenizer.model_max_length = most
-    if len(tokenizer) > text.vocab_size:
+    if (tokens := 1 + max(tokenizer.get_vocab().values(), default=0)) > text.vocab_size:
         raise UserError(
-            f"{key}: the tokenizer in {folder} knows {len(tokenizer)} tokens and the text encoder {text.vocab_size}; "
+            f"{key}: the tokenizer in {folder} knows {tokens} tokens and the text encoder {text.vocab_size}; "
             "they do not belong together"
+        )
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"{key}: the tokenizer in {folder} has no pad_token, which prompts are filled up with; name one"
         )
     return tokenizer
 

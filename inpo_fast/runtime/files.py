@@ -21,20 +21,40 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
-    except BaseException:
+    except BaseException as problem:
         aside.unlink(missing_ok=True)
+        _name(problem, path)
         raise
+
+
+def _name(problem: BaseException, path: Path) -> None:
+    """Tells an OSError that knows no file which one could not be written. Arrow's have no number either."""
+    if isinstance(problem, OSError) and problem.filename is None:
+        full = "errno 28" in str(problem).lower()
+        problem.errno, problem.strerror = (
+            problem.errno or (errno.ENOSPC if full else errno.EIO),
+            problem.strerror or (os.strerror(errno.ENOSPC) if full else str(problem)),
+        )
+        problem.filename = str(path)
 
 
 def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
 
 
+def parse_json(text: str | bytes):
+    """json.loads, but ValueError also of what is nested deeper than Python can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError as problem:
+        raise ValueError("nested too deeply") from problem
+
+
 def json_or_none(path: Path) -> dict | None:
     """A file's JSON object; None where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_regular(path))
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -95,8 +115,9 @@ def whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         allow_reading(aside)
         aside.rename(path)
-    except BaseException:
+    except BaseException as problem:
         aside.unlink(missing_ok=True)
+        _name(problem, path)
         raise
 
 

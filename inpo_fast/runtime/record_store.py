@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import open_regular, read_text, whole
+from inpo_fast.runtime.files import open_regular, parse_json, read_text, whole
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class RecordStore:
                 raise UserError(f"{self.folder} holds other things and no {MANIFEST}; name a new or an empty folder")
             return
         try:
-            theirs = dict(json.loads(read_text(path)))
+            theirs = dict(parse_json(read_text(path)))
         except (OSError, ValueError, TypeError) as problem:
             raise UserError(
                 f"{path}: cannot be read ({problem}), so what this folder holds is unknown; name another folder"

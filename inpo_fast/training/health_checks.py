@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import stdev
 
-from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.files import parse_json, write_text
 
 WINDOW = 10  # steps that a sign is averaged over
 CLEAR = 2.0  # standard errors of the mean over WINDOW steps that a rise must exceed: single batches are noisy
@@ -44,7 +44,7 @@ class HealthChecks:
             metrics.read_text(encoding="utf-8", errors="replace").splitlines() if done and metrics.exists() else ()
         ):
             try:
-                values = json.loads(line)
+                values = parse_json(line)
                 if values["step"] <= done:
                     checks.step(values["step"], values)
             except (ValueError, KeyError, TypeError):

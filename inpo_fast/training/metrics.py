@@ -10,7 +10,7 @@ import torch
 
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import write_text
+from inpo_fast.runtime.files import parse_json, write_text
 
 BUCKETS = 5  # of timesteps, equal in width
 
@@ -151,12 +151,12 @@ class MetricsFile:
 
     def values(self, step: int) -> dict:
         """What was written of a step before this start; empty where nothing was."""
-        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line]
+        rows = [parse_json(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line]
         return next((row for row in rows if row["step"] == step), {})
 
     @staticmethod
     def _changed(line: str, step: int, change: Callable[[dict], dict]) -> str:
-        values = json.loads(line) if line else {}
+        values = parse_json(line) if line else {}
         if values.pop("step", None) != step:
             return line
         return json.dumps({"step": step, **_finite(change(values))})
@@ -178,7 +178,7 @@ def _own_lines(content: bytes, last: int) -> tuple[list[str], int]:
     for number, raw in enumerate(lines):
         line, is_cut = raw.strip(), False
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = parse_json(line.decode("utf-8"))
             step = row.get("step") if isinstance(row, dict) else None
         except (ValueError, RecursionError):
             step, is_cut = None, number == len(lines) - 1

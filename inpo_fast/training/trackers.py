@@ -1,6 +1,7 @@
 """TensorBoard, when it is installed, and Weights & Biases, when a project is named. metrics.jsonl is always written."""
 
 import sys
+import threading
 import uuid
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Tracker:
             self.writer = None
         else:
             self.writer = SummaryWriter(str(folder), purge_step=done + 1)
+            threading.excepthook, self._hook = self._without_its_own, threading.excepthook
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self.writer is not None:
@@ -52,9 +54,15 @@ class Tracker:
 
             self.wandb.log({"images/fixed prompts": wandb.Image(pixels)}, step=step)
 
+    def _without_its_own(self, failed: threading.ExceptHookArgs) -> None:
+        """A full disk stops TensorBoard's thread, which prints a traceback, and then the next `write`, which tells."""
+        if not (isinstance(failed.exc_value, OSError) and "tensorboard" in type(failed.thread).__module__):
+            self._hook(failed)
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+            threading.excepthook = self._hook
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -10,8 +10,8 @@ import yaml
 from inpo_fast.config import RunConfig, parse, to_yaml
 from inpo_fast.config.limits import LIMITS
 from inpo_fast.config.values import leaves, quoted
-from inpo_fast.config.yaml_text import read_yaml, to_text
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.yaml_text import read_yaml, to_text
 
 LEAVES = leaves(RunConfig)
 
@@ -156,7 +156,7 @@ NO_RECIPE = {
     "seed: !!python/object:os.system x": "not YAML",
     "seed: 1\n---\nseed: 2": "not YAML on line 2",
     "[" * 1000: "without end",
-    "seed: " + "9" * 5000: "not a recipe",
+    "seed: " + "9" * 5000: "a value is not what it says",
     "&a [*a]": "holds no settings",
     "config: b.yaml": "config is of the command line",
 }
@@ -203,3 +203,23 @@ def test_only_the_beginning_of_a_list_is_looked_at():
 )
 def test_words_that_are_no_settings(words, told):
     assert told in refused(*words)
+
+
+@pytest.mark.parametrize("word", ["1_", "1__0", "_1", "+", "9" * 5000])
+def test_a_whole_number_is_one_for_python_too(word):
+    assert "train.steps" in refused(f"--train.steps={word}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train: {shard_states: !!bool abc}",
+        'train: {steps: !!int ""}',
+        'optim: {lr: !!float ""}',
+        "data: {source: !!timestamp abc}",
+        "data: {source: !!binary a}",
+    ],
+)
+def test_a_value_that_is_not_what_its_tag_says(line):
+    with pytest.raises(UserError, match="here: "):
+        read_yaml(line, "here")

@@ -310,3 +310,9 @@ def test_an_option_that_is_given_empty_is_refused(tmp_path, monkeypatch, capfd, 
     said = capfd.readouterr().err
     assert end.value.code == 2 and f"argument {option}: is empty; give it a value or leave it out" in said
     assert said.count("\n") == 1
+
+
+def test_a_line_that_is_nested_without_end_is_no_json(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "\n")
+    with pytest.raises(UserError, match=r"metadata.jsonl:1: not JSON"):
+        open_source(str(tmp_path))

@@ -1,16 +1,23 @@
 """What can be wrong with a run's folder: full, read-only, damaged, taken by another run; and a clock that jumps."""
 
+import errno
 import os
 import shutil
 import signal
 import time
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from faults.conftest import STEPS
 from tiny_runs import metric, same_bits, start, train_in
 
 from inpo_fast.runtime import lock
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import whole as whole_file
+from inpo_fast.runtime.files import write_bytes
+from inpo_fast.train import full_disk
 from inpo_fast.training.metrics import MetricsFile
 
 
@@ -155,3 +162,24 @@ def test_metrics_that_are_a_folder_are_refused_in_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(Is a directory\)"):
         MetricsFile(tmp_path / "metrics.jsonl")
+
+
+def test_the_remedy_of_a_full_disk_is_true(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", "a")
+    assert "no checkpoint is there" in str(full_disk(full, tmp_path))
+    (tmp_path / "checkpoints" / "step-0002").mkdir(parents=True)
+    assert "continue with --resume" in str(full_disk(full, tmp_path))
+
+
+def test_what_could_not_be_written_is_named(disk):
+    place = disk("size=4k")
+    for work in (lambda: write_bytes(place / "a.png", bytes(100_000)), lambda: _table(place / "a.parquet")):
+        with pytest.raises(OSError) as told:
+            work()
+        assert told.value.filename.startswith(str(place / "a.")) and told.value.errno == errno.ENOSPC
+        assert not list(place.iterdir())
+
+
+def _table(path):
+    with whole_file(path) as aside:
+        pq.write_table(pa.table({"a": np.random.default_rng(0).random(20_000)}), aside)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -145,3 +146,29 @@ def test_id_follows_what_decides_a_score(make):
 def test_a_wrong_file_is_refused(make, changes, words):
     with pytest.raises(UserError, match=words):
         make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("url: http://127.0.0.1/\nmodel: a\nmodel: b\n", "'model' stands on lines 2 and 3"),
+        ("url: http://127.0.0.1/\nmodel: 2024-13-45\nlow: x\n", "low is 'x'"),
+        ("url: !!bool x\nmodel: a\n", "a value is not what it says"),
+        ('url: http://127.0.0.1/\nmodel: "\\ud800"\n', "model: "),
+    ],
+)
+def test_its_file_is_read_as_a_recipe_is(tmp_path, text, words):
+    (tmp_path / "judge.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        HttpJudge(tmp_path / "judge.yaml")
+
+
+def test_a_price_may_be_written_with_an_exponent(tmp_path):
+    (tmp_path / "judge.yaml").write_text("url: http://127.0.0.1/\nmodel: a\nprice: 1e-4\n")
+    assert HttpJudge(tmp_path / "judge.yaml").settings.price == 1e-4
+
+
+def test_a_pipe_as_its_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "judge.yaml")
+    with pytest.raises(UserError, match="is no regular file"):
+        HttpJudge(tmp_path / "judge.yaml")

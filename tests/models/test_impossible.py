@@ -1,6 +1,7 @@
 """Models whose configuration cannot be, and settings that a model cannot have: one line before anything is trained."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -148,3 +149,29 @@ def test_a_resolution_is_a_whole_number_of_latents():
     for resolution, near in ((7, 8), (1, 8), (33, 32), (10, 8), (511, 512)):
         with pytest.raises(UserError, match=f"data.resolution={resolution}: must be a multiple of 4, .*take {near}$"):
             unet.training_side(resolution, pipeline.vae.config)
+
+
+def test_a_tokenizer_that_cannot_fill_up_is_refused(whole, tmp_path):
+    folder = changed(whole, tmp_path / "m", "tokenizer/tokenizer_config.json", pad_token=None)
+    with pytest.raises(UserError, match="has no pad_token"):
+        load_pipeline(str(folder))
+
+
+def test_a_token_beyond_the_encoder_is_refused(whole, tmp_path):
+    """As many tokens as the encoder knows, one of them with a larger number: an index error hours in."""
+    folder = changed(whole, tmp_path / "m", "tokenizer/tokenizer_config.json")
+    place = folder / "tokenizer" / "tokenizer.json"
+    tree = json.loads(place.read_text())
+    word = next(word for word, number in tree["model"]["vocab"].items() if not word.startswith("<|"))
+    tree["model"]["vocab"][word] = 10_000
+    place.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="knows 10001 tokens and the text encoder"):
+        load_pipeline(str(folder))
+
+
+def test_a_pipe_among_its_files_is_not_waited_for(whole, tmp_path):
+    folder = changed(whole, tmp_path / "m", "tokenizer/tokenizer_config.json")
+    (folder / "unet" / "config.json").unlink()
+    os.mkfifo(folder / "unet" / "config.json")
+    with pytest.raises(UserError, match=r"models.base"):
+        load_pipeline(str(folder))

@@ -22,6 +22,14 @@ print(json.dumps(found))
 """
 
 
+def test_what_takes_seconds_is_imported_when_signals_are_answered():
+    """Ctrl-C while torch is imported: every command imports it within run_command, which has the handlers."""
+    words = [sys.executable, "-c", "import sys, importlib; [importlib.import_module(name) for name in sys.argv[1:]];"]
+    words[-1] += "print([name for name in ('torch', 'numpy', 'pyarrow', 'jsonargparse') if name in sys.modules])"
+    done = subprocess.run([*words, *COMMANDS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.fixture(scope="module")
 def helps():
     """name -> (what its --help says, what is imported after it): one process for all, one after the other."""

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from inpo_fast.models.files.folder_weights import choose_in_folder
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import allow_reading, write_text
+from inpo_fast.runtime.files import allow_reading, parse_json, read_regular, write_text
 
 TEXT_PREFIX = "text_model."  # of every tensor of CLIPTextModel before transformers 5
 LOADING = ("is_local", "local_files_only")  # of tokenizer_config.json: how it was opened here
@@ -134,7 +134,7 @@ def _forget_place(path: Path) -> None:
     """Drops where and how a part was opened on this machine, which libraries write into what they save."""
     if not path.is_file():
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = parse_json(read_regular(path))
     place = config.get("_name_or_path")
     drop = set(LOADING) | ({"_name_or_path"} if isinstance(place, str) and Path(place).exists() else set())
     if drop & config.keys():

@@ -6,7 +6,6 @@ a word, something between the base and what it was trained to be.
 """
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -24,6 +23,7 @@ from inpo_fast.models.files.safetensors_header import read_header
 from inpo_fast.models.lora import Lora
 from inpo_fast.models.unet import UNETS, UNet
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import parse_json, read_regular
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -234,11 +234,11 @@ def _scales(key: str, file: Path, metadata: dict[str, str], is_peft: bool):
     """(layer, rank) -> what B is multiplied by where the file has no alpha tensors: diffusers' metadata or peft's
     configuration beside it, else 1."""
     try:
-        settings = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        settings = parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
         settings = {name.removeprefix("unet."): value for name, value in settings.items()}
         beside = file.parent / PEFT_CONFIG
         if not settings and is_peft and beside.is_file():
-            settings = json.loads(beside.read_text(encoding="utf-8"))
+            settings = parse_json(read_regular(beside))
         elif not settings and is_peft:
             warn_once(
                 log, "%s: %s is peft's, without %s beside it: alpha is taken for the rank", key, file, PEFT_CONFIG

@@ -1,7 +1,6 @@
 """What a model is and how it is made, by its small files: a folder's JSON, a single file's header, and of a hub id
 what is fetched before any weights."""
 
-import json
 import logging
 import pickle
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from inpo_fast.models.files.safetensors_header import FLOAT8, SafetensorsFile, r
 from inpo_fast.models.unet import UNet
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError, one_line, shortened
-from inpo_fast.runtime.files import json_or_none
+from inpo_fast.runtime.files import json_or_none, parse_json, read_regular
 from inpo_fast.runtime.warn_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -232,7 +231,7 @@ def read_json(key: str, path: Path) -> dict:
     if git_lfs.is_pointer(path):
         raise UserError(f"{key}: {path} {git_lfs.WHAT}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_regular(path))
     except FileNotFoundError as problem:
         raise UserError(f"{key}: no such file: {path}; the model is not whole") from problem
     except (OSError, ValueError, RecursionError) as problem:

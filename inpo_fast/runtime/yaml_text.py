@@ -24,7 +24,7 @@ class Dumper(yaml.SafeDumper):
 for tag, pattern, first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
     ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*|(?=[eE])))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|"
               r"\.(?:nan|NaN|NAN)", "-+.0123456789"),
     ("merge", r"<<", "<"),
@@ -72,8 +72,9 @@ def read_yaml(text: str, where: str) -> object:
         raise UserError(f"{where}: not YAML ({one_line(problem)})") from problem
     except RecursionError as problem:
         raise UserError(f"{where}: not a recipe (lists or groups inside each other without end)") from problem
-    except ValueError as problem:  # a number of thousands of digits
-        raise UserError(f"{where}: not a recipe ({one_line(problem)})") from problem
+    except Exception as problem:  # PyYAML's constructors: a number of thousands of digits, a 13th month, `!!bool x`
+        said = one_line(problem) or type(problem).__name__
+        raise UserError(f"{where}: a value is not what it says that it is ({said})") from problem
 
 
 def to_text(tree: object) -> str:
