@@ -26,7 +26,9 @@ def main() -> None:
 
     from inpo_fast.comparison.run_evaluation import evaluate, forget
     from inpo_fast.cost.plan import make_plan, show
+    from inpo_fast.handover.output_model import reference_in_words
     from inpo_fast.models.loading import quiet_libraries
+    from inpo_fast.report.start import started_from
     from inpo_fast.runtime import distributed, lock, watch
     from inpo_fast.runtime.preemption import Preempted
     from inpo_fast.runtime.signals import exit_status
@@ -59,7 +61,8 @@ def main() -> None:
         watch.at("evaluation")
         evaluation = None
         if config.evaluate.prompts:
-            evaluation = evaluate(run.models.pipeline, policy, config.evaluate, run.variant, run.folder.path)
+            start = started_from({"init": config.models.init, "reference": reference_in_words(config.models)})
+            evaluation = evaluate(run.models.pipeline, policy, config.evaluate, run.variant, run.folder.path, start)
         if rank == 0:
             write_results(run, evaluation, console)
         watch.at("report")

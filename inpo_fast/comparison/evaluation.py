@@ -1,5 +1,7 @@
 """What an evaluation found: the pictures of an aligned model and its base, the paired win-rate, the sanity checks.
 
+Base is here what the model is compared with: the model that a run with models.init started from is one too.
+
 A win-rate is wins plus half the ties, its 95 % interval one over prompts (all pictures of a prompt together), as
 win_rates.py makes it.
 Each sanity check catches one way to please a judge without drawing better. The negative control is the base with its
@@ -67,8 +69,12 @@ def summarise(
     independent: Judge | None,
     config: EvaluateConfig,
     variant: str,
+    start: str | None = None,
 ) -> dict:
-    """The content of evaluation.json. Its key for the sanity checks is `guards`."""
+    """The content of evaluation.json. Its key for the sanity checks is `guards`.
+
+    start: what the pictures called base are of where that is not the base, in words; then the key `compared_with`.
+    """
     seeds = config.seeds
 
     def compare(ours: str, base: str, part: str | None = None) -> dict:
@@ -100,6 +106,7 @@ def summarise(
     checks["control"] = control | {"eps_scale": config.control_eps_scale, "ok": not clearly_above(control)}
     return {
         "variant": variant,
+        **({"compared_with": start} if start else {}),
         "judge": judge.name,
         **{key: main[key] for key in ("win_rate", "win_rate_low", "win_rate_high")},
         "prompts": len(galleries["base"].prompts),

@@ -42,11 +42,17 @@ def open_inputs(config: EvaluateConfig, device: torch.device) -> tuple[list[str]
 
 
 def evaluate(
-    base: DiffusionPipeline, network: torch.nn.Module, config: EvaluateConfig, variant: str, folder: Path
+    base: DiffusionPipeline,
+    network: torch.nn.Module,
+    config: EvaluateConfig,
+    variant: str,
+    folder: Path,
+    start: str | None = None,
 ) -> Evaluation:
     """Compares `network` with the base's own. Work is split over processes; every process gets the result.
 
     folder: pictures and scores are kept in it, and taken from it where it was stopped, until `forget(folder)`.
+    start: as `summarise`.
     """
     rank, world = distributed.rank_and_world()
     prompts, seen, judge, independent = open_inputs(config, base.device)
@@ -98,7 +104,8 @@ def evaluate(
             galleries["aligned_seen"] = gallery("aligned, seen prompts", network, seen)
     denoiser.put(base, own)
     scores = {name: judge.score(g.pictures, g.captions) for name, g in galleries.items()}
-    return Evaluation(summarise(galleries, scores, judge, independent, config, variant), galleries, scores)
+    result = summarise(galleries, scores, judge, independent, config, variant, start)
+    return Evaluation(result, galleries, scores)
 
 
 def forget(folder: Path) -> None:

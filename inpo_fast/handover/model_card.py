@@ -17,6 +17,7 @@ from inpo_fast.method.methods import METHODS, Method, deviations, family_of
 from inpo_fast.models.files.hub import ID, base_folder, hub_id
 from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.report.results import sanity_checks, verdict
+from inpo_fast.report.start import ITSELF, WITH_LORA, name_of, started_from
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import parse_json, write_text
 from inpo_fast.runtime.masking import masked_tree
@@ -45,11 +46,15 @@ LICENCES = {  # of bases whose own card is not at hand, as their authors' pages 
 DATA_SET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 LOAD = """```python
 import torch
-from diffusers import {kind}
+from diffusers import {kinds}
 
-pipeline = {kind}.from_pretrained("{source}", dtype=torch.float32)  # torch.float16 on a GPU
+{unet}pipeline = {kind}.from_pretrained("{source}", {given}dtype=torch.float32)  # torch.float16 on a GPU
 {lora}image = pipeline("a prompt").images[0]
 ```"""
+ON_START = (  # of a LoRA that was trained on top of another UNet than the base's
+    "This LoRA was trained on top of {start}, not of the base model: it belongs on the UNet of that start, which is "
+    "put into the base's pipeline below. On the base itself, or in a checkpoint of the base, it gives another model."
+)
 READERS = """| file | names | read by |
 | --- | --- | --- |
 | `pytorch_lora_weights.safetensors` | diffusers | `load_lora_weights` of diffusers, SimpleTuner, ai-toolkit |
@@ -69,6 +74,8 @@ def write_cards(run: Path) -> list[Path]:
             # `python -m inpo_fast.evaluate` writes there which model it compared
             is_ours = Path(result["variant"]).resolve() == (run / "model").resolve()
             result = result if is_ours else None
+        elif result is not None and (start := started_from(manifest["model"])):  # an earlier version did not say it
+            result |= {"compared_with": start}
         for path in cards:
             write_text(path, card(config, manifest, result, index["_class_name"], is_lora=path.parent.name == "lora"))
     except OSError as problem:
@@ -83,7 +90,8 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
     variant, base = manifest["variant"], manifest["model"]["base"]
     random = config["models"].get("random")
     init = config["models"].get("init") or ""
-    own_id = hub_id(init) or hub_id(base)
+    on_start = init if init and manifest["model"].get("reference") != WITH_LORA and not lora_file(init) else ""
+    own_id = hub_id(on_start or base) if is_lora else hub_id(init) or hub_id(base)
     family, method = _method(config)
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if licence := _licence(base, hub_id(base)):
@@ -95,9 +103,6 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
     architecture = "Stable Diffusion XL" if "XL" in kind else "Stable Diffusion"
     tag = architecture.lower().replace(" ", "-")
     front["tags"] = ["text-to-image", tag, "preference-alignment", family, *(["lora"] if is_lora else [])]
-    lora = 'pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")\n' if is_lora else ""
-    under = base if init and lora_file(init) else init or base  # what the LoRA goes on top of
-    source = (hub_id(under) or "PATH_OF_THE_BASE_MODEL") if is_lora else "PATH_OF_THIS_FOLDER"
     recipe = [name for name in RECIPE if name != "online" or config.get(name, {}).get("every")]
     return "\n\n".join(
         [
@@ -107,10 +112,11 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
             f"Base model: {_base(base, hub_id(base), random)}{_start(init)}. {_reference(manifest)}"
             f"Licence: {_licence_in_words(front)}.",
             "## How to load",
-            LOAD.format(kind=kind, source=source, lora=lora),
+            *([ON_START.format(start=_linked(on_start))] if is_lora and on_start else []),
+            _load(kind, base, on_start, is_lora),
             *([READERS.format(kohya=KOHYA_NAME)] if is_lora else []),
             "## Evaluation",
-            _evaluation(result),
+            _evaluation(result, manifest["model"]),
             "## Data",
             _table(_data(manifest["data"])),
             "## Recipe",
@@ -119,6 +125,28 @@ def card(config: dict, manifest: dict, result: dict | None, kind: str, *, is_lor
             _table(_told({key: value for key, value in manifest.items() if key not in ("variant", "data")})),
             "Written by inpo-fast from the files of the run.\n",
         ]
+    )
+
+
+def _load(kind: str, base: str, start: str, is_lora: bool) -> str:
+    """Code that opens it. start: the model whose UNet a LoRA goes on top of, empty where that is the base's."""
+    if not is_lora:
+        return LOAD.format(kind=kind, kinds=kind, unet="", given="", source="PATH_OF_THIS_FOLDER", lora="")
+    source, unet = hub_id(base) or "PATH_OF_THE_BASE_MODEL", ""
+    if start:
+        place, path = hub_id(start) or "PATH_OF_THE_START", Path(start).expanduser()
+        alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
+        how = f'from_pretrained("{place}", ' + ("" if alone else 'subfolder="unet", ')
+        if path.suffix == ".safetensors":
+            how = f'from_single_file("{place}", config="{source}", subfolder="unet", '
+        unet = f"unet = UNet2DConditionModel.{how}dtype=torch.float32)\n"
+    return LOAD.format(
+        kind=kind,
+        kinds=f"{kind}, UNet2DConditionModel" if start else kind,
+        unet=unet,
+        given="unet=unet, " if start else "",
+        source=source,
+        lora='pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")\n',
     )
 
 
@@ -131,22 +159,19 @@ def _base(base: str, own_id: str | None, random: str | None) -> str:
 def _start(init: str) -> str:
     if not init:
         return ""
-    own_id = hub_id(init)
-    kind = "the LoRA " if lora_file(init) else ""
-    name = f"[{own_id}](https://huggingface.co/{own_id})" if own_id else _name(Path(init))
-    return f", trained further from {kind}{name}"
+    return f", trained further from {'the LoRA ' if lora_file(init) else ''}{_linked(init)}"
 
 
-def _name(path: Path) -> str:
-    """sft/lora rather than lora, which every run has."""
-    return "/".join(path.absolute().parts[-2:]) if path.name in ("model", "lora", "unet") else path.name
+def _linked(place: str) -> str:
+    own_id = hub_id(place)
+    return f"[{own_id}](https://huggingface.co/{own_id})" if own_id else name_of(place)
 
 
 def _reference(manifest: dict) -> str:
     """What the policy was held against, where that is not the base itself."""
     words = {
-        "models.init": "The frozen reference of the loss is that start, not the base. ",
-        "models.base with the LoRA of models.init": "The frozen reference of the loss is the base with that LoRA. ",
+        ITSELF: "The frozen reference of the loss is that start, not the base. ",
+        WITH_LORA: "The frozen reference of the loss is the base with that LoRA. ",
     }
     return words.get(manifest["model"].get("reference"), "")
 
@@ -191,10 +216,16 @@ def _licence_in_words(front: dict) -> str:
     return f"{name}, the base model's" if name else "that of the base model, which its folder does not name"
 
 
-def _evaluation(result: dict | None) -> str:
-    """The verdict in its own words, then every sanity check; a failing one stands first and in bold."""
+def _evaluation(result: dict | None, model: dict) -> str:
+    """The verdict in its own words, then every sanity check; a failing one stands first and in bold.
+
+    model: the manifest's.
+    """
     if result is None:
-        return "Its run's folder holds no evaluation of this model: it is not known whether it is better than its base."
+        opponent = started_from(model) or "its base"
+        return (
+            f"Its run's folder holds no evaluation of this model: it is not known whether it is better than {opponent}."
+        )
     lines = [verdict(result), ""]
     for check in sorted(sanity_checks(result), key=lambda check: (check.ok is not False, check.ok is not None)):
         state = {True: "holds", False: "**FAILS**", None: "**cannot decide**"}[check.ok]

@@ -11,12 +11,13 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from inpo_fast.models.config import ModelsConfig
 from inpo_fast.models.families import PARTS
-from inpo_fast.models.files.hub import base_folder, hub_id
+from inpo_fast.models.files.hub import base_folder
 from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, write_tensors
 from inpo_fast.models.loading import open_pipeline
 from inpo_fast.models.lora import Lora, add_adapter, kohya_tensors, tensors
 from inpo_fast.models.models import Models
+from inpo_fast.report.start import ITSELF, WITH_LORA, public_name
 from inpo_fast.runtime.files import parse_json
 from inpo_fast.runtime.warn_once import warn_once
 
@@ -45,7 +46,7 @@ def reference_in_words(config: ModelsConfig) -> str:
     """What the frozen reference is; the policy starts as the same."""
     if not config.init:
         return "models.base"
-    return "models.base with the LoRA of models.init" if lora_file(config.init) else "models.init"
+    return WITH_LORA if lora_file(config.init) else ITSELF
 
 
 @torch.no_grad()
@@ -126,7 +127,8 @@ def save_adapter(models: Models, folder: Path, masters: dict[str, torch.Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     lora, denoiser = trained_lora(models, masters), models.denoiser
     write_tensors(tensors(lora, f"{denoiser.part}."), {}, folder / LORA_WEIGHT_NAME_SAFE)
-    predicts, base = models.noise_path.output, hub_id(models.config.base)
+    config, predicts = models.config, models.noise_path.output
+    base = public_name({"base": config.base, "init": config.init, "reference": reference_in_words(config)})
     about = About(denoiser, folder.parent.name, models.resolution, predicts, base)
     try:
         write_tensors(kohya_tensors(lora, denoiser), kohya_metadata(about, lora.rank), folder / KOHYA_NAME)

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 
 from inpo_fast.models.denoiser import Denoiser
 from inpo_fast.models.families import PARTS, denoiser_in, denoiser_of
-from inpo_fast.models.files.hub import hub_id
 from inpo_fast.models.files.lora_files import read_lora, read_lora_alone
 from inpo_fast.models.files.safetensors_metadata import About, kohya_metadata, modelspec, write_tensors
 from inpo_fast.models.loading import load_pipeline
 from inpo_fast.models.lora import kohya_tensors
 from inpo_fast.models.lora import tensors as diffusers_tensors
+from inpo_fast.report.start import public_name
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import parse_json
 
@@ -78,13 +78,13 @@ def about_model(folder: Path | None, denoiser: Denoiser, title: str) -> About:
     side = denoiser.native_side
     if "vae" in known and side:
         side *= denoiser.downscale(known["vae"])
-    base = None if folder is None else _manifest(folder).get("model", {}).get("base")
+    model = {} if folder is None else _manifest(folder).get("model", {})
     return About(
         denoiser,
         title,
         side if "vae" in known else None,
         None if kind is None else "v" if kind == "v_prediction" else "epsilon",
-        hub_id(base) if base else None,
+        public_name(model) if model.get("base") else None,
     )
 
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0  # seconds between two tries, whatever the server asks for
 DECIDES = ("url", "model", "question", "low", "high", "max_tokens")  # what a score depends on
-RULE = 2  # of answers.py; with another one, kept scores are those of another judge
+RULE = 3  # of answers.py; with another one, kept scores are those of another judge
 PASSES = (408, 425, 429)  # statuses below 500 that are worth another try
 ENOUGH = 20  # answers from which on the share of the unclear ones says something
 

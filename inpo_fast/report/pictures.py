@@ -61,16 +61,16 @@ def fitted(picture: np.ndarray, side: int) -> Image.Image:
     return image.resize([n * factor for n in image.size], Image.Resampling.NEAREST)
 
 
-def contact_sheet(chosen: Sequence[Comparison]) -> bytes:
-    """PNG: the base's row above the aligned model's, captions below."""
+def contact_sheet(chosen: Sequence[Comparison], base: str = "base") -> bytes:
+    """PNG: the row called `base` above the aligned model's, captions below."""
     for side in SIDES:
-        content = _png(_sheet(chosen, side))
+        content = _png(_sheet(chosen, side, base))
         if len(content) <= SHEET_BYTES:
             break
     return content
 
 
-def _sheet(chosen: Sequence[Comparison], side: int) -> Image.Image:
+def _sheet(chosen: Sequence[Comparison], side: int, base: str) -> Image.Image:
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 13)
     pairs = [(fitted(c.base, side), fitted(c.aligned, side)) for c in chosen]
     width = max(image.width for pair in pairs for image in pair)
@@ -84,7 +84,7 @@ def _sheet(chosen: Sequence[Comparison], side: int) -> Image.Image:
     for number, (case, (before, after)) in enumerate(zip(chosen, pairs, strict=True)):
         x, y = left + number % columns * (width + gap), gap + number // columns * block
         if number % columns == 0:
-            for row, name in enumerate(("base", "aligned")):
+            for row, name in enumerate((base, "aligned")):
                 pen.text((left - 8, y + row * (height + 4) + height // 2), name, "#444444", font, anchor="rm")
         sheet.paste(before, (x, y))
         sheet.paste(after, (x, y + height + 4))

@@ -16,17 +16,17 @@ NAMES = {  # of sanity checks whose key in evaluation.json says less
 
 
 FAILS = {  # what it means, for people who have never heard of the check
-    "alignment": "its pictures show less of what the prompt asks for than the base's",
+    "alignment": "its pictures show less of what the prompt asks for than the {base}'s",
     "diversity_ratio": "its pictures of one prompt are too much alike",
-    "outside": "{second}, a judge that no reward was made from, prefers the base: the gain may be {judge}'s only",
+    "outside": "{second}, a judge that no reward was made from, prefers the {base}: the gain may be {judge}'s only",
     "seen": "it wins far more often on prompts like those of the training than on new ones",
-    "control": "{judge} also prefers the untrained base with its noise prediction x {scale}, which is no better: it "
+    "control": "{judge} also prefers the {untrained} with its noise prediction x {scale}, which is no better: it "
     "rewards something else than quality",
 }
 CANNOT_DECIDE = {
-    "diversity_ratio": "the base draws one picture of a prompt only",
-    "outside": "{second} tells even the base from the base with a slightly scaled noise prediction, so what it says of "
-    "this model may be about that",
+    "diversity_ratio": "the {base} draws one picture of a prompt only",
+    "outside": "{second} tells even the {base} from the {base} with a slightly scaled noise prediction, so what it "
+    "says of this model may be about that",
 }
 
 
@@ -39,7 +39,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Interval:
-    """A win-rate against the base with its 95 % interval, all in percent; None where there is none.
+    """A win-rate with its 95 % interval, all in percent; None where there is none.
 
     prompts: it is over so many; None: of an evaluation by an earlier version.
     """
@@ -85,18 +85,24 @@ class SanityCheck:
     ok: bool | None  # None: it cannot decide
 
 
+def base_or_start(result: dict) -> str:
+    """The word for what the model is compared with; `compared_with` says what the start is."""
+    return "start" if result.get("compared_with") else "base"
+
+
 def verdict(result: dict) -> str:
     """The result in one sentence, with its numbers."""
+    start = result.get("compared_with")  # its words end with a name, hence the commas
     rate, low, high = (percent(result[key]) for key in RATE)
-    failed = checks_that(result, False)
+    comma, failed = "," * bool(start), checks_that(result, False)
     if low is None or high is None:
         return _too_few(result)
     if low > 50:
-        word = f"The aligned model is better than its base{'' if not failed else ' for this judge'}"
+        word = f"The aligned model is better than {start or 'its base'}{f'{comma} for this judge' if failed else ''}"
     elif high < 50:
-        word = "The aligned model is WORSE than its base"
+        word = f"The aligned model is WORSE than {start or 'its base'}"
     else:
-        word = "No difference from the base can be shown"
+        word = f"No difference from {start or 'the base'}{comma} can be shown"
     checks = checks_in_words(result)
     return (
         f"{word}: it wins {rate:.1f} % of paired comparisons (95 % interval {low:.1f} to {high:.1f}) on "
@@ -108,11 +114,13 @@ def verdict(result: dict) -> str:
 def _too_few(result: dict) -> str:
     count = result["total"].get("prompts", result["prompts"])
     failed = [_with_reason(key, result, FAILS) for key in checks_that(result, False)]
+    against = f" with {result['compared_with']}," if result.get("compared_with") else ""
     checks = f" These sanity checks fail: {'; '.join(failed)}." if failed else ""
     return (
-        f"Too few prompts for a verdict: it wins {100 * result['win_rate']:.1f} % of paired comparisons on {count} "
-        f"prompt{'s' * (count != 1)} x {result['seeds']} pictures, judged by {result['judge']} [{result['variant']}]; "
-        f"with fewer than {FEWEST} nothing can be told from chance.{checks}{_without_score(result)}"
+        f"Too few prompts for a verdict: it wins {100 * result['win_rate']:.1f} % of paired comparisons{against} on "
+        f"{count} prompt{'s' * (count != 1)} x {result['seeds']} pictures, judged by {result['judge']} "
+        f"[{result['variant']}]; with fewer than {FEWEST} nothing can be told from chance."
+        f"{checks}{_without_score(result)}"
     )
 
 
@@ -128,14 +136,14 @@ def headline(result: dict) -> Headline:
     if result["win_rate_low"] is None:
         return Headline("undecided", "Too few prompts for a verdict", text)
     if result["win_rate_high"] < 0.5:
-        return Headline("bad", "Worse than its base", text)
+        return Headline("bad", f"Worse than its {base_or_start(result)}", text)
     if not result["win_rate_low"] > 0.5:
         return Headline("undecided", "No difference shown", text)
     if checks_that(result, False):
         return Headline("undecided", "Better for the judge, but a sanity check fails", text)
     if checks_that(result, None):
-        return Headline("good", "Better than its base, though a sanity check cannot decide", text)
-    return Headline("good", "Better than its base", text)
+        return Headline("good", f"Better than its {base_or_start(result)}, though a sanity check cannot decide", text)
+    return Headline("good", f"Better than its {base_or_start(result)}", text)
 
 
 def win_rates(result: dict) -> list[Interval]:
@@ -149,7 +157,7 @@ def win_rates(result: dict) -> list[Interval]:
     if "outside" in found:
         rows.append(_interval("Sanity checks", f"independent judge: {found['outside']['judge']}", found["outside"]))
     if "control" in found:
-        name = f"negative control: the base, noise × {found['control']['eps_scale']:g}"
+        name = f"negative control: the {base_or_start(result)}, noise × {found['control']['eps_scale']:g}"
         rows.append(_interval("Sanity checks", name, found["control"], "no better model, so it must not win"))
     return rows
 
@@ -166,10 +174,10 @@ def _interval(group: str, name: str, values: dict, *notes: str) -> Interval:
 
 def sanity_checks(result: dict) -> list[SanityCheck]:
     """Every sanity check of the evaluation, also one that is not known here."""
-    return [_sanity_check(key, values) for key, values in result["guards"].items()]
+    return [_sanity_check(key, values, base_or_start(result)) for key, values in result["guards"].items()]
 
 
-def _sanity_check(key: str, values: dict) -> SanityCheck:
+def _sanity_check(key: str, values: dict, base: str) -> SanityCheck:
     value, meaning = "", ""
     if "win_rate" in values:
         found = told(*(values[key] for key in RATE), values.get("prompts"))
@@ -183,14 +191,14 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
         )
     elif key == "diversity_ratio":
         meaning = (
-            "How much pictures of one prompt differ from each other, against the base. "
-            f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again. Where the base "
+            f"How much pictures of one prompt differ from each other, against the {base}. "
+            f"Below {DIVERSITY_FLOOR:g} the model has begun to draw the same picture again and again. Where the {base} "
             "itself draws only one, there is nothing to compare."
         )
     elif key == "outside":
         meaning = (
             f"A second judge, {values['judge']}, that no training reward was made from. The check fails when "
-            "this judge clearly prefers the base: the gain exists for the first judge only. Its mean moved by "
+            f"this judge clearly prefers the {base}: the gain exists for the first judge only. Its mean moved by "
             f"{values['shift']:+.2f} of what two pictures of one prompt differ by."
         )
         if "control" in values:  # not in evaluations of earlier versions
@@ -198,8 +206,8 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
             between = "no interval" if low is None else f"{100 * low:.0f} to {100 * high:.0f}"
             meaning += f" Of the negative control it says {100 * (rate or 0):.0f} % ({between})"
             fooled = (
-                ", which is no better and no worse than the base: what it sees also moves with the size of the noise "
-                "prediction, so it is unfit for this base and cannot decide, for the model or against it."
+                f", which is no better and no worse than the {base}: what it sees also moves with the size of the "
+                f"noise prediction, so it is unfit for this {base} and cannot decide, for the model or against it."
             )
             meaning += "." if low is None or low <= 0.5 <= high else fooled
     elif key == "seen":
@@ -210,7 +218,7 @@ def _sanity_check(key: str, values: dict) -> SanityCheck:
         )
     elif key == "control":
         meaning = (
-            f"The base with its noise prediction × {values['eps_scale']:g}. It is no better model, so it "
+            f"The {base} with its noise prediction × {values['eps_scale']:g}. It is no better model, so it "
             "must not win; where it does, the judge measures grain rather than quality."
         )
     ok = None if values["ok"] is None else bool(values["ok"])
@@ -240,7 +248,15 @@ def checks_in_words(result: dict) -> str:
 
 def _with_reason(key: str, result: dict, reasons: dict[str, str]) -> str:
     check = result["guards"][key]
-    names = {"judge": result["judge"], "second": check.get("judge", ""), "scale": f"{check.get('eps_scale', 0):g}"}
+    base = base_or_start(result)
+    untrained = "untrained base" if base == "base" else base
+    names = {
+        "base": base,
+        "untrained": untrained,
+        "judge": result["judge"],
+        "second": check.get("judge", ""),
+        "scale": f"{check.get('eps_scale', 0):g}",
+    }
     reason = reasons.get(key, "").format_map(names)
     if reasons is CANNOT_DECIDE and check.get("fit"):
         reason = "too few prompts for an interval"

@@ -7,6 +7,7 @@ from pathlib import Path
 from inpo_fast.comparison.evaluation import Evaluation
 from inpo_fast.report import curves, pictures, plots, reasons, results
 from inpo_fast.report.page import render
+from inpo_fast.report.start import ITSELF, WITH_LORA, started_from
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.runtime.files import json_or_none, write_bytes, write_text
 from inpo_fast.runtime.masking import masked
@@ -27,7 +28,10 @@ def write_report(folder: Path, evaluation: Evaluation | None) -> Path:
         if "base" in galleries and "aligned" in galleries:
             write_bytes(
                 folder / "samples.png",
-                pictures.contact_sheet(pictures.before_after(galleries["base"], galleries["aligned"])),
+                pictures.contact_sheet(
+                    pictures.before_after(galleries["base"], galleries["aligned"]),
+                    results.base_or_start(evaluation.result),
+                ),
             )
         report = folder / "report.html"
         write_text(report, page(folder, evaluation))
@@ -58,6 +62,7 @@ def page(folder: Path, evaluation: Evaluation | None) -> str:
     series = curves.read_series(folder / "metrics.jsonl")
     result = evaluation.result if evaluation is not None else None
     galleries = evaluation.galleries if evaluation is not None else {}
+    start = result.get("compared_with") if result else started_from(manifest.get("model") or {})
     before_after, why = [], None
     if "base" in galleries and "aligned" in galleries:
         before_after = pictures.before_after(galleries["base"], galleries["aligned"])
@@ -70,6 +75,8 @@ def page(folder: Path, evaluation: Evaluation | None) -> str:
         variant=manifest.get("variant") or (result or {}).get("variant") or "unnamed run",
         subtitle=list(_subtitle(manifest, series, result)),
         verdict=results.headline(result) if result else None,
+        base="start" if start else "base",
+        start=start,
         before_after=before_after,
         why=why,
         strips=pictures.strips(folder / "images", STRIP_BYTES),
@@ -88,7 +95,11 @@ def _subtitle(manifest: dict, series: curves.Series, result: dict | None) -> Ite
     """What was done, in a few phrases, from whatever is known."""
     data, model = manifest.get("data") or {}, manifest.get("model") or {}
     if model.get("base"):
-        yield f"aligned from {model['base']}"
+        within = {
+            ITSELF: "aligned from {init}, in the pipeline of {base}",
+            WITH_LORA: "aligned from {base} with the LoRA {init}",
+        }
+        yield within.get(model.get("reference"), "aligned from {base}").format_map(model)
     if data.get("pairs") is not None:
         yield f"{data['pairs']:,} preference pairs"
     if series:

@@ -120,7 +120,7 @@ def test_no_verdict_on_a_few_prompts(prompts):
     assert result["win_rate"] == 1 and result["win_rate_low"] is result["win_rate_high"] is None
     text = verdict(result)
     assert text.startswith("Too few prompts for a verdict") and "better" not in text and "hold" not in text
-    assert f"{prompts} prompt{'s' * (prompts > 1)} x 2 pictures" in text and text in _evaluation(result)
+    assert f"{prompts} prompt{'s' * (prompts > 1)} x 2 pictures" in text and text in _evaluation(result, {})
     assert headline(result).tone == "undecided" and headline(result).title == "Too few prompts for a verdict"
     assert all(row.low is None and row.between == "no interval" and row.side == "both" for row in win_rates(result))
     assert all("no interval" in check.value for check in sanity_checks(result) if check.name == "negative control")

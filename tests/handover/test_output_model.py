@@ -40,6 +40,7 @@ from inpo_fast.models.lora import with_lora
 from inpo_fast.models.models import DTYPES, Models
 from inpo_fast.report import plots
 from inpo_fast.report.results import NAMES, verdict
+from inpo_fast.report.start import started_from
 from inpo_fast.runtime.errors import UserError
 from inpo_fast.training import loop, saved_checkpoint
 from inpo_fast.training.set_up import prepare
@@ -189,6 +190,7 @@ def test_a_run_that_starts_from_a_lora(world, bases, runs):
         assert line["loss"] == pytest.approx(np.log(2), abs=1e-6)
         manifest = json.loads((run.folder.path / "manifest.json").read_text())
         assert manifest["model"]["init"] == str(init)
+        assert started_from(manifest["model"]).startswith("the base with the LoRA it started from, ")
         assert manifest["model"]["reference"] == "models.base with the LoRA of models.init"
         for path in write_cards(run.folder.path):
             named, text = f"{first.folder.path.name}/lora" if init == lora else KOHYA_NAME, path.read_text()
@@ -204,6 +206,61 @@ def test_a_run_that_starts_from_a_lora(world, bases, runs):
             pipeline.unet = copy.deepcopy(base)
             pipeline.load_lora_weights(str(run.folder.path / "lora" / KOHYA_NAME))
             torch.testing.assert_close(predict(pipeline.unet), predict(model), atol=3e-5, rtol=0)
+
+
+def test_a_lora_on_top_of_another_model(world, runs, monkeypatch, tmp_path):
+    """Whatever says what it goes on top of, or what it was compared with, names the start: the card's code draws what
+    model/ draws, from each kind of start."""
+    first, _ = runs("sd15", "full-fp32")
+    start, out = first.folder.path / "model", world / "runs" / "on-top"
+    captions = [f"a small {colour} circle on a gray background" for colour in ("red", "green", "blue")]
+    (world / "three.txt").write_text("\n".join(captions))
+    settings = {"models.base": world / "sd15", "models.init": start, "data.source": world / "pairs.parquet"}
+    settings |= {"output": out, "train.steps": 1, "train.pairs_per_step": 2, "train.micro_batch": 2}
+    settings |= {"inversion.steps": 1, "optim.lr": 0.01, "optim.warmup_steps": 0, "models.lora.rank": 2}
+    settings |= {"evaluate.prompts": world / "three.txt", "evaluate.seeds": 1, "evaluate.sampler_steps": 2}
+    monkeypatch.setattr(sys, "argv", ["train", *(f"--{key}={value}" for key, value in settings.items())])
+    monkeypatch.setattr(plots, "draw", lambda curve, series: "<svg></svg>")
+    train_command.main()
+
+    named = f"the model it started from, {first.folder.path.name}/model"
+    result, page = json.loads((out / "evaluation.json").read_text()), (out / "report.html").read_text()
+    assert result["compared_with"] == named and f"comparisons with {named}, on 3 prompts" in verdict(result)
+    for words in (f"The start above ({named})", "Win-rates against the start", "negative control: the start, noise"):
+        assert words in page
+    assert f"aligned from {start}, in the pipeline of {world / 'sd15'}" in page
+    shown = re.sub(r"<(pre|style).*?</\1>", "", page, flags=re.DOTALL).replace(f"pipeline of {world / 'sd15'}", "")
+    assert not re.search(r"\bbase\b", shown), re.findall(r".{40}\bbase\b.{40}", shown)
+    for name in ("model", "lora"):
+        assert verdict(result) in (out / name / "README.md").read_text()
+
+    with safe_open(out / "lora" / KOHYA_NAME, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["ss_sd_model_name"] == metadata["modelspec.merged_from"] == f"{first.folder.path.name}/model"
+    single_file_export.export_model(start, tmp_path / "start.safetensors", torch.float32)
+    single_file_export.export_lora(out / "lora", tmp_path / "l.safetensors", torch.float32, "kohya", None)
+    with safe_open(tmp_path / "l.safetensors", "pt") as opened:
+        assert opened.metadata()["ss_sd_model_name"] == metadata["ss_sd_model_name"]
+
+    here = {"PATH_OF_THE_BASE_MODEL": str(world / "sd15"), '("a prompt")': '("a prompt", num_inference_steps=3)'}
+    (snippet,) = re.findall(r"```python\n(.*?)```", (out / "model/README.md").read_text(), re.DOTALL)
+    aligned = drawn(snippet, here | {"PATH_OF_THIS_FOLDER": str(out / "model")}).astype(int)
+    recipe, manifest = (
+        yaml.safe_load((out / "config.yaml").read_text()),
+        json.loads((out / "manifest.json").read_text()),
+    )
+    for place in (start, start / "unet", tmp_path / "start.safetensors"):
+        recipe["models"]["init"] = manifest["model"]["init"] = str(place)
+        (out / "config.yaml").write_text(yaml.safe_dump(recipe))
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        text = write_cards(out)[1].read_text()
+        assert "trained on top of" in text and "not of the base model" in text
+        (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert ("subfolder" in snippet) == (place.name != "unet")
+        lora = here | {"PATH_OF_THIS_FOLDER": str(out / "lora"), "PATH_OF_THE_START": str(place)}
+        assert np.abs(drawn(snippet, lora) - aligned).max() <= 1, place  # rounding, then 8 bits
+        on_base = drawn(re.sub("unet=unet, ", "", snippet), lora)
+        assert np.abs(on_base - aligned).max() > 3
 
 
 MOVED = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -312,12 +369,13 @@ def test_the_document_covers_what_it_promises():
     text = "".join(PYTHON)
     for name in ("ControlNet", "XLControlNet", "Inpaint", "XLInpaint", ""):
         assert re.search(rf"StableDiffusion{name}Pipeline", text)
-    assert len(re.findall("depth.png|canny.png", text)) == 3 and text.count("load_lora_weights") == 2
+    assert len(re.findall("depth.png|canny.png", text)) == 3 and text.count("load_lora_weights") == 3
 
 
 # ---- the model card -------------------------------------------------------------------------------------------------
 RATES = {"win_rate": 0.62, "win_rate_low": 0.55, "win_rate_high": 0.7}
 RESULT = {"variant": "inpo", "judge": "a-judge", **RATES, "prompts": 40, "seeds": 4, "guards": {}}
+START = "the model it started from, sft/model"
 CONTROL = {"eps_scale": 1.01, **RATES}
 
 
@@ -421,6 +479,25 @@ def test_the_trainer_writes_the_card_with_its_evaluation(world, monkeypatch):
         ),
         ({"win_rate": 0.5, "win_rate_low": 0.45}, ["No difference from the base can be shown"], "is better than"),
         ({"win_rate_low": 0.3, "win_rate": 0.4, "win_rate_high": 0.45}, ["WORSE than its base"], "is better than"),
+        (
+            {"compared_with": START, "guards": {"control": CONTROL | {"ok": False}}},
+            [
+                f"is better than {START}, for this judge: it wins",
+                "also prefers the start with its noise",
+                "The start with",
+            ],
+            "base with",
+        ),
+        (
+            {"compared_with": START, "win_rate_low": 0.45, "guards": {"diversity_ratio": {"value": None, "ok": None}}},
+            [f"No difference from {START}, can be shown", "the start draws one picture", "against the start"],
+            "against the base",
+        ),
+        (
+            {"compared_with": START, "win_rate_low": 0.3, "win_rate_high": 0.45},
+            [f"is WORSE than {START}: it wins"],
+            "its base",
+        ),
         ({"variant": "dpo"}, ["no evaluation of this model"], "62.0"),
     ],
 )

@@ -43,7 +43,8 @@ def _fill_hash(path: Path) -> None:
 @dataclass(frozen=True)
 class About:
     """What is written into a file; None: not known. side: pixels of the pictures that the model draws. prediction:
-    epsilon or v, as NoisePath.output. base: the model that it was trained from, as a hub id."""
+    epsilon or v, as NoisePath.output. base: the model that it was trained from, which a LoRA
+    goes on top of: a hub id, or the name of a folder or file."""
 
     denoiser: Denoiser
     title: str
