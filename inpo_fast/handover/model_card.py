@@ -14,6 +14,7 @@ from inpo_fast.config import flat
 from inpo_fast.handover.output_model import KOHYA_NAME
 from inpo_fast.method.config import InversionConfig, ObjectiveConfig
 from inpo_fast.method.methods import METHODS, Method, deviations, family_of
+from inpo_fast.models.families import PIPELINES
 from inpo_fast.models.files.hub import ID, base_folder, hub_id
 from inpo_fast.models.files.lora_place import lora_file
 from inpo_fast.report.results import sanity_checks, verdict
@@ -132,19 +133,20 @@ def _load(kind: str, base: str, start: str, is_lora: bool) -> str:
     """Code that opens it. start: the model whose UNet a LoRA goes on top of, empty where that is the base's."""
     if not is_lora:
         return LOAD.format(kind=kind, kinds=kind, unet="", given="", source="PATH_OF_THIS_FOLDER", lora="")
-    source, unet = hub_id(base) or "PATH_OF_THE_BASE_MODEL", ""
+    source, unet, family = hub_id(base) or "PATH_OF_THE_BASE_MODEL", "", PIPELINES[kind]
+    part, network = family.part, family.network_class
     if start:
         place, path = hub_id(start) or "PATH_OF_THE_START", Path(start).expanduser()
         alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
-        how = f'from_pretrained("{place}", ' + ("" if alone else 'subfolder="unet", ')
+        how = f'from_pretrained("{place}", ' + ("" if alone else f'subfolder="{part}", ')
         if path.suffix == ".safetensors":
-            how = f'from_single_file("{place}", config="{source}", subfolder="unet", '
-        unet = f"unet = UNet2DConditionModel.{how}dtype=torch.float32)\n"
+            how = f'from_single_file("{place}", config="{source}", subfolder="{part}", '
+        unet = f"{part} = {network}.{how}dtype=torch.float32)\n"
     return LOAD.format(
         kind=kind,
-        kinds=f"{kind}, UNet2DConditionModel" if start else kind,
+        kinds=f"{kind}, {network}" if start else kind,
         unet=unet,
-        given="unet=unet, " if start else "",
+        given=f"{part}={part}, " if start else "",
         source=source,
         lora='pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")\n',
     )

@@ -119,7 +119,7 @@ def _run(folder: Path) -> tuple[RunConfig, run_folder.RunFolder]:
 
 def manifest(folder: Path) -> tuple[Path, Callable[[], bool]]:
     _, run = _run(folder)
-    return folder / "run" / "manifest.json", lambda: _refused(lambda: run._read_before({}))
+    return folder / "run" / "manifest.json", lambda: _refused(run._read_manifest)
 
 
 def config(folder: Path) -> tuple[Path, Callable[[], bool]]:

@@ -120,7 +120,7 @@ def test_no_file_and_no_word_of_a_run_has_the_key_and_the_key_may_change(served,
     assert yaml.safe_load((out / "config.yaml").read_text())["data"]["source"] == shown
     assert json.loads((out / "manifest.json").read_text())["data"]["source"] == shown
     train_in(served, "run", f"--data.source={PLACE.format(**OTHERS)}", "--resume", "--train.keep_checkpoints=2")
-    with pytest.raises(UserError, match=r"data\.source is 'memory://\*\*\*@elsewhere/pairs") as refused:
+    with pytest.raises(UserError, match=r"data\.source: memory://\*\*\*@elsewhere/pairs") as refused:
         other = PLACE.format(**SECRETS).replace("@host", "@elsewhere")
         train_in(served, "run", f"--data.source={other}", "--resume")
     assert leaks(out, str(refused.value) + "".join(capsys.readouterr())) == []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny_runs import metrics, policy, same_bits, save_recipe, train_in
+from tiny_world import save_pairs
 from transformers import CLIPTextModel
 
 from inpo_fast.pocket.scenes import split_scenes
@@ -31,7 +32,7 @@ def world(tmp_path_factory):
         online={"every": 2, "start": 2, "mix": 0.5, "sampler_steps": 2, "guidance": 2.0, "judge": "pocket-rules"},
         evaluate={"prompts": str(folder / "prompts.txt"), "seeds": 1, "sampler_steps": 2, "batch": 3},
     )
-    shutil.copy(folder / "pairs.parquet", folder / "held.parquet")
+    save_pairs(folder / "held.parquet", rows=24)
     return folder
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny_runs import metrics, policy, same_bits, save_recipe, train_in
+from tiny_world import save_pairs
 
 from inpo_fast.models.models import Models
 from inpo_fast.runtime.errors import UserError
@@ -137,7 +138,7 @@ def test_a_window_made_ahead_may_not_fit_either(run, monkeypatch, capsys):
 
 def test_held_out_pairs_are_looked_at_with_less(run, world, monkeypatch, capsys):
     """Only there: the training's own batches are no larger than 2."""
-    shutil.copy(world / "pairs.parquet", world / "held.parquet")
+    save_pairs(world / "held.parquet", rows=24)
     look = ["--train.micro_batch=4", "--inversion.batch=2", "--train.steps=2"]
     look += [f"--observe.held_out={world / 'held.parquet'}", "--observe.held_out_pairs=4"]
     plain = metrics(run("looks", *look))
