@@ -102,7 +102,9 @@ def problems(found: Findings, config: DataConfig) -> list[str]:
     """What makes a source unfit: the trainer would stop, or learn from nothing."""
     out = []
     good = found.looked_at - len(found.broken)
-    if len(found.broken) > max(1, config.bad_pair_limit * found.looked_at):
+    if not good:
+        out.append(f"none of the {found.looked_at} pairs that were looked at is usable")
+    elif len(found.broken) > max(1, config.bad_pair_limit * found.looked_at):
         out.append(
             f"{len(found.broken)} of {found.looked_at} pairs are broken, more than data.bad_pair_limit="
             f"{config.bad_pair_limit:g}: the trainer would stop"

@@ -108,6 +108,14 @@ def test_one_in_a_hundred_may_show_an_image_twice(same, fit):
     assert bool(examine.problems(found, DataConfig())) != fit
 
 
+def test_nothing_usable_is_not_fit(tmp_path, monkeypatch, capsys):
+    """One pair, and it is broken: a single one is never above data.bad_pair_limit."""
+    lines = [{"prompt": "p", "chosen": "A.png", "rejected": "B.png"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run(monkeypatch, "--source", str(tmp_path)) == 1
+    assert "NOT FIT: none of the 1 pairs" in capsys.readouterr().out
+
+
 def test_few_pairs_are_held_at_a_time():
     """However many there are: what was read and not yet looked at is bounded."""
     done = []
