@@ -25,7 +25,7 @@ from inpo_fast.judges import Judge, judge_id
 from inpo_fast.judges.cache import ScoreCache
 from inpo_fast.runtime import distributed
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import read_text, whole, write_text
+from inpo_fast.runtime.files import parse_json, read_text, whole, write_text
 from inpo_fast.runtime.progress import picture_progress
 
 PART = 512  # pairs that are judged between two writes
@@ -138,13 +138,13 @@ def _start(folder: Path, about: dict, output: Path) -> None:
         ours = re.compile(r"\d{6}\.parquet|scores|about\.json|\.tmp-.*")
         if not all(ours.fullmatch(path.name) for path in folder.iterdir()):
             raise UserError(f"{folder} holds other things than a relabelling's; move it away, or name another --output")
-        if notes.exists() and json.loads(read_text(notes)) != about:
+        if notes.exists() and parse_json(read_text(notes)) != about:
             raise UserError(
                 f"{folder} holds the beginning of another relabelling (other pairs or judges); remove it, or name "
                 f"another --output than {output}"
             )
         write_text(notes, json.dumps(about, indent=1))
-    except (OSError, json.JSONDecodeError) as problem:
+    except (OSError, ValueError) as problem:
         raise UserError(f"{folder} cannot be written or read ({problem}); name another --output") from problem
 
 
@@ -159,5 +159,6 @@ def report(table: pa.Table, judges: Sequence[Judge], output: Path) -> None:
     names = ", ".join(judge.name for judge in judges)
     print(
         f"{output}: {seen:,} pairs labelled by {names}; {agree:,} as in the source, "
-        f"{seen - agree - ties:,} turned around, {ties:,} ties, {len(hard) - seen:,} could not be read"
+        f"{seen - agree - ties:,} turned around, {ties:,} ties, {len(hard) - seen:,} without a label "
+        "(unreadable, or no clear score)"
     )

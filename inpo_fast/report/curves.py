@@ -1,12 +1,13 @@
 """Which training curves are shown, what each one means, and which values deserve a second look."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from inpo_fast.runtime.files import parse_json
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps (N,), values (N,)
 Latest = dict[str, float]
@@ -54,9 +55,9 @@ def read_series(path: Path) -> Series:
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                row = json.loads(text)
+                row = parse_json(text)
                 step = row.pop("step")
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            except (ValueError, KeyError, AttributeError, TypeError):
                 continue
             if type(step) not in (int, float) or not math.isfinite(step):
                 continue

@@ -1,6 +1,5 @@
 """Writes report.html, and samples.png when there are pictures, from what a run and its evaluation left."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from inpo_fast.report import curves, pictures, plots, reasons, results
 from inpo_fast.report.page import render
 from inpo_fast.report.start import ITSELF, WITH_LORA, started_from
 from inpo_fast.runtime.errors import UserError
-from inpo_fast.runtime.files import json_or_none, write_bytes, write_text
+from inpo_fast.runtime.files import json_or_none, parse_json, write_bytes, write_text
 from inpo_fast.runtime.masking import masked
 
 STRIP_BYTES = 600_000
@@ -118,7 +117,7 @@ def _text(path: Path) -> str | None:
 
 def _tree(text: str | None) -> dict:
     try:
-        tree = json.loads(text or "{}")
-    except json.JSONDecodeError:  # the page shows the text as it is
+        tree = parse_json(text or "{}")
+    except ValueError:  # the page shows the text as it is
         return {}
     return tree if isinstance(tree, dict) else {}

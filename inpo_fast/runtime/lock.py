@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import json_or_none
 
 NAME = ".lock"
 
@@ -75,8 +76,4 @@ def _taken(folder: Path, name: str = NAME, of: Path | None = None) -> str:
 
 
 def _read(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return json_or_none(path) or {}

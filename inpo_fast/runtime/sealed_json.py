@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 
+from inpo_fast.runtime.files import parse_json
+
 _MARK = b'"sha256": "'
 _TAIL = re.compile(rb'[0-9a-f]{64}"\n}\Z')  # of what is sealed, whatever a changed bit has made of the key's name
 
@@ -18,10 +20,7 @@ def dumps(content: dict) -> str:
 def loads(text: bytes) -> tuple[dict, bool]:
     """The object without its seal, and whether it had one. ValueError where it is no JSON object, or not what was
     sealed; each changed bit is noticed, in the seal too."""
-    try:
-        content = json.loads(text.decode("utf-8"))
-    except RecursionError as problem:
-        raise ValueError("it is nested too deeply") from problem
+    content = parse_json(text.decode("utf-8"))
     if not isinstance(content, dict):
         raise ValueError("it is not an object")
     if "sha256" not in content and not _TAIL.search(text):

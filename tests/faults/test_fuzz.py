@@ -1,17 +1,17 @@
-"""150 damaged files for every reader: a result or a UserError of one line. Longer: tests/faults/fuzz.py."""
+"""150 damaged files for every reader: a result or a UserError of one line. A minute of each with `-m slow`; longer:
+tests/faults/fuzz.py."""
 
 import logging
 
 import pytest
 from faults.fuzz import READERS, fuzz
 
-EXECUTIONS = {"config": 25}  # each takes a tenth of a second to parse; all others 150
 
-
+@pytest.mark.parametrize("most", [150, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reader", READERS)
-def test_damaged_files(reader, caplog):
+def test_damaged_files(reader, most, caplog):
     caplog.set_level(logging.CRITICAL)
-    ends, findings = fuzz(reader, seconds=60, most=EXECUTIONS.get(reader, 150))
+    ends, findings = fuzz(reader, seconds=60, most=most)
     assert not findings, "\n".join(findings[:3])
     assert ends.total() >= 15, ends
     # some are refused and some read; but a sweep makes again what is damaged, damaged votes do not count, hashes let

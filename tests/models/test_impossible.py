@@ -175,3 +175,12 @@ def test_a_pipe_among_its_files_is_not_waited_for(whole, tmp_path):
     os.mkfifo(folder / "unet" / "config.json")
     with pytest.raises(UserError, match=r"models.base"):
         load_pipeline(str(folder))
+
+
+def test_weights_whose_index_is_nested_without_end_are_refused(whole, tmp_path):
+    folder = changed(whole, tmp_path / "m", "tokenizer/tokenizer_config.json")
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    index = b"[" * 100_000
+    weights.write_bytes(len(index).to_bytes(8, "little") + index)
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors"):
+        load_pipeline(str(folder))

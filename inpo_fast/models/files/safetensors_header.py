@@ -5,7 +5,6 @@ wrappers put before them: `state_dict.` (a trainer's checkpoint), `module.` (Dis
 (torch.compile).
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from inpo_fast.runtime import git_lfs
 from inpo_fast.runtime.errors import UserError
+from inpo_fast.runtime.files import parse_json
 
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 WRAPPERS = ("state_dict.", "module.", "_orig_mod.")
@@ -82,7 +82,7 @@ def read_header(key: str, path: str | Path) -> SafetensorsFile:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(LONGEST_HEADER, size):
                 raise UserError(f"{key}: {path} is not a .safetensors file, or only its beginning ({size} bytes)")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         metadata = header.pop("__metadata__", None) or {}
         stored = [StoredTensor(name, x["dtype"], tuple(x["shape"])) for name, x in header.items()]
         needed = 8 + length + max((x["data_offsets"][1] for x in header.values()), default=0)
