@@ -59,7 +59,7 @@ class ListedSource:
         return records.lines(self.listing)
 
     def _choice(self, record: dict, where: str) -> Choice:
-        """What a record says of its pair: the listing's kind decides (JsonlSource here, HpdSource in hpd.py)."""
+        """What a record says of its pair: the listing's kind decides (FolderSource here, HpdSource in hpd.py)."""
         raise NotImplementedError
 
     def __len__(self) -> int:
